@@ -1,0 +1,8 @@
+"""From a folder of JPEGs to a trained image classifier: DALI, 1cycle, progressive resizing, DDP.
+
+Importing the package is cheap: torch and DALI are imported by the modules that use them.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

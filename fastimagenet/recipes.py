@@ -1,0 +1,197 @@
+"""`Phase` and `Recipe`: what a run is, as frozen values that check themselves.
+
+A recipe is data: `plan.py` derives steps and rates from it, `recipe_book.py` holds
+the named ones, `recipe_toml.py` reads and writes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fastimagenet.evaluation import TTA
+from fastimagenet.model import MODELS, RESNETS
+from fastimagenet.plan import Plan, make_plan
+from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.errors import UserError
+from pipelines.loader import DECODE_MARGIN
+
+SCHEDULES = ("use_clr_beta", "one_cycle", "piecewise")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+METRICS = ("top1", "top5")
+
+
+def _require(condition: bool, field: str, rule: str, value: object) -> None:
+    if not condition:
+        raise UserError(f"recipe field {field} must be {rule}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Consecutive epochs at one image size and batch size. Raises UserError naming the field."""
+
+    epochs: int
+    image_size: int
+    """Training images are this many pixels high and wide."""
+    batch_size: int
+    """Images an update PER GPU (per process on a CPU)."""
+    min_scale: float = 0.25
+    """Smallest share of the image's area that a random crop keeps."""
+    eval_size: int = 0
+    """Size at which this phase is evaluated; 0 means image_size."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "phases.epochs", "at least 1", self.epochs)
+        _require(self.image_size >= 8, "phases.image_size", "at least 8 pixels", self.image_size)
+        _require(self.batch_size >= 1, "phases.batch_size", "at least 1", self.batch_size)
+        _require(0 < self.min_scale <= 1, "phases.min_scale", "in (0, 1]", self.min_scale)
+        valid = self.eval_size == 0 or self.eval_size >= 8
+        _require(valid, "phases.eval_size", "0 or at least 8 pixels", self.eval_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole training run but for the data, the machine and the seed.
+
+    Variants are made by `dataclasses.replace`. Raises UserError naming the field.
+    """
+
+    name: str
+    phases: tuple[Phase, ...]
+    model: str = "resnet50"
+
+    max_lr: float = 1.0
+    """Peak learning rate; the schedules scale with it."""
+    lr_reference_batch: int = 0
+    """Global batch that max_lr is meant for: the LR is scaled by global batch / this, phase by
+    phase. 0 takes max_lr as it is."""
+    schedule: str = "use_clr_beta"
+    """Which of the three fields below holds."""
+    use_clr_beta: tuple[float, ...] = (10.0, 10.0, 0.95, 0.85)
+    """(div, pct[, max_mom, min_mom]): triangular 1cycle; pct in per cent; see schedule.py."""
+    one_cycle: tuple[float, float, float, float, float] = (0.3, 25.0, 1e4, 0.95, 0.85)
+    """(pct_start, div_factor, final_div_factor, max_momentum, base_momentum): cosine 1cycle."""
+    lr_spans: tuple[tuple[float, float, float, float], ...] = ()
+    """(first epoch, last epoch, start, end) for schedule "piecewise", in multiples of max_lr."""
+
+    momentum: float = 0.9
+    """Where the schedule does not cycle it."""
+    nesterov: bool = False
+    weight_decay: float = 5e-5
+    decay_bn_and_bias: bool = False
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.0
+    """Evaluate an exponential moving average of the weights; 0 is off."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+    compile: bool = False
+    """torch.compile the training step; every size is warmed up before the clock starts."""
+    bf16_gradients: bool = False
+    """Compress gradients to bf16 for the all-reduce between processes."""
+
+    zero_init_last_gamma: bool = True
+    blur_pool: bool = False
+    small_stem: bool = False
+    """ResNet-18 to 152: 3x3 stride-1 stem without max-pool, for images up to 64 px."""
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    mirror: bool = True
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    reflect_pad: int = 0
+    """When > 0: pad by reflection and crop back, in place of the random-area crop."""
+    resize_ratio: float = DECODE_MARGIN
+    """Validation: short side / crop size."""
+    tta: str = "none"
+    """Test-time augmentation of the last evaluation, reported beside the plain figure."""
+    eval_every_epochs: int = 1
+    """The last epoch is always evaluated."""
+    target: str = ""
+    """Such as "top1=0.94": the mark that time to target is measured to."""
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        if self.target:
+            metric, _, value = self.target.partition("=")
+            valid = metric in METRICS and _is_fraction(value)
+            _require(valid, "target", 'such as "top1=0.94" or "top5=0.93"', self.target)
+
+    def _check_choices(self) -> None:
+        choices = {"model": MODELS, "schedule": SCHEDULES, "precision": PRECISIONS, "tta": TTA}
+        for field, names in choices.items():
+            value = getattr(self, field)
+            _require(value in names, field, f"one of {', '.join(names)}", value)
+        _require(bool(self.phases), "phases", "at least one phase", self.phases)
+        if self.schedule == "piecewise":
+            epochs = sum(phase.epochs for phase in self.phases)
+            reach = self.lr_spans[-1][1] if self.lr_spans else 0
+            rule = f"spans that end with the last epoch, {epochs}"
+            _require(reach == epochs, "lr_spans", rule, self.lr_spans)
+        resnet = self.model in RESNETS
+        for field in ("blur_pool", "small_stem"):
+            valid = resnet or not getattr(self, field)
+            _require(valid, field, f"false for model {self.model}", True)
+
+    def _check_numbers(self) -> None:
+        _require(self.max_lr > 0, "max_lr", "above 0", self.max_lr)
+        for field in ("momentum", "ema_decay", "label_smoothing"):
+            _require(0 <= getattr(self, field) < 1, field, "in [0, 1)", getattr(self, field))
+        for field in ("weight_decay", "lr_reference_batch", "reflect_pad"):
+            _require(getattr(self, field) >= 0, field, "0 or more", getattr(self, field))
+        _require(self.resize_ratio >= 1, "resize_ratio", "at least 1", self.resize_ratio)
+        _require(min(self.std) > 0, "std", "above 0 for every channel", self.std)
+        low, high = self.aspect_ratio
+        _require(0 < low <= high, "aspect_ratio", "(low, high) above 0", self.aspect_ratio)
+        every = self.eval_every_epochs
+        _require(every >= 1, "eval_every_epochs", "at least 1", every)
+        smallest = min(phase.image_size for phase in self.phases)
+        _require(self.reflect_pad < smallest, "reflect_pad", "below image_size", self.reflect_pad)
+
+    @property
+    def epochs(self) -> int:
+        """Of all phases together."""
+        return sum(phase.epochs for phase in self.phases)
+
+    @property
+    def target_metric(self) -> tuple[str, float] | None:
+        """("top1" or "top5", fraction), or None without a target."""
+        if not self.target:
+            return None
+        metric, _, value = self.target.partition("=")
+        return metric, float(value)
+
+    def plan(self, world_size: int, num_train: int) -> Plan:
+        """Derive steps, global batch and rates.
+
+        Raises UserError where a phase's global batch is larger than the training set, or where
+        the schedule cannot be laid over the steps.
+        """
+        return make_plan(self, world_size, num_train)
+
+    def stretched(self, epochs: int) -> Recipe:
+        """The same recipe over another number of epochs, phases and LR together.
+
+        Phase boundaries move in proportion and are rounded to whole epochs; a phase that is left
+        without an epoch drops out. Raises UserError for less than one epoch.
+        """
+        if epochs < 1:
+            raise UserError(f"--epochs must be at least 1, not {epochs}")
+        factor = epochs / self.epochs
+        phases, end = [], 0
+        for phase in self.phases:
+            first, end = end, end + phase.epochs
+            length = round(end * factor) - round(first * factor)
+            if length:
+                phases.append(replace(phase, epochs=length))
+        spans = [(a * factor, b * factor, start, end) for a, b, start, end in self.lr_spans]
+        if spans:
+            spans[-1] = (spans[-1][0], float(epochs), *spans[-1][2:])
+        return replace(self, phases=tuple(phases), lr_spans=tuple(spans))
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        return 0 < float(text) <= 1
+    except ValueError:
+        return False

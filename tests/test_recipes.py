@@ -1,0 +1,162 @@
+"""Recipes: validation, TOML and --set, stretching, and the plan derived from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastimagenet import recipe_toml
+from fastimagenet.recipe_book import RECIPES, named_recipe
+from fastimagenet.recipes import Phase, Recipe
+from pipelines.errors import UserError
+
+
+def two_phases(**changes: object) -> Recipe:
+    phases = (
+        Phase(epochs=4, image_size=16, batch_size=100, eval_size=32),
+        Phase(epochs=2, image_size=32, batch_size=50),
+    )
+    return replace(Recipe(name="test", phases=phases, model="smallnet"), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("nodes", [1, 2, 3, 16, 64])
+def test_every_named_recipe_survives_toml_and_makes_a_plan(name: str, nodes: int) -> None:
+    recipe = named_recipe(name, nodes)
+    assert recipe_toml.loads(recipe_toml.dumps(recipe)) == recipe
+    plan = recipe.plan(8 * nodes if name.startswith("imagenet") else 1, 1_281_167)
+    rates = [plan.lr(step) for step in range(0, plan.total_steps, 97)]
+    assert min(rates) >= 0
+    assert plan.lr(plan.total_steps - 1) < max(rates) / 50
+
+
+def test_a_name_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(UserError, match="--recipe imagnet is none of digits, cifar10"):
+        named_recipe("imagnet")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("max_lr=-1", "recipe field max_lr must be above 0"),
+        ("max_lr=fast", "recipe field max_lr must be a number"),
+        ("mirror=1", "recipe field mirror must be true or false"),
+        ("phases.1.image_size=3", "recipe field phases.1.image_size must be at least 8 pixels"),
+        ("phases.1.min_scale=0", "recipe field phases.1.min_scale must be in (0, 1]"),
+        ("phases.2.epochs=2", "--set phases.2.epochs: phases has entries 0 to 1, not 2"),
+        (
+            "phases.0.image_sise=2",
+            "unknown recipe field phases.0.image_sise: did you mean image_size?",
+        ),
+        ("phases=[]", "recipe field phases must be at least one phase"),
+        ("max_Lr=1", "unknown recipe field max_Lr: did you mean max_lr?"),
+        ("name.x=1", "--set name.x: name holds a plain value, nothing below it"),
+        ("model=resnet5", "recipe field model must be one of resnet18"),
+        ("blur_pool=true", "recipe field blur_pool must be false for model smallnet"),
+        ("tta=flop", "recipe field tta must be one of none, flip, flip+crop"),
+        ("precision=fp64", "recipe field precision must be one of auto, bf16, fp16, fp32"),
+        ("target=top3=0.9", "recipe field target must be such as"),
+        ("target=top1=90", "recipe field target must be such as"),
+        ("schedule=piecewise", "recipe field lr_spans must be spans that end with the last epoch"),
+        ("reflect_pad=16", "recipe field reflect_pad must be below image_size"),
+        ("lr_spans=[[0, 6, 1]]", "recipe field lr_spans.0 must be a list of 4 values"),
+        ("max_lr", "--set max_lr: write it as FIELD=VALUE"),
+    ],
+)
+def test_errors_name_the_field(setting: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        recipe_toml.with_settings(two_phases(), [setting])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("use_clr_beta=[10, 10, 0.9]", "use_clr_beta must be (div, pct) or"),
+        ("use_clr_beta=[10, 100]", "use_clr_beta pct must be in per cent"),
+        ("use_clr_beta=[10]", "use_clr_beta must hold at least (div, pct)"),
+        ("phases.1.batch_size=1001", "phases.1.batch_size = 1001 x 1 processes is more than"),
+    ],
+)
+def test_errors_of_the_plan_name_the_field(setting: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        recipe_toml.with_settings(two_phases(), [setting]).plan(1, 1000)
+    assert message in str(error.value)
+
+
+def test_settings_change_fields_at_any_depth() -> None:
+    settings = ["max_lr=2", "phases.1.image_size=24", "tta=flip", "use_clr_beta.1=20"]
+    changed = recipe_toml.with_settings(two_phases(), settings)
+    assert (changed.max_lr, changed.tta, changed.use_clr_beta[1]) == (2.0, "flip", 20.0)
+    assert [phase.image_size for phase in changed.phases] == [16, 24]
+
+
+def test_a_toml_file_names_what_is_wrong_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("max_lr = = 2")
+    with pytest.raises(UserError, match=r"mine\.toml is not valid TOML"):
+        recipe_toml.load(path)
+    path.write_text('name = "x"')
+    with pytest.raises(UserError, match="recipe field phases is missing"):
+        recipe_toml.load(path)
+    with pytest.raises(UserError, match=r"absent\.toml cannot be read: No such file"):
+        recipe_toml.load(tmp_path / "absent.toml")
+
+
+def test_the_plan_counts_steps_phase_by_phase() -> None:
+    plan = two_phases().plan(world_size=3, num_train=1000)
+    first, second = plan.phases
+    assert (first.global_batch, first.steps_per_epoch, first.first_step) == (300, 3, 0)
+    assert (second.global_batch, second.steps_per_epoch, second.first_step) == (150, 6, 12)
+    assert (plan.total_steps, plan.epochs) == (24, 6)
+    assert [plan.phase_at(step) for step in (0, 11, 12, 23)] == [first, first, second, second]
+    assert [plan.phase_of_epoch(epoch) for epoch in (0, 3, 4, 5)] == [first, first, second, second]
+    assert (first.eval_size, second.eval_size) == (32, 32)
+
+
+def test_the_lr_follows_the_global_batch_of_each_phase() -> None:
+    plan = two_phases(
+        lr_reference_batch=100,
+        schedule="piecewise",
+        lr_spans=((0, 6, 0.5, 0.5),),
+        max_lr=2.0,
+    ).plan(world_size=2, num_train=1000)
+    assert plan.lr(0) == pytest.approx(0.5 * 2.0 * 200 / 100)
+    assert plan.lr(plan.total_steps - 1) == pytest.approx(0.5 * 2.0 * 100 / 100)
+
+
+def test_the_2018_schedule_of_one_machine_epoch_by_epoch() -> None:
+    plan = named_recipe("imagenet-2018-1").plan(8, 1_281_167)
+    published = {0: 1.0, 7: 2.0, 13: 0.4375, 22: 0.04375, 25: 0.0025}
+    for epoch, lr in published.items():
+        assert plan.lr(int(plan.step_at(epoch))) == pytest.approx(lr)
+    assert plan.lr(plan.total_steps - 1) == pytest.approx(0.00025, rel=0.01)
+    assert plan.momentum(1000) == 0.9
+
+
+def test_evaluation_passes_follow_the_phases() -> None:
+    recipe = two_phases(eval_every_epochs=4)
+    plan = recipe.plan(1, 1000)
+    assert [epoch for epoch in range(6) if plan.evaluates(epoch)] == [3, 5]
+    assert [stage.image_size for stage in plan.eval_stages()] == [32, 32]
+    assert {stage.batch_size for stage in plan.eval_stages()} == {50}
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5, 6, 7, 12, 100])
+def test_stretching_keeps_proportions(epochs: int) -> None:
+    stretched = two_phases(schedule="piecewise", lr_spans=((0, 2, 0, 1), (2, 6, 1, 0))).stretched(
+        epochs
+    )
+    assert stretched.epochs == epochs
+    assert stretched.lr_spans[-1][1] == epochs
+    assert stretched.lr_spans[0][1] == pytest.approx(epochs / 3)
+    if epochs % 3 == 0:
+        assert [phase.epochs for phase in stretched.phases] == [2 * epochs // 3, epochs // 3]
+    stretched.plan(1, 1000)
+
+
+def test_stretching_to_nothing_is_an_error() -> None:
+    with pytest.raises(UserError, match="--epochs must be at least 1"):
+        two_phases().stretched(0)
