@@ -1,0 +1,49 @@
+"""Loaders: from a folder of images to normalised batches on the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.loader import Loader, LoaderSpec
+
+BACKENDS = ("auto", "dali", "torchvision", "synthetic")
+
+
+def make_loader(backend: str, spec: LoaderSpec) -> Loader:
+    """A loader of `spec` by one of BACKENDS; "auto" is dali where installed, else torchvision.
+
+    Raises UserError for an unknown or missing back end and for what the spec asks wrongly.
+    """
+    if backend == "auto":
+        backend = "dali" if has_dali() else "torchvision"
+    if backend == "dali":
+        if not has_dali():
+            raise UserError(
+                "backend dali needs the package nvidia-dali-cuda120 or nvidia-dali-cuda130: "
+                "install one or take --backend torchvision"
+            )
+        from pipelines.dali import DaliLoader
+
+        return DaliLoader(spec)
+    if backend == "torchvision":
+        from pipelines.prefetch import Prefetcher
+        from pipelines.torchvision import TorchvisionLoader
+
+        if spec.device == "cpu":
+            return TorchvisionLoader(spec)
+        return Prefetcher(TorchvisionLoader(replace(spec, half=False)), spec)
+    if backend == "synthetic":
+        from pipelines.synthetic import SyntheticLoader
+
+        return SyntheticLoader(spec)
+    raise UserError(f"backend {backend!r} is unknown: one of {', '.join(BACKENDS)}")
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed, without importing it."""
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None

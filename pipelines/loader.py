@@ -1,0 +1,130 @@
+"""What a loader is asked for (`LoaderSpec`), what it promises (`Loader`), and the shard arithmetic.
+
+Plain values only: this module knows nothing of training, recipes or torch.distributed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.folder import Split
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DECODE_MARGIN = 256 / 224
+"""Validation: the short side is resized to this times the size of the centre crop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Consecutive epochs that are read alike."""
+
+    epochs: int
+    image_size: int
+    """Height and width of the images handed out, in pixels."""
+    batch_size: int
+    """Images a batch and shard."""
+    min_scale: float = 0.25
+    """Training: smallest share of the image's area that a random crop keeps, in (0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSpec:
+    """Everything a back end needs to read one split for a whole run.
+
+    The last stage goes on for as many epochs as are asked for.
+    """
+
+    split: Split
+    stages: tuple[Stage, ...]
+    training: bool
+    """True: shuffled, augmented, full batches only. False: every image once, in order."""
+    shard_id: int = 0
+    """This process's global rank."""
+    num_shards: int = 1
+    seed: int = 0
+    """The run's seed, the same on every shard."""
+    device: str = "cpu"
+    """Where the batches end up: "cpu" or "cuda:INDEX"."""
+    half: bool = False
+    """Hand out float16 (on a GPU only) in place of float32."""
+    num_threads: int = 2
+    """Decoding threads (dali) or worker processes (torchvision; 0: read in this process)."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Per channel, of pixels in 0..1."""
+    mirror: bool = True
+    """Training: flip left-right with probability 1/2."""
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Training: width / height of the random-area crop is drawn log-uniformly from this range."""
+    reflect_pad: int = 0
+    """Training, when > 0: in place of the random-area crop, resize the whole image to
+    `image_size`, pad each side by this many pixels by reflection and crop back at random."""
+    resize_ratio: float = DECODE_MARGIN
+    """Validation: the short side becomes round(image_size * resize_ratio) before the crop."""
+
+    def stage_at(self, epoch: int) -> Stage:
+        """The stage that holds for `epoch` (from 0)."""
+        for stage in self.stages:
+            if epoch < stage.epochs:
+                return stage
+            epoch -= stage.epochs
+        return self.stages[-1]
+
+    def steps_at(self, epoch: int) -> int:
+        """Batches that this shard yields in `epoch`."""
+        batch_size = self.stage_at(epoch).batch_size
+        if self.training:
+            return train_steps(len(self.split), batch_size, self.num_shards)
+        return -(-len(eval_range(len(self.split), self.shard_id, self.num_shards)) // batch_size)
+
+
+class Loader(Protocol):
+    """Reads one epoch a pass.
+
+    - `for images, labels in loader` yields what is left of the current epoch: images
+      (B, 3, S, S) float32 or float16, normalised, channels_last in memory, on the device;
+      labels (B,) int64 on the device. A finished pass moves `epoch` on by one; a pass that the
+      caller breaks off stays where it is and goes on with the very next batch.
+    - Training: the same number of full batches on every shard, no image twice in an epoch,
+      fewer than one global batch left out, another order each epoch. The order, the crops and
+      the flips follow from the seed, the epoch, the step and the shard alone.
+    - Validation: each image exactly once over all shards, the last batch may be smaller.
+    - A batch that cannot be decoded raises `UserError` with the file's path.
+    """
+
+    epoch: int
+    """The epoch, from 0, that the next pass reads (or goes on reading). May be set between passes;
+    going anywhere but on loses what was read ahead."""
+
+    def __len__(self) -> int:
+        """Batches in the whole of the current epoch."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The exact position, in plain values that `torch.load(weights_only=True)` accepts.
+
+        Taken before a pass has ended but after its last batch, it gives a next pass that yields
+        nothing and moves `epoch` on.
+        """
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position that `state_dict` of a loader with an equal spec has given."""
+
+    def close(self) -> None:
+        """Free threads, processes and memory; closing twice is fine."""
+
+
+def train_steps(num_images: int, batch_size: int, num_shards: int) -> int:
+    """Full batches that every shard can read without a global batch being short."""
+    return num_images // (batch_size * num_shards)
+
+
+def eval_range(num_images: int, shard_id: int, num_shards: int) -> range:
+    """The images of one shard: contiguous, disjoint, together all; sizes differ by one at most."""
+    return range(num_images * shard_id // num_shards, num_images * (shard_id + 1) // num_shards)

@@ -1,0 +1,117 @@
+"""What is read when: the images of every batch and the random numbers that augment them.
+
+All randomness of the data layer is drawn here, from (seed, epoch, step, shard) alone. So batches do
+not depend on the back end, its threads or its past; a position in a run is two integers; and every
+back end cuts the same crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.errors import UserError
+from pipelines.loader import LoaderSpec, eval_range
+
+ATTEMPTS = 10
+"""Tries for a crop that fits inside the image, as many as torchvision's RandomResizedCrop makes."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a training batch."""
+
+    area: NDArray[np.float32]
+    """(B, ATTEMPTS): share of the image's area, uniform in [min_scale, 1)."""
+    ratio: NDArray[np.float32]
+    """(B, ATTEMPTS): width / height, log-uniform in the spec's range."""
+    offset: NDArray[np.float32]
+    """(B, 2): place of the crop, vertical then horizontal, uniform in [0, 1)."""
+    mirror: NDArray[np.int32]
+    """(B,): 1 to flip left-right."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch to read: whole files, in this order."""
+
+    paths: list[str]
+    labels: NDArray[np.int64]
+    image_size: int
+    draws: Draws | None
+    """None for validation."""
+
+
+class Order:
+    """The batches of one shard at any position of the run."""
+
+    def __init__(self, spec: LoaderSpec) -> None:
+        check_batch_sizes(spec)
+        self.spec = spec
+        self.labels = np.asarray(spec.split.labels, dtype=np.int64)
+        self.shuffled: tuple[int, NDArray[np.int64]] | None = None
+
+    def batches(self, epoch: int, step: int) -> Iterator[Batch]:
+        """The batches from a position on, epoch after epoch without end."""
+        assert step < self.spec.steps_at(epoch), "a shard without images would never end"
+        while True:
+            for at in range(step, self.spec.steps_at(epoch)):
+                yield self.batch(epoch, at)
+            epoch, step = epoch + 1, 0
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """The batch at a position."""
+        stage = self.spec.stage_at(epoch)
+        chosen = self.images(epoch, step, stage.batch_size)
+        draws = None
+        if self.spec.training:
+            key = (self.spec.seed, epoch, step, self.spec.shard_id)
+            draws = draw(self.spec, np.random.default_rng(key), len(chosen), stage.min_scale)
+        paths = [self.spec.split.paths[index] for index in chosen.tolist()]
+        return Batch(paths, self.labels[chosen], stage.image_size, draws)
+
+    def images(self, epoch: int, step: int, batch_size: int) -> NDArray[np.int64]:
+        """The places in the split of a batch's images.
+
+        Training: the epoch's permutation is cut into global batches, each into one run a shard.
+        """
+        spec = self.spec
+        if not spec.training:
+            own = eval_range(len(spec.split), spec.shard_id, spec.num_shards)
+            return np.arange(own.start, own.stop)[step * batch_size : (step + 1) * batch_size]
+        start = (step * spec.num_shards + spec.shard_id) * batch_size
+        return self.permutation(epoch)[start : start + batch_size]
+
+    def permutation(self, epoch: int) -> NDArray[np.int64]:
+        """The order of an epoch, the same on every shard; the latest one is kept."""
+        if self.shuffled is None or self.shuffled[0] != epoch:
+            generator = np.random.default_rng((self.spec.seed, epoch))
+            self.shuffled = epoch, generator.permutation(len(self.spec.split))
+        return self.shuffled[1]
+
+
+def draw(spec: LoaderSpec, generator: np.random.Generator, count: int, min_scale: float) -> Draws:
+    """Draw the random numbers of `count` images."""
+    low, high = np.log(spec.aspect_ratio)
+    area = min_scale + (1 - min_scale) * generator.random((count, ATTEMPTS), np.float32)
+    ratio = np.exp(low + (high - low) * generator.random((count, ATTEMPTS), np.float32))
+    offset = generator.random((count, 2), np.float32)
+    mirror = generator.integers(0, 2, count, np.int32) if spec.mirror else np.zeros(count, np.int32)
+    return Draws(area.astype(np.float32), ratio.astype(np.float32), offset, mirror)
+
+
+def check_batch_sizes(spec: LoaderSpec) -> None:
+    """Raise UserError if training has a stage whose global batch is larger than the split."""
+    if not spec.training:
+        return
+    for stage in spec.stages:
+        if stage.batch_size * spec.num_shards > len(spec.split):
+            shards = f" on each of {spec.num_shards} processes" if spec.num_shards > 1 else ""
+            most = len(spec.split) // spec.num_shards
+            raise UserError(
+                f"batch_size {stage.batch_size}{shards} is too large for "
+                f"{len(spec.split)} training images: at most {most}"
+            )

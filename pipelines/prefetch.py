@@ -1,0 +1,65 @@
+"""Batches of a CPU back end on a GPU, copied while the one before is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+from pipelines.loader import Loader, LoaderSpec
+from pipelines.stream import StreamLoader
+
+
+class Prefetcher(StreamLoader):
+    """A `Loader` over another one of the same spec that hands out batches on `spec.device`.
+
+    To a GPU each batch is copied on a stream of its own, one ahead of the caller, from pinned
+    memory, and made half there if the spec asks for it; on the CPU batches pass through.
+    """
+
+    def __init__(self, loader: Loader, spec: LoaderSpec) -> None:
+        super().__init__(spec)
+        self.loader = loader
+        self.device = torch.device(spec.device)
+
+    def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
+        self.loader.load_state_dict({"epoch": epoch, "step": step})
+        try:
+            if self.device.type == "cuda":
+                yield from self.copy_ahead()
+            while True:
+                yield from self.loader
+        finally:
+            self.loader.close()
+
+    def copy_ahead(self) -> Generator[tuple[Tensor, Tensor]]:
+        side = torch.cuda.Stream(self.device)
+        ahead: tuple[Tensor, Tensor] | None = None
+        while True:
+            for batch in self.loader:
+                ready = ahead
+                if ready is not None:
+                    self.hand_over(ready, side)
+                ahead = self.copy(batch, side)
+                if ready is not None:
+                    yield ready
+
+    def copy(self, batch: tuple[Tensor, Tensor], side: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
+        images, labels = (part if part.is_pinned() else part.pin_memory() for part in batch)
+        with torch.cuda.stream(side):
+            images = images.to(self.device, non_blocking=True)
+            if self.spec.half:
+                images = images.half()
+            return images, labels.to(self.device, non_blocking=True)
+
+    def hand_over(self, batch: tuple[Tensor, Tensor], side: torch.cuda.Stream) -> None:
+        """Let the caller's stream wait for the copy and keep the memory until it is done with."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(side)
+        for part in batch:
+            part.record_stream(current)
+
+    def close(self) -> None:
+        super().close()
+        self.loader.close()

@@ -1,0 +1,143 @@
+"""The portable back end, and the reference for pixels: Pillow decodes, torchvision transforms."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Generator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from pipelines.errors import UserError
+from pipelines.folder import undecodable
+from pipelines.loader import LoaderSpec
+from pipelines.order import Batch, Draws, Order
+from pipelines.stream import StreamLoader
+
+
+class TorchvisionLoader(StreamLoader):
+    """`Loader` by worker processes; batches stay in main memory, pinned if the spec names a GPU.
+
+    The workers are started afresh, not forked from this process, where other threads may hold
+    locks: a script that makes a loader needs the usual `if __name__ == "__main__":`.
+    """
+
+    def __init__(self, spec: LoaderSpec) -> None:
+        super().__init__(spec)
+        assert not spec.half, "float16 is for GPUs"
+        self.order = Order(spec)
+
+    def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torchvision.transforms.v2"])
+        loader = DataLoader(
+            BatchReader(self.spec),
+            # A worker gets the whole description of a batch where samplers mostly name indices.
+            batch_sampler=cast("Sequence[list[int]]", self.order.batches(epoch, step)),
+            collate_fn=as_it_is,
+            num_workers=self.spec.num_threads,
+            multiprocessing_context=context if self.spec.num_threads else None,
+            pin_memory=self.spec.device != "cpu",
+            generator=torch.Generator(),  # else the caller's global generator is drawn from
+        )
+        batches = iter(loader)
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        finally:
+            del batches  # the last reference: its workers stop
+
+
+class BatchReader(Dataset[tuple[Tensor, Tensor]]):
+    """Reads the batches that `Order` describes."""
+
+    def __init__(self, spec: LoaderSpec) -> None:
+        self.training = spec.training
+        self.reflect_pad = spec.reflect_pad
+        self.aspect_ratio = spec.aspect_ratio
+        self.resize_ratio = spec.resize_ratio
+        self.mean = 255 * torch.tensor(spec.mean)
+        self.std = 255 * torch.tensor(spec.std)
+
+    def __getitems__(self, batch: Batch) -> tuple[Tensor, Tensor] | UserError:
+        """Images (B, 3, S, S) float32, channels_last, and labels (B,) int64.
+
+        An error is returned, since the DataLoader would wrap a raised one in a long text.
+        """
+        size = batch.image_size
+        pixels = torch.empty((len(batch.paths), size, size, 3), dtype=torch.uint8)
+        for index, path in enumerate(batch.paths):
+            try:
+                image = decode(path)
+            except Exception as error:
+                return undecodable(path, error)
+            if batch.draws is None:
+                image = self.validation_crop(image, size)
+            else:
+                image = self.augment(image, size, batch.draws, index)
+            pixels[index] = image.permute(1, 2, 0)
+        images = pixels.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+        return images, torch.from_numpy(batch.labels)
+
+    def augment(self, image: Tensor, size: int, draws: Draws, index: int) -> Tensor:
+        """A random crop of one image, (3, size, size) uint8, perhaps mirrored."""
+        if self.reflect_pad:
+            pad = self.reflect_pad
+            image = functional.resize(image, [size, size], antialias=True)
+            image = functional.pad(image, [pad], padding_mode="reflect")
+            start = np.floor(draws.offset[index] * np.float32(2 * pad + 1))
+            image = functional.crop(image, int(start[0]), int(start[1]), size, size)
+        else:
+            box = crop_box(image.shape[1], image.shape[2], draws, index, self.aspect_ratio)
+            image = functional.resized_crop(image, *box, [size, size], antialias=True)
+        return functional.horizontal_flip(image) if draws.mirror[index] else image
+
+    def validation_crop(self, image: Tensor, size: int) -> Tensor:
+        """Resize the short side, then take the centre: (3, size, size) uint8."""
+        short = int(size * self.resize_ratio + 0.5)
+        image = functional.resize(image, [short], InterpolationMode.BILINEAR, antialias=True)
+        return functional.center_crop(image, [size, size])
+
+
+def decode(path: str) -> Tensor:
+    """(3, H, W) uint8 RGB; EXIF orientation is not applied. Raises what Pillow raises."""
+    with Image.open(path) as image:
+        return functional.pil_to_tensor(image.convert("RGB"))
+
+
+def crop_box(
+    height: int, width: int, draws: Draws, index: int, aspect_ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of torchvision's RandomResizedCrop, in float32 as DALI computes.
+
+    The first drawn crop that fits; if none does, the largest in the centre whose aspect ratio is
+    allowed.
+    """
+    pixels = np.float32(height) * np.float32(width) * draws.area[index]
+    heights = np.floor(np.sqrt(pixels / draws.ratio[index]) + np.float32(0.5))
+    widths = np.floor(np.sqrt(pixels * draws.ratio[index]) + np.float32(0.5))
+    fits = (heights <= height) & (widths <= width) & (heights > 0) & (widths > 0)
+    if fits.any():
+        first = int(fits.argmax())
+        high, wide = int(heights[first]), int(widths[first])
+        place = draws.offset[index]
+        top = int(place[0] * np.float32(height - high + 1))
+        left = int(place[1] * np.float32(width - wide + 1))
+        return top, left, high, wide
+    lowest, highest = aspect_ratio
+    high = min(height, int(width / lowest + 0.5))
+    wide = min(width, int(height * highest + 0.5))
+    return (height - high) // 2, (width - wide) // 2, high, wide
+
+
+def as_it_is(batch: Any) -> Any:
+    """The batch, which BatchReader has already put together."""
+    return batch

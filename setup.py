@@ -1,0 +1,49 @@
+"""Metadata of the package; tool settings are in pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (ROOT / "fastimagenet/__init__.py").read_text())
+assert version is not None
+
+setup(
+    name="fastimagenet",
+    version=version.group(1),
+    description="From a folder of JPEGs to a trained image classifier: DALI, 1cycle, DDP",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["fastimagenet", "pipelines"],
+    package_data={"fastimagenet": ["*.jinja"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "numpy>=2.0",
+        "pillow>=10.0",
+        "tqdm>=4.66",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "tomli-w>=1.0",
+    ],
+    extras_require={
+        # Both give the module nvidia.dali: install one of the two, never both.
+        "dali": ["nvidia-dali-cuda120>=2.0"],
+        "dali-cuda13": ["nvidia-dali-cuda130>=2.0"],
+        "digits": ["scikit-learn>=1.4"],
+        "test": ["pytest>=8.0", "ruff>=0.9", "mypy>=1.14", "types-tqdm", "scikit-learn>=1.4"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,61 @@
+"""Shared fixtures: real images from `../shared` or FASTIMAGENET_SHARED, unpacked once."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with shared test data."""
+    path = Path(os.environ.get("FASTIMAGENET_SHARED", ROOT.parent / "shared"))
+    if not (path / "data").is_dir():
+        pytest.skip(f"no shared data at {path} (set FASTIMAGENET_SHARED)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def cifar10(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """500 training and 200 validation JPEGs of CIFAR-10, all ten classes, as an image folder."""
+    root = tmp_path_factory.mktemp("cifar10")
+    left = {"train": 50, "val": 20}
+    counts: dict[Path, int] = {}
+    with tarfile.open(shared / "data" / "cifar10-jpeg.tar.gz") as archive:
+        for member in archive:
+            path = Path(member.name)
+            folder = Path(*path.parts[-3:-1])
+            if not member.isfile() or counts.get(folder, 0) >= left[folder.parts[0]]:
+                continue
+            counts[folder] = counts.get(folder, 0) + 1
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            source = archive.extractfile(member)
+            assert source is not None
+            (root / folder / path.name).write_bytes(source.read())
+    return root
+
+
+@pytest.fixture(scope="session")
+def photographs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 500 full-size ImageNet photographs, one class each; train and val are the same files."""
+    root = tmp_path_factory.mktemp("photographs")
+    with tarfile.open(shared / "data" / "imagenet-sample.tar") as archive:
+        archive.extractall(root, filter="data")
+    folder = root / "imagenet-sample"
+    (root / "data").mkdir()
+    for split in ("train", "val"):
+        (root / "data" / split).symlink_to(folder, target_is_directory=True)
+    return root / "data"
+
+
+@pytest.fixture(scope="session")
+def digits() -> Path:
+    """The embedded digits as an image folder in the user's cache."""
+    from pipelines.digits import digits_folder
+
+    return digits_folder()

@@ -1,0 +1,266 @@
+"""What `pipelines.loader.Loader` promises, held against every back end on real files."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines import make_loader
+from pipelines.errors import UserError
+from pipelines.folder import Split
+from pipelines.loader import Loader, LoaderSpec, Stage
+from pipelines.prefetch import Prefetcher
+
+COUNT = 37
+Make = Callable[..., Loader]
+TWO_SIZES = (
+    Stage(epochs=2, image_size=16, batch_size=5, min_scale=0.5),
+    Stage(epochs=1, image_size=24, batch_size=5, min_scale=0.2),
+    Stage(epochs=1, image_size=16, batch_size=8, min_scale=0.2),
+)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """37 real JPEGs of different shapes, each a class of its own."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    paths = []
+    for index in range(COUNT):
+        shape = (20 + index % 5, 30 - index % 7, 3)
+        coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), np.uint8))
+        paths.append(str(folder / f"{index:02}.jpg"))
+        coarse.resize((shape[1], shape[0]), Image.Resampling.BICUBIC).save(paths[-1], quality=95)
+    return Split(paths, list(range(COUNT)), tuple(map(str, range(COUNT))))
+
+
+@pytest.fixture(params=["dali", "torchvision", "synthetic", "prefetched"])
+def make(request: pytest.FixtureRequest, split: Split) -> Iterator[Make]:
+    """Makes loaders of one back end, closed after the test."""
+    loaders: list[Loader] = []
+
+    def make(**fields: Any) -> Loader:
+        backend = str(request.param)
+        if backend == "dali":
+            pytest.importorskip("nvidia.dali")
+        fields = {"stages": TWO_SIZES, "training": True, "split": split} | fields
+        # The torchvision back end reads in this process here; its workers have a test below.
+        fields.setdefault("num_threads", 1 if backend == "dali" else 0)
+        spec = LoaderSpec(**fields)
+        if backend == "prefetched":
+            loader: Loader = Prefetcher(make_loader("torchvision", spec), spec)
+        else:
+            loader = make_loader(backend, spec)
+        loaders.append(loader)
+        return loader
+
+    yield make
+    for loader in loaders:
+        loader.close()
+
+
+def one_stage(batch_size: int, image_size: int = 16) -> tuple[Stage, ...]:
+    return (Stage(epochs=1, image_size=image_size, batch_size=batch_size),)
+
+
+def labels(batches: list[tuple[Tensor, Tensor]]) -> list[int]:
+    return [label for _, part in batches for label in part.tolist()]
+
+
+def same(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Tensor]]) -> bool:
+    return len(left) == len(right) and all(
+        torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+        for one, two in zip(left, right, strict=True)
+    )
+
+
+def test_batches_are_normalised_channels_last_images_and_long_labels(make: Make) -> None:
+    loader = make(training=False, stages=one_stage(5, 24))
+    batches = list(loader)
+    assert [len(images) for images, _ in batches] == [5] * 7 + [2]
+    for images, part in batches:
+        assert images.shape[1:] == (3, 24, 24) and images.dtype == torch.float32
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert part.shape == (len(images),) and part.dtype == torch.int64
+    assert labels(batches) == list(range(COUNT))
+    pixels = torch.cat([images for images, _ in batches])
+    assert pixels.abs().max() < 6 and 0.5 < pixels.std() < 2, "normalised"
+
+
+def test_training_shards_together_read_each_image_at_most_once(make: Make) -> None:
+    for num_shards, batch_size in ((1, 5), (2, 5), (3, 4), (8, 1), (8, 4)):
+        stages = one_stage(batch_size)
+        loaders = [
+            make(stages=stages, shard_id=shard, num_shards=num_shards)
+            for shard in range(num_shards)
+        ]
+        orders = []
+        for _ in range(2):
+            parts = [list(loader) for loader in loaders]
+            assert {len(part) for part in parts} == {COUNT // (num_shards * batch_size)}
+            read = [label for part in parts for label in labels(part)]
+            assert len(set(read)) == len(read) > COUNT - num_shards * batch_size
+            orders.append(read)
+        assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
+        for loader in loaders:
+            loader.close()
+
+
+def test_validation_reads_each_image_once_at_every_world_size(make: Make, split: Split) -> None:
+    few = Split(split.paths[:5], split.labels[:5], split.classes)
+    for part, num_shards in [(split, n) for n in range(1, 9)] + [(few, 8)]:
+        read = []
+        for shard in range(num_shards):
+            loader = make(
+                training=False,
+                split=part,
+                stages=one_stage(3),
+                shard_id=shard,
+                num_shards=num_shards,
+            )
+            steps = len(loader)
+            batches = list(loader)
+            assert len(batches) == steps
+            read += labels(batches)
+            loader.close()
+        assert read == list(range(len(part)))
+
+
+def test_the_seed_decides_the_order(make: Make) -> None:
+    first, second, other = (list(make(seed=seed)) for seed in (1, 1, 2))
+    assert same(first, second)
+    assert labels(first) != labels(other)
+
+
+def test_size_and_batch_size_change_at_the_epoch_boundary(make: Make) -> None:
+    loader = make()
+    seen = []
+    for epoch in range(5):
+        assert loader.epoch == epoch
+        steps = len(loader)
+        shapes = [tuple(images.shape) for images, _ in loader]
+        assert len(shapes) == steps and len(set(shapes)) == 1
+        seen.append((steps, *shapes[0]))
+    assert seen[:3] == [(7, 5, 3, 16, 16), (7, 5, 3, 16, 16), (7, 5, 3, 24, 24)]
+    assert seen[3:] == [(4, 8, 3, 16, 16)] * 2, "the last stage goes on"
+
+
+def test_a_pass_that_was_broken_off_goes_on(make: Make) -> None:
+    whole, broken = make(), make()
+    expected = list(whole)
+    got = []
+    for batch in broken:
+        got.append(batch)
+        if len(got) == 3:
+            break
+    assert broken.epoch == 0
+    got += list(broken)
+    assert broken.epoch == 1
+    assert same(got, expected)
+
+
+@pytest.mark.parametrize("passes, batches", [(0, 0), (0, 3), (1, 7), (2, 0), (2, 5), (3, 1)])
+def test_a_resumed_run_is_bit_equal(make: Make, passes: int, batches: int) -> None:
+    """Stopped in the middle and at both ends of epochs, before and after each kind of change."""
+    loader, resumed = make(), make()
+    for _ in range(passes):
+        list(loader)
+    for step, _ in enumerate(loader if batches else (), start=1):
+        if step == batches:
+            break
+    file = io.BytesIO()
+    torch.save(loader.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.epoch == loader.epoch
+    while loader.epoch < 5:
+        assert same(list(resumed), list(loader))
+        assert resumed.epoch == loader.epoch
+
+
+def test_a_loader_that_has_read_can_go_back(make: Make) -> None:
+    loader = make()
+    start = loader.state_dict()
+    first = list(loader)
+    list(loader)
+    loader.load_state_dict(start)
+    assert same(list(loader), first)
+
+
+def test_closing_twice_is_fine_and_ends_threads(make: Make) -> None:
+    before = len(os.listdir("/proc/self/task"))
+    kept = []
+    for _ in range(4):
+        loader = make(num_threads=1)
+        for batch in loader:
+            kept.append((batch[0], batch[0].clone()))
+            break
+        loader.close()
+        loader.close()
+    assert all(torch.equal(images, copy) for images, copy in kept), "batches outlive the loader"
+    assert len(os.listdir("/proc/self/task")) <= before + 2, "no threads of each loader are left"
+
+
+def test_a_batch_larger_than_the_split_is_the_users_mistake(make: Make) -> None:
+    with pytest.raises(
+        UserError, match=r"batch_size 19 on each of 2 processes .* 37 .* at most 18"
+    ):
+        make(stages=one_stage(19), num_shards=2)
+
+
+@pytest.mark.parametrize("backend, number", [("dali", 1), ("torchvision", 0), ("torchvision", 2)])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "junk", "gone"])
+def test_a_bad_file_is_named(
+    backend: str, number: int, damage: str, split: Split, tmp_path: Path
+) -> None:
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    bad = tmp_path / "bad one.jpg"
+    data = Path(split.paths[0]).read_bytes()
+    damaged = {"truncated": data[: len(data) // 2], "empty": b"", "junk": data[:3] + bytes(300)}
+    if damage in damaged:
+        bad.write_bytes(damaged[damage])
+    broken = Split([*split.paths[:20], str(bad)], [0] * 21, ("a",))
+    spec = LoaderSpec(split=broken, stages=one_stage(4), training=False, num_threads=number)
+    loader = make_loader(backend, spec)
+    with pytest.raises(UserError) as caught:
+        list(loader)
+    loader.close()
+    assert str(bad) in str(caught.value) and "--skip-list" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_worker_processes_change_nothing_and_end(split: Split) -> None:
+    """Neither the batches nor the caller's random numbers depend on the torchvision workers."""
+    here, there = (
+        make_loader(
+            "torchvision",
+            LoaderSpec(split=split, stages=TWO_SIZES, training=True, num_threads=number),
+        )
+        for number in (0, 2)
+    )
+    random_state = torch.get_rng_state()
+    for _ in range(4):
+        assert same(list(there), list(here))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert len(multiprocessing.active_children()) == 2
+    there.close()
+    here.close()
+    assert not multiprocessing.active_children()
+
+
+def test_back_ends_are_named(split: Split) -> None:
+    spec = LoaderSpec(split=split, stages=one_stage(2), training=False)
+    with pytest.raises(UserError, match=r"'ffcv' is unknown: one of auto, dali"):
+        make_loader("ffcv", spec)
+    make_loader("auto", spec).close()

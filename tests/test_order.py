@@ -1,0 +1,126 @@
+"""Shards, order and random numbers, from the numbers alone: every combination, no files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import RandomResizedCrop
+
+from pipelines.errors import UserError
+from pipelines.folder import Split
+from pipelines.loader import LoaderSpec, Stage
+from pipelines.order import ATTEMPTS, Order, draw
+
+
+def numbered(count: int) -> Split:
+    """A split whose image i has the path and the label i."""
+    return Split([str(i) for i in range(count)], list(range(count)), ("a",))
+
+
+def orders(count: int, shards: int, batch_size: int, training: bool, seed: int = 0) -> list[Order]:
+    stages = (Stage(epochs=1, image_size=8, batch_size=batch_size),)
+    return [
+        Order(
+            LoaderSpec(
+                split=numbered(count),
+                stages=stages,
+                training=training,
+                shard_id=shard,
+                num_shards=shards,
+                seed=seed,
+            )
+        )
+        for shard in range(shards)
+    ]
+
+
+def epoch_of(order: Order, epoch: int) -> list[list[int]]:
+    steps = order.spec.steps_at(epoch)
+    return [order.batch(epoch, step).labels.tolist() for step in range(steps)]
+
+
+CASES = [(n, w, b) for n in (*range(1, 25), 97) for w in range(1, 9) for b in (1, 2, 3, 7)]
+CASES += [(397, 4, 3), (397, 4, 33), (397, 4, 99)]
+
+
+def test_training_shards_are_equal_long_and_disjoint() -> None:
+    for count, shards, batch_size in CASES:
+        if batch_size * shards > count:
+            continue
+        every = orders(count, shards, batch_size, training=True)
+        for epoch in range(3):
+            batches = [epoch_of(order, epoch) for order in every]
+            assert {len(part) for part in batches} == {count // (batch_size * shards)}
+            assert all(len(batch) == batch_size for part in batches for batch in part)
+            read = [label for part in batches for batch in part for label in batch]
+            assert len(read) == len(set(read)) > count - batch_size * shards
+
+
+def test_validation_reads_every_image_once() -> None:
+    for count, shards, batch_size in CASES:
+        batches = [epoch_of(order, 0) for order in orders(count, shards, batch_size, False)]
+        assert [x for part in batches for batch in part for x in batch] == list(range(count))
+        for part in batches:
+            assert all(len(batch) == batch_size for batch in part[:-1])
+
+
+def test_the_order_is_new_each_epoch_and_with_each_seed() -> None:
+    (order,) = orders(50, 1, 50, training=True)
+    (other,) = orders(50, 1, 50, training=True, seed=1)
+    read = [epoch_of(order, 0)[0], epoch_of(order, 1)[0], epoch_of(other, 0)[0], list(range(50))]
+    assert all(a != b for i, a in enumerate(read) for b in read[:i])
+    assert epoch_of(order, 0)[0] == read[0], "going back gives the same again"
+
+
+def test_one_global_batch_holds_the_same_images_at_every_world_size() -> None:
+    for step in range(4):
+        batches = []
+        for shards in (1, 2, 4):
+            every = orders(50, shards, 12 // shards, training=True)
+            batches.append(sorted(x for order in every for x in epoch_of(order, 2)[step]))
+        assert batches[0] == batches[1] == batches[2]
+
+
+def test_a_batch_that_is_too_large_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match=r"batch_size 13 .* 4 processes .* 50 .* at most 12"):
+        orders(50, 4, 13, training=True)
+    orders(50, 4, 12, training=True)
+    orders(3, 4, 13, training=False)
+
+
+def test_random_crops_have_the_statistics_of_torchvision() -> None:
+    """Area shares, aspect ratios, places and flips of 4,000 crops of a 500 x 375 image."""
+    from pipelines.torchvision import crop_box
+
+    (order,) = orders(4000, 1, 4000, training=True)
+    draws = draw(order.spec, np.random.default_rng(0), 4000, 0.25)
+    assert draws.area.shape == draws.ratio.shape == (4000, ATTEMPTS)
+    ours = [crop_box(375, 500, draws, i, (3 / 4, 4 / 3)) for i in range(4000)]
+    torch.manual_seed(0)
+    image = torch.empty(3, 375, 500)
+    theirs = [RandomResizedCrop.get_params(image, [0.25, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
+    statistics = (
+        lambda top, left, high, wide: high * wide / (375 * 500),
+        lambda top, left, high, wide: np.log(wide / high),
+        lambda top, left, high, wide: top / (375 - high) if high < 375 else 0.5,
+        lambda top, left, high, wide: left / (500 - wide) if wide < 500 else 0.5,
+    )
+    for statistic in statistics:
+        a = np.sort([statistic(*box) for box in ours])
+        b = np.sort([statistic(*box) for box in theirs])
+        grid = np.concatenate([a, b])
+        share_a = np.searchsorted(a, grid, side="right") / len(a)
+        share_b = np.searchsorted(b, grid, side="right") / len(b)
+        # Kolmogorov-Smirnov: beyond 1.95 * sqrt(2 / n) by chance once in a thousand times.
+        assert np.abs(share_a - share_b).max() < 1.95 * np.sqrt(2 / 4000)
+    assert abs(draws.mirror.mean() - 0.5) < 0.03
+
+
+def test_an_image_too_long_for_any_crop_gives_the_centre() -> None:
+    from pipelines.torchvision import crop_box
+
+    (order,) = orders(8, 1, 8, training=True)
+    draws = draw(order.spec, np.random.default_rng(0), 8, 0.9)
+    assert crop_box(20, 1000, draws, 0, (3 / 4, 4 / 3)) == (0, 486, 20, 27)
+    assert crop_box(1000, 30, draws, 0, (3 / 4, 4 / 3)) == (480, 0, 40, 30)
