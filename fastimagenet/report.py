@@ -1,0 +1,305 @@
+"""`report.html` of a run folder: one self-contained page that says what ran and how well.
+
+python -m fastimagenet.report RUN_DIR writes the page of a finished or stopped run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from fastimagenet import plots
+from fastimagenet.dawnbench import TRAIN_CLOCK, time_to_target
+from fastimagenet.files import Row, read_object, read_rows, rows_of, write_text
+from pipelines.errors import UserError
+
+NO_BREAK = "\u00a0"
+METRIC_NAMES = {"top1": "top-1", "top5": "top-5"}
+PART_NAMES = {
+    "start_up": "start-up",
+    "data_wait": "waiting for data",
+    "compile": "compile warm-up",
+}
+DEFINITIONS = {
+    "training time": TRAIN_CLOCK,
+    "evaluation time": "All passes over the validation images, test-time augmentation included; "
+    "not part of the training time.",
+    "waiting for data": "Time in which a training step had to wait for its next batch; part of "
+    "the training time.",
+    "wall time": "From the start of the process to the end of the run, everything included.",
+    "time to target": "Training time at the end of the first evaluated epoch whose plain accuracy "
+    "reaches the target.",
+    "top-1, top-5": "Share of all validation images, one plain view each. Figures with test-time "
+    "augmentation (TTA) stand beside them under their own name.",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of a run folder hold."""
+
+    plan: Row
+    summary: Row
+    """{} for a run that was stopped before it could write one."""
+    steps: list[Row]
+    epochs: list[Row]
+    events: list[Row]
+
+    @property
+    def target(self) -> tuple[str, float] | None:
+        """("top1" or "top5", fraction), or None without a target."""
+        target = self.summary.get("target") or self.plan.get("recipe", {}).get("target")
+        if isinstance(target, str) and target:
+            metric, _, value = target.partition("=")
+            return metric, float(value)
+        return (target["metric"], target["value"]) if target else None
+
+    @property
+    def epochs_done(self) -> int:
+        return self.epochs[-1]["epoch"] + 1 if self.epochs else 0
+
+    @property
+    def results(self) -> Row:
+        """top1, top5, tta_top1, tta_top5, train_seconds: the summary's, or the last rows'."""
+        rows = self.epochs
+        evaluated = [row for row in rows if row.get("top1") is not None]
+        last = {**(rows[-1] if rows else {}), **(evaluated[-1] if evaluated else {})}
+        if rows:
+            last["train_seconds"] = rows[-1]["train_seconds"]
+        keys = ("top1", "top5", "tta_top1", "tta_top5", "train_seconds")
+        return {key: self.summary[key] if key in self.summary else last.get(key) for key in keys}
+
+
+def read_run(run_dir: Path) -> Run:
+    """Raises UserError where the folder holds no run."""
+    plan = read_object(run_dir / "plan.json")
+    summary = run_dir / "summary.json"
+    rows = read_rows(run_dir)
+    return Run(
+        plan=plan,
+        summary=read_object(summary) if summary.exists() else {},
+        steps=rows_of("step", rows),
+        epochs=rows_of("epoch", rows),
+        events=rows_of("event", rows),
+    )
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` from the other files and return its path.
+
+    Raises UserError where the folder holds no run.
+    """
+    path = run_dir / "report.html"
+    write_text(path, render(read_run(run_dir)))
+    return path
+
+
+def render(run: Run) -> str:
+    """The whole page."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "duration": duration, "number": number}
+    plan, summary = run.plan, run.summary
+    return environment.get_template("report.html.jinja").render(
+        plan=plan,
+        summary=summary,
+        epochs=run.epochs,
+        events=run.events,
+        title=_what(run),
+        status=_status(run),
+        headline=_headline(run),
+        tiles=_tiles(run),
+        figures=_figures(run),
+        split=_split(summary),
+        split_svg=Markup(plots.time_split(summary.get("time_split_seconds") or {})),
+        recipe=recipe_listing(plan.get("recipe", {})),
+        environment=_environment(run),
+        definitions=DEFINITIONS,
+    )
+
+
+def percent(fraction: float | None, digits: int = 2) -> str:
+    """0.9412 -> "94.12 %"."""
+    return number(None if fraction is None else 100 * fraction, f".{digits}f", "%")
+
+
+def duration(seconds: float | None) -> str:
+    """A span of time in the unit that suits it."""
+    if seconds is None:
+        return "-"
+    unit, length = plots.time_unit(seconds)
+    return number(seconds / length, ".3g" if seconds < 100 else ".1f", unit)
+
+
+def number(value: float | None, form: str = ",", unit: str = "") -> str:
+    """A number as text, with its unit on the same line; "-" for None."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:{form}}{NO_BREAK}{unit}" if unit else f"{value:{form}}"
+
+
+def _what(run: Run) -> str:
+    """Such as "resnet18 on CIFAR-10"."""
+    model = run.summary.get("model") or run.plan.get("recipe", {}).get("model", "a model")
+    data = run.summary.get("dataset") or run.summary.get("data")
+    return f"{model} on {'CIFAR-10' if data == 'CIFAR10' else data}" if data else f"{model}"
+
+
+def _target(run: Run) -> str:
+    assert run.target
+    metric, value = run.target
+    return f"{100 * value:g}{NO_BREAK}% {METRIC_NAMES.get(metric, metric)}"
+
+
+def _status(run: Run) -> str:
+    planned = run.plan.get("epochs", 0)
+    if run.epochs_done >= planned:
+        return ""
+    return f"stopped or still running: {run.epochs_done} of {planned} epochs done"
+
+
+def _headline(run: Run) -> list[str]:
+    """One short sentence each: what was reached, the target, TTA."""
+    results, hardware = run.results, run.summary.get("hardware") or "unknown hardware"
+    what = _what(run)
+    spent = f"{duration(results['train_seconds'])} of training on {hardware}"
+    if results["train_seconds"] is None:
+        return [f"{what}: no epoch has been finished yet."]
+    if results["top1"] is None:
+        return [f"{what}: not evaluated yet after {spent}."]
+    top5 = "" if results["top5"] is None else f" and {percent(results['top5'])} top-5"
+    sentences = [f"{what} reached {percent(results['top1'])} top-1{top5} in {spent}."]
+    if run.target:
+        metric, value = run.target
+        goal = f"The target of {_target(run)}"
+        seconds = time_to_target(run.epochs, metric, value)
+        reached = "was not reached" if seconds is None else f"was reached in {duration(seconds)}"
+        sentences.append(f"{goal} {reached}.")
+    if results["tta_top1"] is not None:
+        sentences.append(f"With test-time augmentation: {percent(results['tta_top1'])} top-1.")
+    lost = plots.lost_epoch(run.epochs)
+    if lost:
+        sentences.append(f"The training loss is not a finite number from epoch {lost} on.")
+    return sentences
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of the key figures."""
+    summary, results = run.summary, run.results
+    tiles = []
+    for metric, name in METRIC_NAMES.items():
+        tta = results[f"tta_{metric}"]
+        remark = "plain" if tta is None else f"TTA {percent(tta)}"
+        tiles.append((name, percent(results[metric]), remark))
+    planned = run.plan.get("epochs", run.epochs_done)
+    of_all = f" of {planned}" if run.epochs_done != planned else ""
+    remark = f"{run.epochs_done}{of_all} epoch{'s' if planned != 1 else ''}"
+    if not of_all and summary.get("steps"):
+        remark += f", {number(summary['steps'])} steps"
+    tiles.append(("training time", duration(results["train_seconds"]), remark))
+    if run.target:
+        metric, value = run.target
+        seconds = time_to_target(run.epochs, metric, value)
+        reached = "not reached" if seconds is None else duration(seconds)
+        tiles.append(("time to target", reached, _target(run)))
+    if summary.get("cost_usd") is not None:
+        price = number(summary.get("cost_per_hour"), "g")
+        tiles.append(("cost", f"${summary['cost_usd']:,.2f}", f"at ${price} an hour"))
+    if summary.get("images_per_sec") is not None:
+        wait, train = summary.get("data_wait_seconds"), summary.get("train_seconds")
+        remark = f"{100 * wait / train:.1f} % waiting for data" if wait and train else "all GPUs"
+        tiles.append(("images/s", number(summary["images_per_sec"], ",.0f"), remark))
+    if summary.get("wall_seconds") is not None:
+        remark = f"evaluation {duration(summary.get('eval_seconds'))}"
+        tiles.append(("wall time", duration(summary["wall_seconds"]), remark))
+    return tiles
+
+
+def _figures(run: Run) -> list[tuple[str, Markup]]:
+    """(heading, plot or "") in the order of the page."""
+    phases = run.plan.get("phases", [])
+    svgs = {
+        "Accuracy against training time": plots.accuracy(run.epochs, phases, run.target),
+        "Loss": plots.losses(run.steps, run.epochs, phases),
+        "Learning rate and momentum": plots.schedule(run.steps, phases),
+        "Image size and batch size": plots.sizes(run.epochs, phases),
+        "Speed": plots.throughput(run.steps, phases),
+        "Seconds of each epoch": plots.epoch_seconds(run.epochs),
+    }
+    return [(heading, Markup(svg)) for heading, svg in svgs.items()]
+
+
+def _split(summary: Row) -> list[tuple[str, str, float, float]]:
+    """(name, colour, seconds, share of the sum) of the parts of the wall time."""
+    seconds = summary.get("time_split_seconds") or {}
+    total = sum(value or 0.0 for value in seconds.values()) or 1.0
+    return [
+        (
+            PART_NAMES.get(key, key),
+            plots.TIME_COLOURS.get(key, plots.GREY),
+            value or 0.0,
+            (value or 0.0) / total,
+        )
+        for key, value in seconds.items()
+    ]
+
+
+def _environment(run: Run) -> list[tuple[str, Any]]:
+    keys = "hardware device world_size precision backend framework data seed started author".split()
+    facts = [(key.replace("_", " "), run.summary.get(key)) for key in keys]
+    facts += list((run.summary.get("versions") or {}).items())
+    return [(key, value) for key, value in facts if value not in (None, "")]
+
+
+def recipe_listing(recipe: Row) -> str:
+    """The recipe as TOML, a list of plain values on one line."""
+    text = tomli_w.dumps(_without_nulls(recipe))
+    return re.sub(
+        r"\[\n((?: +[^\[\]{}\n]+,\n)+) *\]",
+        lambda match: f"[{' '.join(match[1].split())[:-1]}]",
+        text,
+    )
+
+
+def _without_nulls(value: Any) -> Any:
+    """TOML has no null; the recipe's reader takes the default for a field that is left out."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0, or 2 for a folder that holds no run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastimagenet.report",
+        description="Write report.html of a run again, from the other files of its folder.",
+        epilog="example: python -m fastimagenet.report runs/my-run",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's --output folder")
+    try:
+        path = write_report(parser.parse_args(argv).run_dir)
+    except (UserError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,334 @@
+"""The report page: self-contained, well-formed, escaped, and true to the files of the run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import tomllib
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from conftest import ROOT
+from test_dawnbench import SUMMARY, epoch_rows, write_run
+
+from fastimagenet import plots
+from fastimagenet.report import duration, recipe_listing, write_report
+
+Row = dict[str, Any]
+
+RECIPE: Row = {
+    "name": "sample", "phases": [{"epochs": 2, "image_size": 16}, {"epochs": 2, "image_size": 32}],
+    "model": "resnet18", "max_lr": 0.8, "mean": [0.4914, 0.48216, 0.44653], "lr_spans": [],
+    "target": {"metric": "top1", "value": 0.94}, "unset": None,
+}  # fmt: skip
+VOID = {"meta", "link", "br"}
+
+
+class Page(HTMLParser):
+    """Tags in order with their attributes, all text, and tags left open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        """With plain spaces and hyphens."""
+        plain = " ".join(self.texts).replace("\u00a0", " ").replace("\u2011", "-")
+        return re.sub(r"\s+", " ", plain)
+
+
+def phase(first: int, epochs: int, size: int, steps: int) -> Row:
+    return {
+        "first_epoch": first, "epochs": epochs, "image_size": size, "eval_size": 32,
+        "batch_size": 64, "global_batch": 512, "steps_per_epoch": steps,
+        "first_step": first * steps, "lr_first": 0.08, "lr_last": 0.0123,
+    }  # fmt: skip
+
+
+def step_rows(epochs: int = 4, steps: int = 10) -> list[Row]:
+    return [
+        {"kind": "step", "step": step, "epoch": step // steps, "time_seconds": float(step),
+         "lr": 0.1 + 0.001 * step, "momentum": 0.9, "loss": 2 / (step + 1), "images_per_sec": 1e4}
+        for step in range(epochs * steps)
+    ]  # fmt: skip
+
+
+def make_run(
+    folder: Path, rows: list[Row] | None = None, plan: Row | None = None, **changes: Any
+) -> Path:
+    rows = step_rows() + epoch_rows() if rows is None else rows
+    write_run(folder, rows, **changes)
+    whole = {
+        "recipe": RECIPE, "world_size": 8, "num_train": 50000, "num_val": 10000,
+        "num_classes": 10, "epochs": 4, "total_steps": 40,
+        "phases": [phase(0, 2, 16, 10), phase(2, 2, 32, 10)], "notes": ["a note"],
+    } | (plan or {})  # fmt: skip
+    (folder / "plan.json").write_text(json.dumps(whole))
+    return folder
+
+
+def rendered(run: Path) -> str:
+    path = write_report(run)
+    assert path == run / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def check_page(html: str) -> Page:
+    """What must hold for every page: nothing external, closed tags, well-formed plots."""
+    page = Page(html)
+    assert page.open == []
+    for tag, attributes in page.tags:
+        assert tag not in {"script", "img", "iframe", "object", "embed"}
+        for name in ("src", "srcset", "href", "xlink:href", "data", "action", "poster"):
+            value = attributes.get(name) or "#"
+            assert value.startswith("#") or value == "data:,"
+        assert not any(name.startswith("on") for name in attributes)
+    assert "@import" not in html
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:url\(|href=")#([^)"]+)', html)
+    assert set(used) <= set(ids)
+    svgs = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(svgs) == html.count("<svg")
+    for svg in svgs:
+        assert "viewBox" in ElementTree.fromstring(svg).attrib
+    return page
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    html = rendered(make_run(tmp_path))
+    page = check_page(html)
+    assert html.count("<svg") == 7
+    text = page.text
+    assert "resnet18 on CIFAR-10 reached 94.50 % top-1 and 99.85 % top-5 in 6.0 min" in text
+    assert "of training on 8x Sample GPU." in text
+    assert "The target of 94 % top-1 was reached in 4.5 min." in text
+    assert "With test-time augmentation: 95.12 % top-1." in text
+    assert "12,346" in text and "2.2 % waiting for data" in text  # 8 / 360
+    assert "stopped" not in text
+    for value in SUMMARY["time_split_seconds"].values():
+        assert f" {value:.2f} {100 * value / 400:.1f} % " in text
+    assert "wall time 400.00 100.0 %" in text
+    assert "a note" in text and "train --seed 7" in text and "torch 2.15.0" in text
+
+
+def test_tables_hold_the_numbers_of_the_files(tmp_path: Path) -> None:
+    text = check_page(rendered(make_run(tmp_path))).text
+    assert " 1 to 2 16 32 64 512 10 0 0.08 0.0123 " in text
+    assert " 3 to 4 32 32 64 512 10 20 0.08 0.0123 " in text
+    assert " 1 16 512 2.0000 1.9000 50.00 % 90.00 % - - 90.00 2.00 3.00 " in text
+    assert " 2 16 512 1.0000 - - - - - 180.00 4.00 6.00 " in text
+    assert " 4 32 512 0.5000 0.4750 94.50 % 99.85 % 95.12 % 99.90 % 360.00 8.00 12.00 " in text
+
+
+def test_accuracy_is_drawn_where_it_belongs() -> None:
+    """The plot's own ticks give its scale; points of the top-1 curve are read back with it."""
+    svg = ElementTree.fromstring(plots.accuracy(epoch_rows(), [], ("top1", 0.94)))
+    ns = "{http://www.w3.org/2000/svg}"
+
+    def ticks(axis: str, coordinate: str) -> list[tuple[float, float]]:
+        """(value, place) of the labelled ticks."""
+        found = []
+        for group in svg.iter(f"{ns}g"):
+            if re.fullmatch(rf"accuracy-{axis}tick_\d+", group.get("id", "")):
+                mark = next(u for u in group.iter(f"{ns}use"))
+                label = next(t for t in group.iter(f"{ns}text")).text
+                found.append((float(str(label)), float(mark.attrib[coordinate])))
+        return found
+
+    def scale(places: list[tuple[float, float]], place: float) -> float:
+        (v0, p0), (v1, p1) = places[0], places[-1]
+        return v0 + (place - p0) * (v1 - v0) / (p1 - p0)
+
+    xs, ys = ticks("x", "x"), ticks("y", "y")
+    curves = [
+        [(float(u.attrib["x"]), float(u.attrib["y"])) for u in group.iter(f"{ns}use")]
+        for group in svg.iter(f"{ns}g")
+        if re.fullmatch(r"accuracy-line2d_\d+", group.get("id", ""))
+    ]
+    points = [[(scale(xs, x), scale(ys, y)) for x, y in curve] for curve in curves]
+    wanted = [(1.5, 50.0), (4.5, 94.12), (6.0, 94.5)]  # minutes, percent
+    assert any(
+        len(curve) == 3 and all(math.dist(a, b) < 0.01 for a, b in zip(curve, wanted, strict=True))
+        for curve in points
+    )
+
+
+def test_target_not_reached_and_tta_never_in_place_of_plain(tmp_path: Path) -> None:
+    run = make_run(tmp_path, target={"metric": "top1", "value": 0.95})
+    text = check_page(rendered(run)).text
+    assert "The target of 95 % top-1 was not reached." in text
+
+
+def test_no_target_and_a_price(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path, plan={"recipe": RECIPE | {"target": ""}}, target=None, cost_usd=1.234,
+        cost_per_hour=24.5,
+    )  # fmt: skip
+    text = check_page(rendered(run)).text
+    assert "The target" not in text and "94 % top-1" not in text
+    assert "cost $1.23 at $24.5 an hour" in text
+
+
+HOSTILE = '<script>alert("x")</script>$a_b$&amp;'
+
+
+def test_everything_is_escaped(tmp_path: Path) -> None:
+    rows = [*epoch_rows(), {"kind": "event", "message": HOSTILE}]
+    keys = ("data", "dataset", "model", "hardware", "author", "command", "framework", "backend")
+    run = make_run(
+        tmp_path / "<script>",
+        rows,
+        plan={"recipe": RECIPE | {"name": HOSTILE}, "notes": [HOSTILE]},
+        target={"metric": HOSTILE, "value": 0.9},
+        versions={HOSTILE: HOSTILE},
+        time_split_seconds={HOSTILE: 400.0},
+        **dict.fromkeys(keys, HOSTILE),
+    )
+    html = rendered(run)
+    page = check_page(html)
+    assert "<script" not in html
+    assert page.text.count(HOSTILE) >= len(keys) + 4
+
+
+def no_evaluation() -> list[Row]:
+    empty = dict.fromkeys(("val_loss", "top1", "top5", "tta_top1", "tta_top5"))
+    return step_rows(2) + [row | empty for row in epoch_rows()[:2]]
+
+
+def diverged() -> list[Row]:
+    rows = step_rows() + epoch_rows()
+    rows[-1] |= {"train_loss": math.nan, "val_loss": math.inf}
+    rows[39]["loss"] = math.nan
+    rows[38]["loss"] = 1e9
+    return rows
+
+
+def nulls() -> list[Row]:
+    keep = {"kind", "step", "epoch", "image_size", "batch_size"}
+    keep |= {"train_seconds", "eval_seconds", "data_wait_seconds"}
+    rows = step_rows() + epoch_rows()
+    return [{k: v if k in keep else None for k, v in row.items()} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        ([], "no epoch has been finished yet"),
+        (step_rows(1), "0 of 4 epochs done"),
+        (no_evaluation(), "not evaluated yet after 6.0 min"),
+        (diverged(), "The training loss is not a finite number from epoch 4 on."),
+        (nulls(), "not a finite number from epoch 1 on"),
+        (epoch_rows()[:1], "1 of 4 epochs"),
+    ],
+    ids=["nothing", "steps only", "no evaluation", "NaN", "nulls", "one epoch"],
+)
+def test_odd_runs(tmp_path: Path, rows: list[Row], said: str) -> None:
+    results = dict.fromkeys(("top1", "top5", "tta_top1", "tta_top5"))
+    changes: Row = results | {"train_seconds": None} if not rows or rows == step_rows(1) else {}
+    if rows == no_evaluation():
+        changes = results
+    page = check_page(rendered(make_run(tmp_path, rows, **changes)))
+    assert said in page.text
+
+
+def test_a_run_that_was_killed_has_no_summary(tmp_path: Path) -> None:
+    run = make_run(tmp_path, step_rows(3) + epoch_rows()[:3])
+    (run / "summary.json").unlink()
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "st')
+    text = check_page(rendered(run)).text
+    assert "3 of 4 epochs done" in text
+    assert "reached 94.12 % top-1 and 99.80 % top-5 in 4.5 min" in text
+    assert "The target of 94 % top-1 was reached in 4.5 min." in text
+
+
+def test_a_long_run_stays_small_and_the_page_is_the_same_each_time(tmp_path: Path) -> None:
+    first = epoch_rows()[0]
+    epochs = [
+        first | {"epoch": e, "step": 130 * (e + 1), "train_seconds": 9.0 * (e + 1)}
+        for e in range(100)
+    ]
+    plan = {"epochs": 100, "total_steps": 13000, "phases": [phase(0, 100, 16, 130)]}
+    run = make_run(tmp_path, step_rows(100, 130) + epochs, plan)
+    html = rendered(run)
+    check_page(html)
+    assert len(html) < 500_000
+    assert rendered(run) == html
+
+
+def test_thinned_points_are_medians_of_neighbours() -> None:
+    points = [(float(x), 0.0 if x % 26 == 0 else 7.0) for x in range(13000)]
+    thin = plots._thin(points)
+    assert len(thin) == 500
+    assert {y for _, y in thin} == {7.0}
+    assert thin[0][0] == 12.5
+    assert plots._thin(points[:400]) == points[:400]
+    assert plots._thin([]) == []
+
+
+def test_recipe_listing_is_toml_that_holds_the_recipe() -> None:
+    listing = recipe_listing(RECIPE)
+    assert "mean = [0.4914, 0.48216, 0.44653]" in listing
+    assert tomllib.loads(listing) == {key: v for key, v in RECIPE.items() if v is not None}
+
+
+def test_durations_have_sensible_units() -> None:
+    shown = [duration(value) for value in (0.0, 2.591, 43.2, 179.0, 180.0, 1297.8, 10800.0)]
+    plain = [text.replace("\u00a0", " ") for text in shown]
+    assert plain == ["0 s", "2.59 s", "43.2 s", "179.0 s", "3.0 min", "21.6 min", "3.0 h"]
+
+
+def test_command_renders_again_and_names_a_folder_without_a_run(tmp_path: Path) -> None:
+    def report(folder: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fastimagenet.report", str(folder)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    run = make_run(tmp_path / "run")
+    done = report(run)
+    assert (done.returncode, done.stdout) == (0, f"{run / 'report.html'}\n")
+    for wrong in (tmp_path, tmp_path / "missing"):
+        done = report(wrong)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert "plan.json" in done.stderr
+        assert not (wrong / "report.html").exists()
+    (tmp_path / "plan.json").write_text("{")
+    assert report(tmp_path).returncode == 2
+
+
+def test_imports_neither_torch_nor_pyplot() -> None:
+    code = (
+        "import sys, fastimagenet.report\n"
+        "print(sorted({'torch', 'matplotlib.pyplot', 'fastimagenet.trainer'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == "[]\n"
