@@ -1,0 +1,102 @@
+"""What the commands share: flags of the machine, one-line errors, exit status."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fastimagenet.distributed import Launch, World, plan_launch
+from fastimagenet.recipes import PRECISIONS
+from pipelines import BACKENDS
+from pipelines.errors import UserError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as every other error of the commands."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def make_parser(module: str, description: str, example: str) -> Parser:
+    """A parser whose help ends with an example."""
+    return Parser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """--data and where and how to compute: the same for train, evaluate and lr_find."""
+    add = parser.add_argument
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="image folder DIR/train/CLASS/*, DIR/val/CLASS/*; default: the embedded digits",
+    )
+    add("--skip-list", type=Path, metavar="FILE", help="paths of images to leave out, one a line")
+    add(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="who decodes; auto: dali where installed, else torchvision",
+    )
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--precision", choices=PRECISIONS, help="in place of the recipe's")
+    add("--nodes", type=int, default=1, metavar="N", help="machines; default 1")
+    add(
+        "--nproc-per-node",
+        type=int,
+        metavar="K",
+        help="processes on this machine; default: one per GPU, one on a CPU",
+    )
+    add("--rdzv-endpoint", metavar="HOST:PORT", help="where nodes meet, the same on every node")
+
+
+def launch_of(args: argparse.Namespace) -> Launch:
+    """Processes and device as the flags have it. Raises UserError naming the flag."""
+    return plan_launch(args.nodes, args.nproc_per_node, args.device, args.rdzv_endpoint)
+
+
+def data_folder(args: argparse.Namespace) -> Path:
+    """--data, or the embedded digits."""
+    if args.data is not None:
+        return Path(args.data)
+    from pipelines.digits import digits_folder
+
+    return digits_folder()
+
+
+def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
+    """Run a command; the user's mistake is one line on standard error and status 2."""
+    try:
+        return command(argv)
+    except UserError as error:
+        message = " ".join(str(error).split())
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = error.filename or "the output folder"
+        message = f"cannot write {where}: {os.strerror(error.errno)}; free it or choose another"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        return 130
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    return 2
+
+
+def say(world: World, text: str) -> None:
+    """Print for the user, once however many processes there are."""
+    if world.is_main:
+        print(text, flush=True)  # noqa: T201

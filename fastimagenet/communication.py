@@ -1,0 +1,53 @@
+"""How long an update waits for other processes after its own gradients are ready."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+
+class CommunicationTimer:
+    """Installs the all-reduce of a DDP model, in bf16 if asked, and times its exposed part.
+
+    The last gradient bucket fills when the backward pass has nothing left to compute: from there
+    until backward returns (on a GPU: until the stream goes on) it only waits.
+    """
+
+    def __init__(self, model: DistributedDataParallel, bf16_gradients: bool) -> None:
+        self._cuda = next(model.parameters()).is_cuda
+        self._reduce: Any = default_hooks.allreduce_hook
+        if bf16_gradients:
+            self._reduce = default_hooks.bf16_compress_hook
+        self._last_bucket: Any = None
+        self._spans: list[tuple[Any, Any]] = []
+        model.register_comm_hook(None, self._hook)
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _hook(self, _: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        if bucket.is_last():
+            self._last_bucket = self._now()
+        future: torch.futures.Future[torch.Tensor] = self._reduce(None, bucket)
+        return future
+
+    def after_backward(self) -> None:
+        """Call when backward has returned."""
+        if self._last_bucket is not None:
+            self._spans.append((self._last_bucket, self._now()))
+            self._last_bucket = None
+
+    def take_seconds(self) -> float:
+        """Seconds waited since the last call; call it where the device is synchronised."""
+        spans, self._spans = self._spans, []
+        if self._cuda:
+            return sum(start.elapsed_time(end) for start, end in spans) / 1000
+        return float(sum(end - start for start, end in spans))

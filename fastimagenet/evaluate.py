@@ -1,0 +1,132 @@
+"""`python -m fastimagenet.evaluate CHECKPOINT`: the exact accuracy of a trained network."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastimagenet import cli, recipe_toml
+from fastimagenet.distributed import (
+    World,
+    all_reduce_sum,
+    launched_world,
+    process_group,
+    run_processes,
+)
+from fastimagenet.evaluation import TTA, Counts, evaluate
+from fastimagenet.recipes import Recipe
+from pipelines.errors import UserError
+from pipelines.folder import Split, read_split
+from pipelines.loader import Stage
+
+
+def parser() -> cli.Parser:
+    """All flags of the command."""
+    result = cli.make_parser(
+        "fastimagenet.evaluate",
+        "Evaluate a checkpoint: exact top-1 and top-5 over all validation images.",
+        "python -m fastimagenet.evaluate runs/first/checkpoints/best.pt --data imagenet --tta flip",
+    )
+    result.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    cli.add_machine_flags(result)
+    result.add_argument("--tta", choices=TTA, default="none", help="reported beside the plain one")
+    result.add_argument("--image-size", type=int, metavar="S", help="in place of the recipe's last")
+    result.add_argument("--json", action="store_true", help="print one JSON object")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(argv)
+    launch = cli.launch_of(args)
+    if args.image_size is not None and args.image_size < 8:
+        raise UserError(f"--image-size must be at least 8 pixels, not {args.image_size}")
+    val = read_split(cli.data_folder(args), "val", args.skip_list)
+    world = launched_world(launch)
+    if world is None and launch.world_size > 1:
+        return run_processes(launch, "fastimagenet.evaluate", argv)
+    world = world or World(device="cpu" if launch.device == "cpu" else "cuda:0")
+    with process_group(world):
+        started = time.perf_counter()
+        counts = evaluate_checkpoint(args, val, world)
+        seconds = time.perf_counter() - started
+        result = {"images": counts.images, **counts.accuracies(), "loss": counts.loss}
+        result["seconds"] = seconds
+    cli.say(world, json.dumps(result) if args.json else describe(result))
+    return 0
+
+
+def evaluate_checkpoint(args: argparse.Namespace, val: Split, world: World) -> Counts:
+    """Counts over all processes. Raises UserError naming the checkpoint, flag or folder."""
+    import torch
+
+    from fastimagenet import checkpoint
+    from fastimagenet.precision import autocast_dtype
+    from fastimagenet.reading import open_loader
+
+    state = checkpoint.load(args.checkpoint)
+    recipe = recipe_toml.loads(state["recipe"], f"the recipe in {args.checkpoint}")
+    if tuple(state["classes"]) != val.classes:
+        raise UserError(
+            f"{args.checkpoint} knows {len(state['classes'])} classes ({state['classes'][0]}, "
+            f"...), --data has {len(val.classes)} ({val.classes[0]}, ...): name the data that it "
+            "was trained on"
+        )
+    dtype = autocast_dtype(args.precision or recipe.precision, world.device.partition(":")[0])
+    last = recipe.phases[-1]
+    stage = Stage(
+        epochs=1,
+        image_size=args.image_size or last.eval_size or last.image_size,
+        batch_size=min(phase.batch_size for phase in recipe.phases),
+    )
+    model = trained_model(recipe, state, len(val.classes))
+    model = model.to(world.device, memory_format=torch.channels_last)
+    loader = open_loader(
+        args.backend, recipe, val, (stage,), world, training=False, half=dtype is not None
+    )
+    try:
+        device = torch.device(world.device)
+        counts = evaluate(model, loader, device=device, autocast_dtype=dtype, tta=args.tta)
+    finally:
+        loader.close()
+    return Counts.from_tensor(all_reduce_sum(counts.tensor().to(device), world))
+
+
+def trained_model(recipe: Recipe, state: dict[str, Any], num_classes: int) -> Any:
+    """The network with its trained weights: the average of them where the recipe keeps one."""
+    from fastimagenet.model import make_model
+
+    model = make_model(
+        recipe.model, num_classes, blur_pool=recipe.blur_pool, small_stem=recipe.small_stem
+    )
+    weights = state["model"]
+    if state["ema"] is not None:
+        prefix = "module."
+        weights = {
+            name.removeprefix(prefix): value
+            for name, value in state["ema"].items()
+            if name.startswith(prefix)
+        }
+    model.load_state_dict(weights)
+    return model
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The figures as text, TTA beside the plain ones."""
+    text = (
+        f"{result['images']:,} images in {result['seconds']:.1f} s: top-1 {result['top1']:.2%}, "
+        f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
+    )
+    if result["tta_top1"] is not None:
+        text += f"\nwith TTA: top-1 {result['tta_top1']:.2%}, top-5 {result['tta_top5']:.2%}"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(cli.exit_status(main, None))

@@ -1,0 +1,65 @@
+"""What goes wrong in a step, put into words that say what to set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastimagenet.plan import Plan
+from pipelines.errors import UserError
+
+SCALER_PATIENCE_STEPS = 16
+"""Non-finite losses in a row that the fp16 loss scaler, which halves itself at each, may cure."""
+
+
+class LossWatch:
+    """Sums an epoch's losses and notes the step from which they are past cure, on the device.
+
+    Nothing here waits for the device but `read`.
+    """
+
+    def __init__(self, device: torch.device, patience_steps: int) -> None:
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+        """Sum of the losses of the epoch so far."""
+        self._patience = patience_steps
+        self._bad_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._failed_at = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def update(self, loss: Tensor, step: int) -> None:
+        """Take the loss, a scalar on the device, of update `step`."""
+        self.total += loss
+        self._bad_steps = torch.where(torch.isfinite(loss), 0, self._bad_steps + 1)
+        failed = (self._bad_steps == self._patience) & (self._failed_at < 0)
+        self._failed_at = torch.where(failed, step, self._failed_at)
+
+    def read(self, loss: Tensor, plan: Plan) -> float:
+        """The value of `loss`. Raises UserError with step and LR if the run has diverged."""
+        # One transfer for both numbers: it waits for all work queued on the device.
+        value, failed_at = torch.stack([loss.double(), self._failed_at.double()]).tolist()
+        if failed_at >= 0:
+            step = int(failed_at)
+            raise UserError(
+                f"the loss is not finite at step {step}, lr {plan.lr(step):.4g}: "
+                f"try a lower one, such as --set max_lr={plan.recipe.max_lr / 2:g}"
+            )
+        return float(value)
+
+
+@contextmanager
+def out_of_memory_advice(batch_size: int, image_size: int, plan: Plan) -> Iterator[None]:
+    """Turn the GPU's out-of-memory error into one that says what was tried and what to set."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        index = next(
+            number
+            for number, phase in enumerate(plan.recipe.phases)
+            if image_size in (phase.image_size, phase.eval_size)
+        )
+        raise UserError(
+            f"the GPU is out of memory with batch_size {batch_size} at {image_size} px: "
+            f"--set phases.{index}.batch_size={max(1, batch_size // 2)}"
+        ) from None

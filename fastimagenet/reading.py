@@ -1,0 +1,45 @@
+"""From a recipe and a World to the loaders that a command reads with."""
+
+from __future__ import annotations
+
+from fastimagenet.distributed import World, num_cores
+from fastimagenet.recipes import Recipe
+from pipelines import make_loader
+from pipelines.folder import Split
+from pipelines.loader import Loader, LoaderSpec, Stage
+
+
+def open_loader(
+    backend: str,
+    recipe: Recipe,
+    split: Split,
+    stages: tuple[Stage, ...],
+    world: World,
+    *,
+    training: bool,
+    half: bool,
+    seed: int = 0,
+) -> Loader:
+    """This process's share of `split`, read as the recipe says; `half` holds on a GPU only.
+
+    Raises UserError for a back end that is not installed.
+    """
+    on_gpu = world.device != "cpu"
+    spec = LoaderSpec(
+        split=split,
+        stages=stages,
+        training=training,
+        shard_id=world.rank,
+        num_shards=world.world_size,
+        seed=seed,
+        device=world.device,
+        half=half and on_gpu,
+        num_threads=max(1, num_cores() // world.local_world_size),
+        mean=recipe.mean,
+        std=recipe.std,
+        mirror=recipe.mirror,
+        aspect_ratio=recipe.aspect_ratio,
+        reflect_pad=recipe.reflect_pad,
+        resize_ratio=recipe.resize_ratio,
+    )
+    return make_loader(backend, spec)

@@ -1,0 +1,229 @@
+"""The stopwatch, and the rows of a run: to the terminal and to metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+from fastimagenet.files import Row, read_rows, write_text
+
+Item = TypeVar("Item")
+
+SECTIONS = (
+    "start_up",
+    "compile",
+    "data_wait",
+    "compute",
+    "communication",
+    "evaluation",
+    "checkpoint",
+    "other",
+)
+OUTSIDE_TRAINING = ("compile", "evaluation", "checkpoint")
+"""What DAWNBench lets a training clock leave out; everything else counts."""
+
+
+class Stopwatch:
+    """Seconds by section. Exactly one section runs at a time, so they add up to the wall time.
+
+    Starts in "start_up". A context manager or `waiting` enters a section and comes back.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(SECTIONS, 0.0)
+        self._section = "start_up"
+        self._since = time.perf_counter()
+
+    def switch(self, section: str) -> str:
+        """Go to another section; returns the one that was running."""
+        now = time.perf_counter()
+        self.seconds[self._section] += now - self._since
+        previous, self._section, self._since = self._section, section, now
+        return previous
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Run the block in section `name`."""
+        previous = self.switch(name)
+        try:
+            yield
+        finally:
+            self.switch(previous)
+
+    def waiting(self, items: Iterable[Item], section: str) -> Iterator[Item]:
+        """The same items, with the time they take to arrive put into `section`."""
+        iterator = iter(items)
+        while True:
+            with self.section(section):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Book seconds, measured otherwise, to another section."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
+
+    def read(self) -> dict[str, float]:
+        """Seconds by section up to now."""
+        self.switch(self._section)
+        return dict(self.seconds)
+
+    def carry_over(self, seconds: dict[str, float]) -> None:
+        """Add the reading of the run that this one goes on with."""
+        for section, value in seconds.items():
+            self.seconds[section] += value
+
+
+def train_seconds(seconds: dict[str, float]) -> float:
+    """The training clock: the wall time less evaluation, checkpoints and compile warm-up.
+
+    It runs from before data loading and model initialisation, as DAWNBench has it.
+    """
+    return sum(value for name, value in seconds.items() if name not in OUTSIDE_TRAINING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One step row; the rates are those that the update was made with."""
+
+    step: int
+    """Updates done so far, this one included."""
+    epoch: int
+    time_seconds: float
+    lr: float
+    momentum: float
+    loss: float
+    """Of this process's batch."""
+    images_per_sec: float
+    """Of all processes, since the row before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """One epoch row. Times are readings of clocks that began with the run."""
+
+    step: int
+    """Updates done so far."""
+    epoch: int
+    """From 0."""
+    time_seconds: float
+    train_seconds: float
+    eval_seconds: float
+    data_wait_seconds: float
+    image_size: int
+    batch_size: int
+    images_per_sec: float
+    """Over this epoch's training, data wait included."""
+    train_loss: float
+    val_loss: float | None = None
+    top1: float | None = None
+    """Fractions; None in an epoch without evaluation."""
+    top5: float | None = None
+    tta_top1: float | None = None
+    tta_top5: float | None = None
+
+
+class Recorder:
+    """Rows to `folder`/metrics.jsonl and to the terminal: a bar on a terminal, else plain lines."""
+
+    def __init__(self, folder: Path, total_steps: int, stream: TextIO | None = None) -> None:
+        self._folder = folder
+        self._total_steps = total_steps
+        self._stream = stream or sys.stderr
+        self._bar: Any = None
+        self._file: TextIO | None = None
+
+    def start(self, step: int) -> None:
+        """Open the file; rows past `step`, where this run goes on, are dropped."""
+        kept = [row for row in read_rows(self._folder) if row["step"] <= step] if step else []
+        path = self._folder / "metrics.jsonl"
+        write_text(path, "".join(map(_line, kept)))
+        self._file = path.open("a", encoding="utf-8")
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self._total_steps, initial=step, unit="step", file=self._stream, smoothing=0.1
+            )
+
+    def step(self, record: StepRecord) -> None:
+        """A log step."""
+        self._write("step", asdict(record))
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {record.loss:.3f}, {record.images_per_sec:,.0f} images/s"
+            )
+            self._bar.update(record.step - self._bar.n)
+
+    def epoch(self, record: EpochRecord) -> None:
+        """The end of an epoch, evaluated or not."""
+        self._write("epoch", asdict(record))
+        text = (
+            f"epoch {record.epoch + 1:>3}  {record.image_size} px  "
+            f"train loss {record.train_loss:.4f}  {record.images_per_sec:,.0f} images/s  "
+            f"train {record.train_seconds:.1f} s"
+        )
+        if record.top1 is not None and record.top5 is not None:
+            text += f"  top-1 {record.top1:.2%}  top-5 {record.top5:.2%}"
+        if record.tta_top1 is not None:
+            text += f"  with TTA {record.tta_top1:.2%}"
+        self._print(text)
+
+    def event(self, *, step: int, epoch: int, time_seconds: float, message: str) -> None:
+        """Anything else worth keeping, such as a resume."""
+        row = {"step": step, "epoch": epoch, "time_seconds": time_seconds, "message": message}
+        self._write("event", row)
+        self._print(message)
+
+    def close(self) -> None:
+        """Finish the bar and the file."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, kind: str, row: Row) -> None:
+        assert self._file is not None, "start() comes first"
+        self._file.write(_line({"kind": kind, **row}))
+        self._file.flush()
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+
+class NullRecorder(Recorder):
+    """What the processes other than the first hold: it writes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), 0)
+
+    def start(self, step: int) -> None:
+        pass
+
+    def _write(self, kind: str, row: Row) -> None:
+        pass
+
+    def _print(self, text: str) -> None:
+        pass
+
+
+def _line(row: Row) -> str:
+    """One JSON line; NaN and infinity, which JSON does not have, become null."""
+    clean = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    return json.dumps(clean) + "\n"

@@ -1,0 +1,127 @@
+"""What a finished run leaves beside its rows: summary.json, the DAWNBench entry, report.html."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastimagenet import dawnbench
+from fastimagenet.files import write_object
+from fastimagenet.recorder import train_seconds
+from fastimagenet.report import write_report
+from pipelines.datasets import dataset_name
+from pipelines.folder import Split
+
+if TYPE_CHECKING:
+    from fastimagenet.recorder import EpochRecord
+    from fastimagenet.trainer import Trainer
+
+PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "apex")
+
+
+def write_results(
+    args: argparse.Namespace, trainer: Trainer, val: Split, started: str, command: str
+) -> Path:
+    """Write all of them into --output; returns the page's path."""
+    summary = summarise(args, trainer, val) | {"started": started, "command": command}
+    write_object(args.output / "summary.json", summary)
+    page = write_report(args.output)
+    dawnbench.write_entry(args.output)
+    return page
+
+
+def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[str, Any]:
+    """The fields of summary.json; times in seconds, accuracies as fractions."""
+    plan, recipe, records = trainer.plan, trainer.plan.recipe, trainer.records
+    seconds = trainer.clock.read()
+    target, reached = recipe.target_metric, None
+    if target is not None:
+        rows = [vars(record) for record in records]
+        reached = dawnbench.time_to_target(rows, *target)
+    best = best_record(records, target[0] if target else "top1")
+    stepping = seconds["data_wait"] + seconds["compute"] + seconds["communication"]
+    images = sum(
+        planned.phase.epochs * planned.steps_per_epoch * planned.global_batch
+        for planned in plan.phases
+    )
+    hours = train_seconds(seconds) / 3600
+    folder = args.data.resolve().name if args.data else "digits"
+    last = records[-1]
+    return {
+        "recipe": recipe.name,
+        "model": recipe.model,
+        "data": folder,
+        "dataset": dataset_name(val.classes) or folder,
+        "num_classes": len(val.classes),
+        "seed": args.seed,
+        "world_size": trainer.world.world_size,
+        "device": trainer.world.device.partition(":")[0],
+        "precision": precision_name(trainer.dtype),
+        "backend": args.backend,
+        "hardware": args.hardware or hardware(trainer),
+        "framework": f"PyTorch {torch.__version__.partition('+')[0]}",
+        "versions": versions(),
+        "author": args.author,
+        "author_email": args.author_email,
+        "epochs": plan.epochs,
+        "steps": trainer.step,
+        "top1": last.top1,
+        "top5": last.top5,
+        "tta_top1": last.tta_top1,
+        "tta_top5": last.tta_top5,
+        "best_epoch": best.epoch,
+        "train_seconds": train_seconds(seconds),
+        "eval_seconds": seconds["evaluation"],
+        "data_wait_seconds": seconds["data_wait"],
+        "wall_seconds": sum(seconds.values()),
+        "time_split_seconds": seconds,
+        "images_per_sec": images / stepping,
+        "target": None if target is None else {"metric": target[0], "value": target[1]},
+        "time_to_target_seconds": reached,
+        "cost_per_hour": args.cost_per_hour,
+        "cost_usd": None if args.cost_per_hour is None else hours * args.cost_per_hour,
+    }
+
+
+def best_record(records: list[EpochRecord], metric: str) -> EpochRecord:
+    """The first of the epochs with the best `metric` ("top1" or "top5")."""
+    evaluated = [record for record in records if record.top1 is not None]
+    return max(evaluated, key=lambda record: getattr(record, metric))
+
+
+def precision_name(dtype: torch.dtype | None) -> str:
+    """As --precision has it."""
+    return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def hardware(trainer: Trainer) -> str:
+    """The GPUs of all processes, or the CPU of this machine."""
+    if trainer.device.type == "cuda":
+        return f"{trainer.world.world_size} x {torch.cuda.get_device_name(trainer.device)}"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads x {trainer.world.world_size}"
+
+
+def cpu_name() -> str:
+    """As the kernel has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that figures depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

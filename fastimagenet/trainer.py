@@ -1,0 +1,329 @@
+"""The training loop: fit -> train_epoch -> train_step, in a straight line.
+
+The only place of autocast and DistributedDataParallel. Nothing here waits for the device but the
+log steps, the end of an epoch and the evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fastimagenet import checkpoint
+from fastimagenet.communication import CommunicationTimer
+from fastimagenet.distributed import World, all_reduce_sum, any_process, gather_objects
+from fastimagenet.evaluation import Counts, evaluate
+from fastimagenet.faults import SCALER_PATIENCE_STEPS, LossWatch, out_of_memory_advice
+from fastimagenet.optimizer import make_optimizer
+from fastimagenet.plan import Plan, PlannedPhase
+from fastimagenet.precision import autocast_dtype
+from fastimagenet.recorder import EpochRecord, Recorder, StepRecord, Stopwatch, train_seconds
+from pipelines.errors import UserError
+from pipelines.loader import Loader
+
+LOG_EVERY_STEPS = 10
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+class Trainer:
+    """Trains `model` as `plan` says, on the device of `world`.
+
+    `make_loader(training)` gives the loaders, which yield images (B, 3, S, S) channels_last and
+    labels (B,) int64 on that device. With a `folder`, the first process leaves checkpoints there,
+    with the plain values `about` in them.
+    Raises UserError for what the user can mend: memory, precision, a diverging loss.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        world: World,
+        make_loader: Callable[[bool], Loader],
+        recorder: Recorder,
+        *,
+        clock: Stopwatch | None = None,
+        folder: Path | None = None,
+        about: dict[str, Any] | None = None,
+        optimizer_backend: str = "torch",
+    ) -> None:
+        recipe = plan.recipe
+        self.plan, self.world, self.recorder, self.folder = plan, world, recorder, folder
+        self.make_loader, self.about = make_loader, about or {}
+        self.clock = clock or Stopwatch()
+        self.device = torch.device(world.device)
+        self.dtype = autocast_dtype(recipe.precision, self.device.type)
+        self.model = model.to(self.device).to(memory_format=torch.channels_last)
+        self.optimizer = make_optimizer(self.model, recipe, optimizer_backend)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.ema: AveragedModel | None = None
+        if recipe.ema_decay:
+            average = get_ema_multi_avg_fn(recipe.ema_decay)
+            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.communication: CommunicationTimer | None = None
+        self.step = 0
+        """Updates done."""
+        self.epoch = 0
+        """The epoch in progress, from 0."""
+        self.records: list[EpochRecord] = []
+        self.stop_requested = False
+        patience_steps = SCALER_PATIENCE_STEPS if self.scaler.is_enabled() else 1
+        self.losses = LossWatch(self.device, patience_steps)
+        self._trained = self._wrapped()
+        torch.backends.cudnn.benchmark = True
+
+    def _wrapped(self) -> nn.Module:
+        """The module that the training step calls: the model, distributed and compiled."""
+        module: nn.Module = self.model
+        if self.world.world_size > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            ddp = DistributedDataParallel(
+                module, device_ids=devices, gradient_as_bucket_view=True, static_graph=True
+            )
+            self.communication = CommunicationTimer(ddp, self.plan.recipe.bf16_gradients)
+            module = ddp
+        if self.plan.recipe.compile:
+            module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
+        return module
+
+    def fit(self) -> None:
+        """Train from the present step to the plan's end. Raises Stopped after a saved stop."""
+        if self.plan.recipe.compile:
+            self.warm_up()
+        self.recorder.start(self.step)
+        self.train_loader = self.make_loader(True)
+        self.eval_loader: Loader | None = None
+        self.clock.switch("compute")
+        try:
+            self._restore_position()
+            while self.epoch < self.plan.epochs:
+                self.train_epoch()
+        finally:
+            self.train_loader.close()
+            if self.eval_loader is not None:
+                self.eval_loader.close()
+            self.recorder.close()
+            self.clock.switch("other")
+
+    def train_epoch(self) -> None:
+        """What is left of the present epoch, its evaluation and its checkpoint."""
+        phase = self.plan.phase_of_epoch(self.epoch)
+        first_step = phase.first_step + (self.epoch - phase.first_epoch) * phase.steps_per_epoch
+        epoch_start, logged_step = train_seconds(self.clock.read()), self.step
+        logged_at, start_step = epoch_start, self.step
+        self._trained.train()
+        for images, labels in self.clock.waiting(self.train_loader, "data_wait"):
+            loss = self.train_step(images, labels, phase)
+            last = self.step == first_step + phase.steps_per_epoch
+            if self.step % LOG_EVERY_STEPS == 0 or last:
+                now = self._log(loss, phase, logged_step, logged_at)
+                logged_step, logged_at = self.step, now
+            self._stop_if_asked()
+        self._synchronize()
+        seconds = train_seconds(self.clock.read()) - epoch_start
+        rate = (self.step - start_step) * phase.global_batch / seconds
+        counts = self._evaluate(phase) if self.plan.evaluates(self.epoch) else None
+        self._record_epoch(phase, counts, rate)
+        self.epoch += 1
+        self.losses.total.zero_()
+        self._save_epoch()
+
+    def train_step(self, images: Tensor, labels: Tensor, phase: PlannedPhase) -> Tensor:
+        """One update; the loss of this process's batch, a scalar, stays on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr(self.step)
+            group["momentum"] = self.plan.momentum(self.step)
+        with out_of_memory_advice(phase.phase.batch_size, phase.phase.image_size, self.plan):
+            loss = self._forward_backward(images, labels)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self.losses.update(loss, self.step)
+        self.step += 1
+        return loss
+
+    def _forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.plan.recipe.label_smoothing
+        with self._autocast():
+            logits = self._trained(images)
+        loss = cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        self.scaler.scale(loss).backward()
+        if self.communication is not None:
+            self.communication.after_backward()
+        return loss.detach()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def _log(self, loss: Tensor, phase: PlannedPhase, logged_step: int, logged_at: float) -> float:
+        """A step row; returns the reading of the training clock."""
+        value = self.losses.read(loss, self.plan)
+        if self.communication is not None:
+            self.clock.move("compute", "communication", self.communication.take_seconds())
+        seconds = self.clock.read()
+        now = train_seconds(seconds)
+        images = (self.step - logged_step) * phase.global_batch
+        self.recorder.step(
+            StepRecord(
+                step=self.step,
+                epoch=self.epoch,
+                time_seconds=sum(seconds.values()),
+                lr=self.plan.lr(self.step - 1),
+                momentum=self.plan.momentum(self.step - 1),
+                loss=value,
+                images_per_sec=images / max(now - logged_at, 1e-9),
+            )
+        )
+        return now
+
+    def _evaluate(self, phase: PlannedPhase) -> Counts:
+        """Exact counts over all processes; the last evaluation of the run has the TTA, too."""
+        with self.clock.section("evaluation"):
+            if self.eval_loader is None:
+                self.eval_loader = self.make_loader(False)
+                self.eval_loader.epoch = sum(map(self.plan.evaluates, range(self.epoch)))
+            tta = self.plan.recipe.tta if self.epoch + 1 == self.plan.epochs else "none"
+            batch_size = self.plan.eval_stages()[0].batch_size
+            with out_of_memory_advice(batch_size, phase.eval_size, self.plan):
+                counts = evaluate(
+                    self.evaluated_model,
+                    self.eval_loader,
+                    device=self.device,
+                    autocast_dtype=self.dtype,
+                    tta=tta,
+                )
+            total = all_reduce_sum(counts.tensor().to(self.device), self.world)
+            return Counts.from_tensor(total)
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The averaged weights where the recipe keeps them; never the compiled module, so that a
+        ragged last batch costs no compilation."""
+        return self.model if self.ema is None else self.ema.module
+
+    def _record_epoch(self, phase: PlannedPhase, counts: Counts | None, rate: float) -> None:
+        total = all_reduce_sum(self.losses.total.clone(), self.world).item()  # the epoch is over
+        seconds = self.clock.read()
+        record = EpochRecord(
+            step=self.step,
+            epoch=self.epoch,
+            time_seconds=sum(seconds.values()),
+            train_seconds=train_seconds(seconds),
+            eval_seconds=seconds["evaluation"],
+            data_wait_seconds=seconds["data_wait"],
+            image_size=phase.phase.image_size,
+            batch_size=phase.phase.batch_size,
+            images_per_sec=rate,
+            train_loss=total / (phase.steps_per_epoch * self.world.world_size),
+            val_loss=None if counts is None else counts.loss,
+            **({} if counts is None else counts.accuracies()),
+        )
+        self.records.append(record)
+        self.recorder.epoch(record)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def warm_up(self) -> None:
+        """Compile the training step for every size of the plan, leaving the model as it was."""
+        with self.clock.section("compile"):
+            before = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self._trained.train()
+            for image_size, batch_size in dict.fromkeys(
+                (stage.image_size, stage.batch_size) for stage in self.plan.train_stages()
+            ):
+                images = torch.zeros(batch_size, 3, image_size, image_size, device=self.device)
+                images = images.to(memory_format=torch.channels_last)
+                if self.device.type == "cuda" and self.dtype is not None:
+                    images = images.half()
+                labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+                with out_of_memory_advice(batch_size, image_size, self.plan):
+                    self._forward_backward(images, labels)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.model.load_state_dict(before)
+            self._synchronize()
+
+    def _stop_if_asked(self) -> None:
+        """Save and raise Stopped. Several processes agree on it at log steps, all at once."""
+        alone = self.world.world_size == 1
+        if not alone and self.step % LOG_EVERY_STEPS:
+            return
+        if any_process(self.stop_requested, self.world):
+            self._save("last.pt")
+            raise Stopped
+
+    def _save_epoch(self) -> None:
+        self._save("last.pt")
+        evaluated = [record.top1 for record in self.records if record.top1 is not None]
+        if evaluated and self.records[-1].top1 == max(evaluated):
+            self._save("best.pt")
+
+    def _save(self, name: str) -> None:
+        with self.clock.section("checkpoint"):
+            state = self.state_dict()
+            if self.world.is_main and self.folder is not None:
+                checkpoint.save(self.folder / "checkpoints" / name, state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run needs to go on, plain values and tensors. Every process has to ask."""
+        rank_state = {
+            "loader": self.train_loader.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "loss_total": self.losses.total.item(),
+        }
+        return {
+            **self.about,
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "records": [vars(record) for record in self.records],
+            "clock": self.clock.read(),
+            "ranks": gather_objects(rank_state, self.world),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken. Raises UserError for another model or world size."""
+        if len(state["ranks"]) != self.world.world_size:
+            raise UserError(
+                f"--resume: the run was saved by {len(state['ranks'])} processes and cannot go on "
+                f"with {self.world.world_size}"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--resume: the checkpoint is of another recipe: {reason}") from None
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.epoch = state["step"], state["epoch"]
+        self.records = [EpochRecord(**record) for record in state["records"]]
+        self.clock.carry_over(state["clock"])
+        self._rank_state = state["ranks"][self.world.rank]
+
+    _rank_state: dict[str, Any] | None = None
+
+    def _restore_position(self) -> None:
+        if self._rank_state is None:
+            return
+        self.train_loader.load_state_dict(self._rank_state["loader"])
+        torch.set_rng_state(self._rank_state["torch_rng"])
+        self.losses.total.fill_(self._rank_state["loss_total"])
+        self._rank_state = None

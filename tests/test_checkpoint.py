@@ -1,0 +1,69 @@
+"""Checkpoints on a real disk: atomic, harmless, and refused by name when they are not whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastimagenet import checkpoint
+from pipelines.errors import UserError
+
+
+class RunsCode:
+    """A pickle that would create a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    state = {"model": {"weight": torch.arange(6.0)}, "step": 3, "ranks": [{"loader": {"a": 1}}]}
+    path = tmp_path / "new" / "last.pt"
+    checkpoint.save(path, state)
+    loaded = checkpoint.load(path)
+    assert torch.equal(loaded["model"].pop("weight"), state["model"].pop("weight"))  # type: ignore[attr-defined]
+    assert loaded == state
+    assert [entry.name for entry in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"model": 1})
+    with pytest.raises(TypeError, match="cannot pickle"):
+        checkpoint.save(path, {"model": (item for item in ())})
+    assert checkpoint.load(path) == {"model": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "junk"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"model": torch.zeros(1000)})
+    content = path.read_bytes()
+    path.write_bytes(
+        {"truncated": content[: len(content) // 2], "empty": b"", "junk": b"x" * 500}[damage]
+    )
+    with pytest.raises(UserError, match=r"last\.pt cannot be read"):
+        checkpoint.load(path)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "hostile.pt"
+    torch.save({"model": RunsCode(tmp_path / "ran")}, path)
+    with pytest.raises(UserError, match=r"hostile\.pt cannot be read"):
+        checkpoint.load(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.pt does not exist"):
+        checkpoint.load(tmp_path / "none.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match=r"list\.pt was not written by fastimagenet"):
+        checkpoint.load(tmp_path / "list.pt")

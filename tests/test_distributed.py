@@ -1,0 +1,82 @@
+"""Who launched us and how: torchrun, srun, our own launcher; and the messages for mismatches."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastimagenet.distributed import Launch, World, launched_world, plan_launch, run_processes
+from pipelines.errors import UserError
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_flags_settle_device_and_processes() -> None:
+    assert plan_launch(1, None, "cpu", None) == Launch(1, 1, "cpu", None)
+    assert plan_launch(2, 3, "cpu", "host:1").world_size == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, None, "cpu", None), "--nodes must be at least 1"),
+        ((1, -1, "cpu", None), "--nproc-per-node must be at least 1"),
+    ],
+)
+def test_bad_flags_are_named(
+    arguments: tuple[int, int | None, str, str | None], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_launch(*arguments)
+
+
+def test_a_cuda_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastimagenet.distributed.gpu_count", lambda: 0)
+    with pytest.raises(UserError, match="--device cuda: no CUDA device is there"):
+        plan_launch(1, None, "cuda", None)
+    assert plan_launch(1, None, "auto", None).device == "cpu"
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastimagenet.distributed.gpu_count", lambda: 2)
+    assert plan_launch(1, None, "auto", None) == Launch(1, 2, "cuda", None)
+    with pytest.raises(UserError, match="--nproc-per-node 3: this machine has 2 CUDA devices"):
+        plan_launch(1, 3, "cuda", None)
+
+
+def test_torchruns_environment_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched_world(Launch(1, 2, "cpu")) is None
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "GROUP_WORLD_SIZE": "2"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    assert launched_world(Launch(2, 2, "cuda")) == World(3, 1, 4, 2, "cuda:1")
+    with pytest.raises(UserError, match=r"--nodes 1, but 2 node\(s\) were launched: .*torchrun"):
+        launched_world(Launch(1, 2, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[03-06,9],login1", "gpu03"), ("alpha,beta", "alpha"), ("n-1-[7,8]", "n-1-7")],
+)
+def test_sruns_environment_is_recognised(
+    monkeypatch: pytest.MonkeyPatch, nodes: str, first: str
+) -> None:
+    srun = {"PROCID": "1", "NTASKS": "2", "LOCALID": "0", "NNODES": "2", "JOB_ID": "77"}
+    for name, value in (srun | {"JOB_NODELIST": nodes}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert launched_world(Launch(2, 1, "cpu")) == World(1, 0, 2, 1, "cpu")
+    import os
+
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "20077")
+    with pytest.raises(UserError, match="--nodes 3, but 2"):
+        launched_world(Launch(3, 1, "cpu"))
+
+
+def test_several_nodes_need_a_place_to_meet() -> None:
+    with pytest.raises(UserError, match="--nodes 2 needs --rdzv-endpoint HOST:PORT"):
+        run_processes(Launch(2, 1, "cpu"), "fastimagenet.train", [])

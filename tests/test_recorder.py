@@ -1,0 +1,126 @@
+"""The stopwatch and the rows on disk."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from fastimagenet.files import read_rows
+from fastimagenet.recorder import (
+    EpochRecord,
+    Recorder,
+    StepRecord,
+    Stopwatch,
+    train_seconds,
+)
+
+
+def step_record(step: int, loss: float = 1.0) -> StepRecord:
+    return StepRecord(
+        step=step,
+        epoch=step // 10,
+        time_seconds=float(step),
+        lr=0.1,
+        momentum=0.9,
+        loss=loss,
+        images_per_sec=5.0,
+    )
+
+
+def epoch_record(step: int) -> EpochRecord:
+    return EpochRecord(
+        step=step,
+        epoch=step // 10 - 1,
+        time_seconds=float(step),
+        train_seconds=step - 1.0,
+        eval_seconds=1.0,
+        data_wait_seconds=0.5,
+        image_size=16,
+        batch_size=8,
+        images_per_sec=100.0,
+        train_loss=0.5,
+        top1=0.25,
+        top5=0.75,
+        tta_top1=0.3,
+    )
+
+
+def test_sections_add_up_to_the_wall_time() -> None:
+    start = time.perf_counter()
+    clock = Stopwatch()
+    clock.switch("compute")
+    for _ in clock.waiting(range(3), "data_wait"):
+        with clock.section("evaluation"), clock.section("checkpoint"):
+            time.sleep(0.01)
+    clock.move("compute", "communication", 0.25)
+    seconds = clock.read()
+    wall = time.perf_counter() - start
+    assert sum(seconds.values()) == pytest.approx(wall, abs=0.005)
+    assert seconds["checkpoint"] >= 0.03
+    assert seconds["communication"] == 0.25
+    outside = seconds["evaluation"] + seconds["checkpoint"] + seconds["compile"]
+    assert train_seconds(seconds) == pytest.approx(sum(seconds.values()) - outside)
+
+
+def test_an_exception_leaves_the_section() -> None:
+    clock = Stopwatch()
+    with pytest.raises(RuntimeError), clock.section("evaluation"):
+        raise RuntimeError
+    before = clock.read()["evaluation"]
+    time.sleep(0.002)
+    assert clock.read()["evaluation"] == before
+
+
+def test_rows_go_to_the_file_as_they_come_and_plain_lines_without_a_terminal(
+    tmp_path: Path,
+) -> None:
+    stream = io.StringIO()
+    recorder = Recorder(tmp_path, 20, stream)
+    recorder.start(0)
+    recorder.step(step_record(10, math.nan))
+    recorder.epoch(epoch_record(10))
+    recorder.event(step=10, epoch=0, time_seconds=1.0, message="resumed")
+    rows = read_rows(tmp_path)
+    recorder.close()
+    assert [row["kind"] for row in rows] == ["step", "epoch", "event"]
+    assert rows[0]["loss"] is None
+    assert rows[1]["top1"] == 0.25
+    text = stream.getvalue()
+    assert "\r" not in text
+    assert "top-1 25.00%  top-5 75.00%  with TTA 30.00%" in text
+
+
+def test_going_on_drops_the_rows_that_come_again(tmp_path: Path) -> None:
+    first = Recorder(tmp_path, 40, io.StringIO())
+    first.start(0)
+    for step in (10, 20, 30):
+        first.step(step_record(step))
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "torn')
+    second = Recorder(tmp_path, 40, io.StringIO())
+    second.start(20)
+    second.step(step_record(30))
+    second.close()
+    assert [row["step"] for row in read_rows(tmp_path)] == [10, 20, 30]
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_loss(tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    recorder = Recorder(tmp_path, 20, stream)
+    recorder.start(0)
+    recorder.step(step_record(10, 1.25))
+    recorder.close()
+    assert "10/20" in stream.getvalue()
+    assert "loss 1.250, 5 images/s" in stream.getvalue()

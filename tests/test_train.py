@@ -1,0 +1,292 @@
+"""The commands as a user types them, in processes of their own, on real images through DALI."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastimagenet.dawnbench import check_entry
+from fastimagenet.files import read_rows, rows_of
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    *("--recipe", "cifar10", "--device", "cpu", "--precision", "fp32", "--epochs", "3"),
+    *("--set", "phases.0.batch_size=50", "--set", "phases.1.batch_size=50"),
+    *("--set", "phases.2.batch_size=25", "--set", "phases.2.image_size=24"),
+    *("--set", "phases.2.eval_size=24", "--set", "phases.0.image_size=8"),
+    *("--set", "phases.1.image_size=16", "--set", "max_lr=0.05", "--set", "reflect_pad=2"),
+]
+
+
+def start(module: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
+
+
+def run(module: str, *arguments: object, status: int = 0) -> tuple[str, str]:
+    """Standard output and error of a command that ends with `status`."""
+    process = start(module, *arguments)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def train(*arguments: object, status: int = 0) -> tuple[str, str]:
+    return run("fastimagenet.train", *arguments, status=status)
+
+
+def error_of(*arguments: object) -> str:
+    """The one line on standard error of a command that the user got wrong."""
+    _, err = train(*arguments, status=2)
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def losses_of(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows_of("step", read_rows(folder))]
+
+
+@pytest.fixture(scope="module")
+def finished(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run over three sizes and two batch sizes."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    train("--data", cifar10, "--output", folder, "--cost-per-hour", "2", *SMALL)
+    return folder
+
+
+def test_a_run_leaves_the_files_of_the_interface(finished: Path) -> None:
+    plan = json.loads((finished / "plan.json").read_text())
+    assert [phase["image_size"] for phase in plan["phases"]] == [8, 16, 24]
+    rows = read_rows(finished)
+    epochs = rows_of("epoch", rows)
+    assert [row["image_size"] for row in epochs] == [8, 16, 24]
+    assert [row["batch_size"] for row in epochs] == [50, 50, 25]
+    assert [row["epoch"] for row in epochs] == [0, 1, 2]
+    assert epochs[-1]["step"] == plan["total_steps"] == 10 + 10 + 20
+    for row in rows_of("step", rows):
+        assert {"time_seconds", "lr", "momentum", "loss", "images_per_sec"} <= set(row)
+    (entry,) = finished.glob("dawnbench/*.json")
+    check_entry(entry, entry.with_suffix(".tsv"))
+    assert "<svg" in (finished / "report.html").read_text()
+    assert sorted(path.name for path in finished.iterdir()) == [
+        *("checkpoints", "dawnbench", "metrics.jsonl", "plan.json", "report.html", "summary.json")
+    ]
+
+
+def test_the_summary_adds_up(finished: Path) -> None:
+    summary = summary_of(finished)
+    split = summary["time_split_seconds"]
+    assert sum(split.values()) == pytest.approx(summary["wall_seconds"], rel=1e-6)
+    outside = split["evaluation"] + split["checkpoint"] + split["compile"]
+    assert summary["train_seconds"] == pytest.approx(summary["wall_seconds"] - outside)
+    assert summary["cost_usd"] == pytest.approx(2 * summary["train_seconds"] / 3600)
+    last = rows_of("epoch", read_rows(finished))[-1]
+    assert (summary["top1"], summary["tta_top1"]) == (last["top1"], last["tta_top1"])
+    assert last["top1"] * 200 == pytest.approx(round(last["top1"] * 200))
+    assert summary["target"] == {"metric": "top1", "value": 0.94}
+    assert summary["time_to_target_seconds"] is None
+
+
+def test_evaluate_gives_the_runs_own_figures(finished: Path, cifar10: Path) -> None:
+    last = finished / "checkpoints" / "last.pt"
+    flags = ("--data", cifar10, "--device", "cpu", "--precision", "fp32", "--json")
+    out, _ = run("fastimagenet.evaluate", last, *flags, "--tta", "flip+crop")
+    result, summary = json.loads(out), summary_of(finished)
+    assert result["images"] == 200
+    for name in ("top1", "top5", "tta_top1", "tta_top5"):
+        assert result[name] == summary[name], name
+    out, _ = run("fastimagenet.evaluate", last, *flags, "--nproc-per-node", 2)
+    shared = json.loads(out)
+    assert (shared["images"], shared["top1"]) == (200, summary["top1"])
+    assert shared["tta_top1"] is None
+
+
+def test_evaluate_refuses_other_data(finished: Path, digits: Path) -> None:
+    last = finished / "checkpoints" / "last.pt"
+    _, err = run("fastimagenet.evaluate", last, "--data", digits, "--device", "cpu", status=2)
+    assert "knows 10 classes (airplane, ...), --data has 10 (0, ...)" in err
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit(
+    finished: Path, cifar10: Path, tmp_path: Path
+) -> None:
+    train("--data", cifar10, "--output", tmp_path / "again", *SMALL)
+    assert losses_of(tmp_path / "again") == losses_of(finished)
+    train("--data", cifar10, "--output", tmp_path / "other", *SMALL, "--seed", 1, "--epochs", 1)
+    assert losses_of(tmp_path / "other")[0] != losses_of(finished)[0]
+
+
+@pytest.mark.slow
+def test_a_stopped_run_saves_and_goes_on_to_the_same_end(
+    finished: Path, cifar10: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stopped"
+    process = start("fastimagenet.train", "--data", cifar10, "--output", folder, *SMALL)
+    deadline = time.monotonic() + 300
+    while not losses_of(folder) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, out + err
+    assert "go on with --resume auto" in out
+    assert not (folder / "summary.json").exists()
+    train("--data", cifar10, "--output", folder, *SMALL, "--resume", "auto")
+    assert losses_of(folder) == losses_of(finished)
+    assert summary_of(folder)["top1"] == summary_of(finished)["top1"]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_validation_counts_of_one(
+    finished: Path, cifar10: Path, tmp_path: Path
+) -> None:
+    """Trained by two over gloo; its checkpoint is evaluated by one, and the run as planned."""
+    folder = tmp_path / "two"
+    train("--data", cifar10, "--output", folder, *SMALL, "--nproc-per-node", 2)
+    summary = summary_of(folder)
+    assert summary["world_size"] == 2
+    assert summary["time_split_seconds"]["communication"] > 0
+    epochs = rows_of("epoch", read_rows(folder))
+    assert [row["step"] for row in epochs] == [5, 10, 20]
+    out, _ = run(
+        "fastimagenet.evaluate",
+        *(folder / "checkpoints" / "last.pt", "--data", cifar10, "--device", "cpu", "--json"),
+        *("--precision", "fp32", "--tta", "flip+crop"),
+    )
+    alone = json.loads(out)
+    for name in ("top1", "top5", "tta_top1", "tta_top5"):
+        assert alone[name] == summary[name], name
+
+
+@pytest.mark.slow
+def test_under_torchrun(cifar10: Path, tmp_path: Path) -> None:
+    flags = ("--standalone", "--nnodes", 1, "--nproc-per-node", 2, "-m", "fastimagenet.train")
+    arguments = ("--data", cifar10, "--output", tmp_path / "run", *SMALL, "--nproc-per-node", 2)
+    run("torch.distributed.run", *flags, *arguments, "--set", "bf16_gradients=true")
+    assert summary_of(tmp_path / "run")["world_size"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_compiling_is_warmed_up_before_the_clock(cifar10: Path, tmp_path: Path) -> None:
+    changes = ("--epochs", 1, "--set", "compile=true")
+    train("--data", cifar10, "--output", tmp_path / "run", *SMALL, *changes)
+    split = summary_of(tmp_path / "run")["time_split_seconds"]
+    assert split["compile"] > split["compute"]
+
+
+def test_list_print_and_dry_run(cifar10: Path, tmp_path: Path) -> None:
+    out, _ = train("--list-recipes")
+    assert [line.split()[0] for line in out.splitlines()][:2] == ["digits", "cifar10"]
+    toml, _ = train("--print-recipe", "--recipe", "imagenet", "--nodes", 4)
+    (tmp_path / "mine.toml").write_text(toml)
+    again, _ = train("--print-recipe", "--recipe", tmp_path / "mine.toml")
+    assert again == toml
+    out, _ = train("--dry-run", "--data", cifar10, *SMALL, "--nproc-per-node", 2)
+    assert "500 training images, world size 2" in out
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine.toml"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe", "resnet"], "--recipe resnet is none of digits"),
+        (["--set", "max_lr=0"], "recipe field max_lr must be above 0"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--device", "cuda"], "--device cuda: no CUDA device is there"),
+        (["--nodes", "2"], "--nodes 2 needs --rdzv-endpoint HOST:PORT"),
+        (["--optimizer-backend", "apex"], "NVIDIA apex is not installed; build NVIDIA apex from"),
+        (["--precision", "fp16"], "--precision fp16 needs a GPU"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--resume", "none.pt"], "checkpoint none.pt does not exist"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_nothing_written(
+    flags: list[str], message: str, cifar10: Path, tmp_path: Path
+) -> None:
+    if flags == ["--device", "cuda"]:
+        flags = [*flags, "--nproc-per-node", "1"]
+    folder = tmp_path / "out"
+    device = () if "--device" in flags else ("--device", "cpu")
+    assert message in error_of("--data", cifar10, "--output", folder, *device, *flags)
+    assert not folder.exists()
+
+
+def test_wrong_data_is_one_line_that_names_the_path(cifar10: Path, tmp_path: Path) -> None:
+    flags = ("--device", "cpu", "--output", tmp_path / "out")
+    assert "absent" in error_of("--data", tmp_path / "absent", *flags)
+    data = tmp_path / "data"
+    shutil.copytree(cifar10, data)
+    (data / "train" / "cat" / "notes.jpg").write_text("no image")
+    assert "train/cat/notes.jpg" in error_of("--data", data, *flags)
+    (data / "train" / "cat" / "notes.jpg").unlink()
+    shutil.rmtree(data / "val" / "dog")
+    assert "dog" in error_of("--data", data, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corrupt_jpeg_is_named(cifar10: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(cifar10, data)
+    broken = next((data / "train" / "ship").iterdir())
+    broken.write_bytes(broken.read_bytes()[:200])
+    message = error_of("--data", data, "--output", tmp_path / "out", *SMALL)
+    assert str(broken) in message
+    assert "--skip-list" in message
+    skip_list = tmp_path / "skip.txt"
+    skip_list.write_text(f"{broken}\n")
+    train("--data", data, "--output", tmp_path / "skipped", "--skip-list", skip_list, *SMALL)
+
+
+def test_an_output_folder_with_another_run_is_left_alone(finished: Path, cifar10: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    message = error_of("--data", cifar10, "--output", finished, *SMALL)
+    assert "holds another run" in message
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_diverging_run_names_step_and_lr(cifar10: Path, tmp_path: Path) -> None:
+    message = error_of(
+        *("--data", cifar10, "--output", tmp_path / "out", *SMALL, "--set", "max_lr=1e9")
+    )
+    assert "the loss is not finite at step" in message
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Any:
+    """A file system of one MiB; skips where mounting is not permitted."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_no_disk_space_is_one_line(cifar10: Path, full_disk: Path) -> None:
+    message = error_of("--data", cifar10, "--output", full_disk / "out", *SMALL)
+    assert "No space left on device" in message

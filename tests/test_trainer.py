@@ -1,0 +1,236 @@
+"""The training loop against a plain loop by hand, and what stops it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastimagenet import checkpoint
+from fastimagenet.distributed import World
+from fastimagenet.faults import LossWatch, out_of_memory_advice
+from fastimagenet.recipes import Phase, Recipe
+from fastimagenet.recorder import NullRecorder
+from fastimagenet.trainer import Stopped, Trainer
+from pipelines import make_loader
+from pipelines.errors import UserError
+from pipelines.folder import Split, read_split
+from pipelines.loader import Loader, LoaderSpec
+
+RECIPE = Recipe(
+    name="test",
+    model="smallnet",
+    phases=(
+        Phase(epochs=2, image_size=8, batch_size=16, eval_size=16),
+        Phase(epochs=1, image_size=16, batch_size=8),
+    ),
+    max_lr=0.1,
+    label_smoothing=0.1,
+    weight_decay=1e-3,
+    nesterov=True,
+)
+SPLIT = Split([""] * 50, [index % 7 for index in range(50)], tuple("abcdefg"))
+
+
+def tiny_model() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 7),
+    )
+
+
+def loaders(recipe: Recipe, backend: str, train: Split, val: Split) -> Callable[[bool], Loader]:
+    plan = recipe.plan(1, len(train))
+
+    def make(training: bool) -> Loader:
+        return make_loader(
+            backend,
+            LoaderSpec(
+                split=train if training else val,
+                stages=plan.train_stages() if training else plan.eval_stages(),
+                training=training,
+                seed=3,
+            ),
+        )
+
+    return make
+
+
+def make_trainer(
+    recipe: Recipe = RECIPE, model: nn.Module | None = None, folder: Path | None = None
+) -> Trainer:
+    return Trainer(
+        recipe.plan(1, len(SPLIT)),
+        model or tiny_model(),
+        World(),
+        loaders(recipe, "synthetic", SPLIT, SPLIT),
+        NullRecorder(),
+        folder=folder,
+    )
+
+
+def test_it_does_what_a_plain_loop_does() -> None:
+    plan = RECIPE.plan(1, len(SPLIT))
+    reference = tiny_model().to(memory_format=torch.channels_last)
+    decayed = [p for p in reference.parameters() if p.ndim > 1]
+    others = [p for p in reference.parameters() if p.ndim <= 1]
+    average = copy.deepcopy(reference)
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": 1e-3}, {"params": others}], lr=1.0, momentum=0.9
+    )
+    loader = loaders(RECIPE, "synthetic", SPLIT, SPLIT)(True)
+    for step, (images, labels) in enumerate(b for _ in range(3) for b in loader):
+        for group in optimizer.param_groups:
+            group.update(lr=plan.lr(step), momentum=plan.momentum(step), nesterov=True)
+        nn.functional.cross_entropy(reference(images), labels, label_smoothing=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for old, new in zip(average.parameters(), reference.parameters(), strict=True):
+                old.copy_(new if step == 0 else 0.9 * old + 0.1 * new)
+    loader.close()
+
+    trainer = make_trainer(replace(RECIPE, ema_decay=0.9))
+    trainer.fit()
+    assert trainer.step == step + 1 == 2 * 3 + 6
+    for ours, theirs in zip(trainer.model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    pairs = zip(trainer.evaluated_model.parameters(), average.parameters(), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_stays_near_fp32() -> None:
+    plain, mixed = make_trainer(), make_trainer(replace(RECIPE, precision="bf16"))
+    plain.fit()
+    mixed.fit()
+    for one, two in zip(plain.records, mixed.records, strict=True):
+        assert two.train_loss == pytest.approx(one.train_loss, rel=0.02)
+        assert two.train_loss != one.train_loss
+
+
+def test_fp16_on_a_cpu_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="--precision fp16 needs a GPU"):
+        make_trainer(replace(RECIPE, precision="fp16"))
+
+
+class Diverging(nn.Module):
+    """Gives NaN from a call on."""
+
+    def __init__(self, from_call: int) -> None:
+        super().__init__()
+        self.inner, self.calls, self.from_call = tiny_model(), 0, from_call
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        logits: Tensor = self.inner(images)
+        return logits * math.nan if self.calls > self.from_call else logits
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_lr() -> None:
+    trainer = make_trainer(model=Diverging(2))
+    lr = f"{trainer.plan.lr(2):.4g}"
+    with pytest.raises(UserError, match=rf"not finite at step 2, lr {lr}: .*--set max_lr=0\.05"):
+        trainer.fit()
+
+
+def test_the_loss_scaler_gets_its_chance() -> None:
+    plan, bad, good = RECIPE.plan(1, 50), torch.tensor(math.inf), torch.tensor(1.0)
+    watch = LossWatch(torch.device("cpu"), patience_steps=3)
+    for step, loss in enumerate([bad, bad, good, bad, bad]):
+        watch.update(loss, step)
+    assert watch.read(good, plan) == 1.0
+    watch.update(bad, 5)
+    watch.update(good, 6)
+    with pytest.raises(UserError, match="step 5"):
+        watch.read(good, plan)
+
+
+def test_out_of_memory_says_what_was_tried_and_what_to_set() -> None:
+    plan = RECIPE.plan(1, 50)
+    advice = r"batch_size 8 at 16 px: --set phases\.0\.batch_size=4"
+    with pytest.raises(UserError, match=advice), out_of_memory_advice(8, 16, plan):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_warm_up_leaves_the_model_as_it_was() -> None:
+    trainer = make_trainer()
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.warm_up()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert trainer.clock.read()["compile"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+@pytest.mark.parametrize("stop_at", [3, 14, 15, 16, 17, 20])
+def test_resume_goes_on_bit_for_bit(
+    backend: str, stop_at: int, cifar10: Path, tmp_path: Path
+) -> None:
+    """Stopped in mid-epoch, at epoch ends and around the phase boundary (step 16)."""
+    recipe = replace(
+        RECIPE,
+        phases=(
+            Phase(epochs=2, image_size=16, batch_size=60, eval_size=24),
+            Phase(epochs=1, image_size=24, batch_size=50),
+        ),
+        ema_decay=0.9,
+    )
+    train, val = read_split(cifar10, "train"), read_split(cifar10, "val")
+
+    def trainer(folder: Path) -> Trainer:
+        model = tiny_model()
+        model[-1] = nn.Linear(8, 10)  # type: ignore[operator]
+        make = loaders(recipe, backend, train, val)
+        plan = recipe.plan(1, len(train))
+        return Trainer(plan, model, World(), make, NullRecorder(), folder=folder)
+
+    torch.manual_seed(5)
+    whole = trainer(tmp_path / "whole")
+    whole.fit()
+
+    torch.manual_seed(5)
+    first = trainer(tmp_path / "halves")
+    update = first.train_step
+
+    def stopping(*arguments: object) -> Tensor:
+        loss = update(*arguments)  # type: ignore[arg-type]
+        first.stop_requested = first.step == stop_at
+        return loss
+
+    first.train_step = stopping  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        first.fit()
+    assert first.step == stop_at
+    torch.manual_seed(99)
+    second = trainer(tmp_path / "halves")
+    second.load_state_dict(checkpoint.load(tmp_path / "halves" / "checkpoints" / "last.pt"))
+    second.fit()
+
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+    losses = [(r.train_loss, r.val_loss, r.top1) for r in whole.records]
+    assert losses == [(r.train_loss, r.val_loss, r.top1) for r in second.records]
+
+
+def test_another_model_or_world_size_is_refused() -> None:
+    trainer = make_trainer()
+    trainer.fit()
+    state = trainer.state_dict()
+    with pytest.raises(UserError, match="saved by 2 processes and cannot go on with 1"):
+        make_trainer().load_state_dict(state | {"ranks": state["ranks"] * 2})
+    with pytest.raises(UserError, match="the checkpoint is of another recipe"):
+        make_trainer(model=nn.Linear(3, 3)).load_state_dict(state)
