@@ -14,21 +14,33 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values. Raises OSError, such as for a full disk."""
     import torch
 
-    with written_beside(path) as beside, beside.open("wb") as file:
-        torch.save(state, file)
+    try:
+        with written_beside(path) as beside, beside.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        # torch's zip writer, closing a file that is already short, hides why it is.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
-def load(path: Path, device: str = "cpu") -> dict[str, Any]:
-    """What `save` wrote. Raises UserError naming the file if it is missing, damaged or hostile."""
+def load(path: Path, *entries: str) -> dict[str, Any]:
+    """What `save` wrote, on the CPU; it holds at least `entries`.
+
+    Raises UserError naming the file if it is missing, damaged, hostile or of another program.
+    """
     import torch
 
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} cannot be read, take another one: {reason}") from None
-    if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"checkpoint {path} was not written by fastimagenet: it holds no model")
-    return state
+    missing = [name for name in entries if not isinstance(state, dict) or name not in state]
+    if missing:
+        raise UserError(
+            f"checkpoint {path} was not written by fastimagenet.train: it has no {missing[0]}"
+        )
+    return dict(state)

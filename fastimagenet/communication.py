@@ -1,11 +1,11 @@
 """How long an update waits for other processes after its own gradients are ready."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: DDP reads the hook's annotations as types.
 import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,7 +33,7 @@ class CommunicationTimer:
         event.record()
         return event
 
-    def _hook(self, _: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    def _hook(self, _: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         if bucket.is_last():
             self._last_bucket = self._now()
         future: torch.futures.Future[torch.Tensor] = self._reduce(None, bucket)

@@ -9,7 +9,7 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -196,6 +196,15 @@ def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
 
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def broadcast(tensors: Iterable[Tensor], world: World) -> None:
+    """Give every process the values that the first one has."""
+    if world.world_size > 1:
+        import torch
+
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, src=0)
 
 
 def any_process(flag: bool, world: World) -> bool:

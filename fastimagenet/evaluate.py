@@ -70,7 +70,7 @@ def evaluate_checkpoint(args: argparse.Namespace, val: Split, world: World) -> C
     from fastimagenet.precision import autocast_dtype
     from fastimagenet.reading import open_loader
 
-    state = checkpoint.load(args.checkpoint)
+    state = checkpoint.load(args.checkpoint, "recipe", "classes", "model", "ema")
     recipe = recipe_toml.loads(state["recipe"], f"the recipe in {args.checkpoint}")
     if tuple(state["classes"]) != val.classes:
         raise UserError(

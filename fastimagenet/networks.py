@@ -77,32 +77,52 @@ class ResNet56(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-class SmallNet(nn.Module):
-    """A nine-layer residual network for images of 16 to 64 px, quick on a CPU.
+class SmoothBlock(nn.Module):
+    """Input + two 3x3 convolutions, each with BN and SiLU behind it."""
 
-    In the manner of the CIFAR-10 speed records: few wide layers, max-pools in place of strides,
-    a global max-pool, and logits scaled down by 8.
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = conv(channels, channels, 3)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv(channels, channels, 3)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = F.silu(self.bn1(self.conv1(x)))
+        return x + F.silu(self.bn2(self.conv2(residual)))
+
+
+class SmallNet(nn.Module):
+    """A nine-layer residual network for images of 8 to 64 px, quick on a CPU.
+
+    In the manner of the CIFAR-10 speed records: few wide layers, max-pools in place of strides, a
+    global max-pool, and logits scaled down by 8. 81 million multiply-adds at 32 px. Pooling comes
+    before BN and SiLU, which then have a quarter of the pixels to go over. torch's own
+    initialisation.
     """
 
     def __init__(self, num_classes: int, zero_init_last_gamma: bool) -> None:
         super().__init__()
 
-        def shrink(in_channels: int, channels: int) -> nn.Sequential:
-            return nn.Sequential(conv_bn(in_channels, channels, 3), nn.MaxPool2d(2), nn.ReLU())
+        def layer(in_channels: int, channels: int, shrink: bool) -> nn.Sequential:
+            pool = [nn.MaxPool2d(2)] if shrink else []
+            bn = nn.BatchNorm2d(channels)
+            return nn.Sequential(conv(in_channels, channels, 3), *pool, bn, nn.SiLU())
 
         self.features = nn.Sequential(
-            conv_bn(3, 32, 3),
-            nn.ReLU(),
-            shrink(32, 64),
-            BasicBlock(64, 64),
-            shrink(64, 128),
-            shrink(128, 256),
-            BasicBlock(256, 256),
+            layer(3, 32, shrink=True),
+            layer(32, 64, shrink=False),
+            layer(64, 128, shrink=True),
+            SmoothBlock(128),
+            layer(128, 256, shrink=True),
+            SmoothBlock(256),
             nn.AdaptiveMaxPool2d(1),
             nn.Flatten(),
         )
-        self.fc = nn.Linear(256, num_classes)
-        initialise(self, zero_init_last_gamma)
+        self.fc = nn.Linear(256, num_classes, bias=False)
+        if zero_init_last_gamma:
+            for block in (self.features[3], self.features[5]):
+                nn.init.zeros_(block.bn2.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.features(images)) / 8

@@ -139,7 +139,7 @@ class Recorder:
     def __init__(self, folder: Path, total_steps: int, stream: TextIO | None = None) -> None:
         self._folder = folder
         self._total_steps = total_steps
-        self._stream = stream or sys.stderr
+        self._stream = stream or sys.stdout
         self._bar: Any = None
         self._file: TextIO | None = None
 

@@ -115,10 +115,10 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
         recipe = recipe_toml.load(Path(name))
     else:
         recipe = named_recipe(name, args.nodes)
-    if args.epochs is not None:
-        recipe = recipe.stretched(args.epochs)
     if args.set:
         recipe = recipe_toml.with_settings(recipe, args.set)
+    if args.epochs is not None:
+        recipe = recipe.stretched(args.epochs)
     return recipe if args.precision is None else replace(recipe, precision=args.precision)
 
 
@@ -245,7 +245,7 @@ def resume(trainer: Trainer, args: argparse.Namespace) -> None:
     path = args.output / "checkpoints" / "last.pt" if args.resume == "auto" else Path(args.resume)
     if args.resume == "auto" and not path.exists():
         return
-    state = checkpoint.load(path)
+    state = checkpoint.load(path, "seed", "model", "ranks")
     if state["seed"] != args.seed:
         raise UserError(f"--seed {args.seed}, but {path} was trained with --seed {state['seed']}")
     trainer.load_state_dict(state)

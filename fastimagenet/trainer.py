@@ -18,7 +18,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastimagenet import checkpoint
 from fastimagenet.communication import CommunicationTimer
-from fastimagenet.distributed import World, all_reduce_sum, any_process, gather_objects
+from fastimagenet.distributed import (
+    World,
+    all_reduce_sum,
+    any_process,
+    broadcast,
+    gather_objects,
+)
 from fastimagenet.evaluation import Counts, evaluate
 from fastimagenet.faults import SCALER_PATIENCE_STEPS, LossWatch, out_of_memory_advice
 from fastimagenet.optimizer import make_optimizer
@@ -196,6 +202,8 @@ class Trainer:
                 self.eval_loader.epoch = sum(map(self.plan.evaluates, range(self.epoch)))
             tta = self.plan.recipe.tta if self.epoch + 1 == self.plan.epochs else "none"
             batch_size = self.plan.eval_stages()[0].batch_size
+            # BN statistics are local to a process; those of the first are saved, and judged.
+            broadcast(self.evaluated_model.buffers(), self.world)
             with out_of_memory_advice(batch_size, phase.eval_size, self.plan):
                 counts = evaluate(
                     self.evaluated_model,

@@ -20,11 +20,12 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 from torch import Tensor
 
-from pipelines.dali_graph import random_crop_graph, reflect_pad_graph, validation_graph
+from pipelines.batch_crop import reflect_crop
+from pipelines.dali_graph import random_crop_graph, validation_graph, whole_image_graph
 from pipelines.errors import UserError
 from pipelines.folder import undecodable
 from pipelines.loader import LoaderSpec
-from pipelines.order import Batch, Order
+from pipelines.order import Batch, Draws, Order
 from pipelines.stream import StreamLoader
 
 QUEUE_DEPTH = 2
@@ -49,11 +50,20 @@ class DaliLoader(StreamLoader):
                     images, labels = pipeline.run()
                 except RuntimeError as error:
                     raise unreadable(feed, error) from error
-                feed.taken()
-                yield self.to_torch(images).permute(0, 3, 1, 2), self.to_torch(labels)
+                draws = feed.taken().draws
+                batch = self.to_torch(images).permute(0, 3, 1, 2)
+                if draws is not None and self.spec.reflect_pad:
+                    batch = self.reflect_crop(batch, draws)
+                yield batch, self.to_torch(labels)
         finally:
             del pipeline  # the last reference: its threads end
             ReleaseUnusedMemory()
+
+    def reflect_crop(self, images: Tensor, draws: Draws) -> Tensor:
+        """Pad, crop and mirror a batch on its own device."""
+        offset = torch.from_numpy(draws.offset).to(images.device, non_blocking=True)
+        mirror = torch.from_numpy(draws.mirror).to(images.device, non_blocking=True)
+        return reflect_crop(images, offset, mirror, self.spec.reflect_pad)
 
     def to_torch(self, batch: Any) -> Tensor:
         """Share a DALI batch with torch, on the stream that is current there."""
@@ -78,14 +88,14 @@ class Feed:
         paths = [np.frombuffer(path.encode(), np.uint8) for path in batch.paths]
         size = np.full(len(paths), batch.image_size, np.float32)
         values: list[Any] = [paths, batch.labels, size]
-        if batch.draws is not None:
-            values += [batch.draws.offset, batch.draws.mirror]
-            if self.crops:
-                values += [batch.draws.area, batch.draws.ratio]
+        if batch.draws is not None and self.crops:
+            draws = batch.draws
+            values += [draws.offset, draws.mirror, draws.area, draws.ratio]
         return values
 
-    def taken(self) -> None:
-        self.under_way.popleft()
+    def taken(self) -> Batch:
+        """The oldest batch under way, which has arrived."""
+        return self.under_way.popleft()
 
 
 def build(spec: LoaderSpec, feed: Feed) -> Pipeline:
@@ -100,10 +110,8 @@ def build(spec: LoaderSpec, feed: Feed) -> Pipeline:
     )
     with pipeline:
         kinds = [(types.UINT8, 1), (types.INT64, 0), (types.FLOAT, 0)]
-        if spec.training:
-            kinds += [(types.FLOAT, 1), (types.INT32, 0)]
-            if not spec.reflect_pad:
-                kinds += [(types.FLOAT, 1), (types.FLOAT, 1)]
+        if spec.training and not spec.reflect_pad:
+            kinds += [(types.FLOAT, 1), (types.INT32, 0), (types.FLOAT, 1), (types.FLOAT, 1)]
         paths, labels, size, *draws = fn.external_source(
             source=feed,
             num_outputs=len(kinds),
@@ -115,7 +123,7 @@ def build(spec: LoaderSpec, feed: Feed) -> Pipeline:
         if not spec.training:
             images = validation_graph(spec, encoded, size)
         elif spec.reflect_pad:
-            images = reflect_pad_graph(spec, encoded, size, *draws)
+            images = whole_image_graph(spec, encoded, size)
         else:
             images = random_crop_graph(spec, encoded, size, *draws)
         pipeline.set_outputs(images, labels.gpu() if on_gpu else labels)

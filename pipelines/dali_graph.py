@@ -30,8 +30,7 @@ def random_crop_graph(
     ratio: DataNode,
 ) -> DataNode:
     """torchvision's RandomResizedCrop: the first of the drawn crops that fits, else the centre."""
-    full = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
-    height, width = full[0], full[1]
+    height, width = shape_of(encoded)
     pixels = height * width * area
     heights = dali_math.floor(dali_math.sqrt(pixels / ratio) + 0.5)
     widths = dali_math.floor(dali_math.sqrt(pixels * ratio) + 0.5)
@@ -50,44 +49,64 @@ def random_crop_graph(
     place = offset * found + 0.5 * (1 - found)
     top = dali_math.floor(place[0] * (height - high + found))
     left = dali_math.floor(place[1] * (width - wide + found))
-    images = fn.decoders.image_slice(
-        encoded,
-        start=fn.cast(fn.stack(top, left), dtype=types.INT32),
-        shape=fn.cast(fn.stack(high, wide), dtype=types.INT32),
-        axes=[0, 1],
-        **decoder_options(spec),
-    )
+    images = decode(spec, encoded, (top, left), (high, wide))
     return normalise(spec, resize(images, size, size), mirror=mirror)
 
 
-def reflect_pad_graph(
-    spec: LoaderSpec, encoded: DataNode, size: DataNode, offset: DataNode, mirror: DataNode
-) -> DataNode:
-    """The whole image, padded as torch's "reflect" does, cropped back to its size at random."""
-    pad = spec.reflect_pad
-    images = resize(fn.decoders.image(encoded, **decoder_options(spec)), size, size)
-    top, bottom = images[1 : pad + 1], images[-pad - 1 : -1]
-    top, bottom = (fn.flip(part, vertical=1, horizontal=0) for part in (top, bottom))
-    images = fn.cat(top, images, bottom, axis=0)
-    left, right = images[:, 1 : pad + 1], images[:, -pad - 1 : -1]
-    images = fn.cat(fn.flip(left), images, fn.flip(right), axis=1)
-    start = dali_math.floor(offset * (2 * pad + 1))
-    place = crop(size, (start[0], start[1]), (2 * pad, 2 * pad))
-    return normalise(spec, images, mirror=mirror, **place)
+def whole_image_graph(spec: LoaderSpec, encoded: DataNode, size: DataNode) -> DataNode:
+    """The whole image at size x size; `reflect_crop` augments the batch afterwards."""
+    height, width = shape_of(encoded)
+    images = decode(spec, encoded, (0 * height, 0 * width), (height, width))
+    return normalise(spec, resize(images, size, size))
 
 
 def validation_graph(spec: LoaderSpec, encoded: DataNode, size: DataNode) -> DataNode:
     """torchvision's Resize and CenterCrop, to the pixel: the long side is rounded down."""
-    full = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
-    height, width = full[0], full[1]
+    height, width = shape_of(encoded)
     short = dali_math.floor(size * spec.resize_ratio + 0.5)
     shorter = dali_math.min(height, width)
     high = dali_math.floor(short * height / shorter)
     wide = dali_math.floor(short * width / shorter)
-    images = fn.decoders.image(encoded, **decoder_options(spec))
+    images = decode(spec, encoded, (0 * height, 0 * width), (height, width))
     rooms = (high - size, wide - size)
     place = crop(size, (centre(rooms[0]), centre(rooms[1])), rooms)
     return normalise(spec, resize(images, high, wide), **place)
+
+
+def shape_of(encoded: DataNode) -> tuple[DataNode, DataNode]:
+    """Height and width from the header, as floats; a header that is damaged raises."""
+    shape = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
+    return shape[0], shape[1]
+
+
+def decode(
+    spec: LoaderSpec, encoded: DataNode, start: tuple[Any, Any], shape: tuple[Any, Any]
+) -> DataNode:
+    """The window (y, x) of an image, RGB in HWC; EXIF orientation is not applied.
+
+    `start` or `shape` has to come from `shape_of`, also for a whole image: so the header has been
+    read before. On a damaged one the decoder of DALI 2.4 itself, in about half of all cases, does
+    not raise but ends the process.
+    """
+    options: dict[str, Any] = {"device": "cpu"}
+    if spec.device != "cpu":
+        height, width = LARGEST_IMAGE
+        options = {
+            "device": "mixed",
+            "hw_decoder_load": HW_DECODER_LOAD,
+            "preallocate_height_hint": height,
+            "preallocate_width_hint": width,
+            "jpeg_fancy_upsampling": True,
+        }
+    return fn.decoders.image_slice(
+        encoded,
+        start=fn.cast(fn.stack(*start), dtype=types.INT32),
+        shape=fn.cast(fn.stack(*shape), dtype=types.INT32),
+        axes=[0, 1],
+        output_type=types.RGB,
+        adjust_orientation=False,
+        **options,
+    )
 
 
 def centre(room: DataNode) -> DataNode:
@@ -137,18 +156,3 @@ def normalise(spec: LoaderSpec, images: DataNode, **options: Any) -> DataNode:
         output_layout="HWC",
         **options,
     )
-
-
-def decoder_options(spec: LoaderSpec) -> dict[str, Any]:
-    """Arguments for a decoder, as on the CPU so on the GPU; EXIF orientation is not applied."""
-    options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
-    if spec.device == "cpu":
-        return options | {"device": "cpu"}
-    height, width = LARGEST_IMAGE
-    return options | {
-        "device": "mixed",
-        "hw_decoder_load": HW_DECODER_LOAD,
-        "preallocate_height_hint": height,
-        "preallocate_width_hint": width,
-        "jpeg_fancy_upsampling": True,
-    }

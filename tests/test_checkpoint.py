@@ -65,5 +65,8 @@ def test_a_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.pt does not exist"):
         checkpoint.load(tmp_path / "none.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match=r"list\.pt was not written by fastimagenet"):
-        checkpoint.load(tmp_path / "list.pt")
+    with pytest.raises(UserError, match=r"list\.pt was not written by fastimagenet\.train"):
+        checkpoint.load(tmp_path / "list.pt", "model")
+    checkpoint.save(tmp_path / "weights.pt", {"model": {}})
+    with pytest.raises(UserError, match=r"weights\.pt .*: it has no recipe"):
+        checkpoint.load(tmp_path / "weights.pt", "model", "recipe")

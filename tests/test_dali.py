@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from pipelines.errors import UserError
 from pipelines.folder import read_split
 from pipelines.loader import LoaderSpec, Stage
 
+ROOT = Path(__file__).resolve().parent.parent
 STAGES = (
     Stage(epochs=1, image_size=32, batch_size=32),
     Stage(epochs=1, image_size=48, batch_size=64, min_scale=0.1),
@@ -43,3 +46,42 @@ def test_two_dali_packages_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(UserError, match="cuda120 and nvidia-dali-cuda130 are both installed"):
         check_one_dali()
+
+
+DAMAGE = """
+import sys
+from pathlib import Path
+from pipelines.dali import DaliLoader
+from pipelines.errors import UserError
+from pipelines.folder import read_split
+from pipelines.loader import LoaderSpec, Stage
+
+root = Path(sys.argv[1])
+broken = next((root / "train" / "ship").iterdir())
+whole = broken.read_bytes()
+split = read_split(root, "train")
+stages = (Stage(epochs=1, image_size=16, batch_size=50),)
+for length in (20, 200, 300, 500, len(whole) - 100):
+    broken.write_bytes(whole[:length])
+    for fields in ({}, {"reflect_pad": 2}, {"training": False}):
+        spec = LoaderSpec(**{"split": split, "stages": stages, "training": True} | fields)
+        loader = DaliLoader(spec)
+        try:
+            for _ in loader:
+                pass
+        except UserError as error:
+            assert str(broken) in str(error), error
+        else:
+            raise AssertionError(f"{length} bytes were taken for an image")
+        loader.close()
+"""
+
+
+def test_a_damaged_file_is_named_and_never_ends_the_process(cifar10: Path, tmp_path: Path) -> None:
+    """In a process of its own: DALI's decoders crash on some damaged headers."""
+    data = tmp_path / "data"
+    shutil.copytree(cifar10, data)
+    result = subprocess.run(
+        [sys.executable, "-c", DAMAGE, str(data)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]

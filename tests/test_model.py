@@ -43,7 +43,11 @@ def images(num: int, size: int, seed: int = 0) -> Tensor:
 
 
 def residual_blocks(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if type(m).__name__ in ("BasicBlock", "Bottleneck")]
+    return [
+        m
+        for m in model.modules()
+        if type(m).__name__ in ("BasicBlock", "Bottleneck", "SmoothBlock")
+    ]
 
 
 def last_gamma(block: nn.Module) -> Tensor:

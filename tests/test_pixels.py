@@ -49,7 +49,7 @@ def test_validation_is_pillows_resize_and_centre_crop(
 ) -> None:
     """torchvision's transforms on Pillow images, as most published accuracies were measured.
 
-    Measured on all 500 photographs: dali differs from torchvision's tensors by a mean of .16 of
+    Measured on 350 photographs: dali differs from torchvision's tensors by a mean of .16 of
     255 at 224 pixels and .12 at 128, at most 1.
     """
     split = some(photographs, 40)
@@ -137,42 +137,3 @@ def test_other_kinds_of_files_decode_as_pillow_does(
     (image,) = first_batch(backend, split, 1, 64, training=False, resize_ratio=1.0)
     expected = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32)
     assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() < 0.01
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", ["dali", "torchvision"])
-@pytest.mark.parametrize("training, half", [(True, True), (False, False)])
-def test_batches_on_the_gpu_are_those_of_the_cpu(
-    backend: str, training: bool, half: bool, photographs: Path
-) -> None:
-    """As near as the GPU's own JPEG decoder allows: 2 of 255 in the mean."""
-    if backend == "dali":
-        pytest.importorskip("nvidia.dali")
-    split = read_split(photographs, "val")
-    stages = (Stage(epochs=1, image_size=224, batch_size=32),)
-    on_cpu, on_gpu = (
-        make_loader(
-            backend,
-            LoaderSpec(
-                split=split,
-                stages=stages,
-                training=training,
-                device=device,
-                half=half and device != "cpu",
-            ),
-        )
-        for device in ("cpu", "cuda:0")
-    )
-    for step, ((images, labels), (fast, fast_labels)) in enumerate(
-        zip(on_cpu, on_gpu, strict=True)
-    ):
-        assert fast.device == fast_labels.device == torch.device("cuda:0")
-        assert fast.dtype == (torch.float16 if half else torch.float32)
-        assert fast.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(fast_labels.cpu(), labels)
-        difference = (fast.cpu().float() - images).abs().mean()
-        assert difference * 255 * 0.226 < 2
-        if step == 4:
-            break
-    on_cpu.close()
-    on_gpu.close()

@@ -1,0 +1,70 @@
+"""Batches that are decoded on the GPU, or copied to it, against those of the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines import make_loader
+from pipelines.folder import read_split
+from pipelines.loader import LoaderSpec, Stage
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+@pytest.mark.parametrize("training, half", [(True, True), (False, False)])
+def test_batches_on_the_gpu_are_those_of_the_cpu(
+    backend: str, training: bool, half: bool, photographs: Path
+) -> None:
+    """As near as the GPU's own JPEG decoder allows: 2 of 255 in the mean."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    split = read_split(photographs, "val")
+    stages = (Stage(epochs=1, image_size=224, batch_size=32),)
+    on_cpu, on_gpu = (
+        make_loader(
+            backend,
+            LoaderSpec(
+                split=split,
+                stages=stages,
+                training=training,
+                device=device,
+                half=half and device != "cpu",
+            ),
+        )
+        for device in ("cpu", "cuda:0")
+    )
+    for step, ((images, labels), (fast, fast_labels)) in enumerate(
+        zip(on_cpu, on_gpu, strict=True)
+    ):
+        assert fast.device == fast_labels.device == torch.device("cuda:0")
+        assert fast.dtype == (torch.float16 if half else torch.float32)
+        assert fast.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(fast_labels.cpu(), labels)
+        difference = (fast.cpu().float() - images).abs().mean()
+        assert difference * 255 * 0.226 < 2
+        if step == 4:
+            break
+    on_cpu.close()
+    on_gpu.close()
+
+
+def test_float16_batches_are_handed_over_without_a_copy(photographs: Path) -> None:
+    """DALI's own memory: torch's allocator, which any copy would take from, stays where it was."""
+    pytest.importorskip("nvidia.dali")
+    spec = LoaderSpec(
+        split=read_split(photographs, "val"),
+        stages=(Stage(epochs=1, image_size=224, batch_size=32),),
+        training=True,
+        device="cuda:0",
+        half=True,
+    )
+    loader = make_loader("dali", spec)
+    before = torch.cuda.memory_allocated()
+    for step, (images, _) in enumerate(loader):
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.cuda.memory_allocated() == before
+        if step == 3:
+            break
+    loader.close()

@@ -1,0 +1,130 @@
+"""Training steps on the GPU: number formats, compiled phase changes, DDP over NCCL, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastimagenet.distributed import World
+from fastimagenet.model import make_model
+from fastimagenet.recipes import Phase, Recipe
+from fastimagenet.recorder import NullRecorder
+from fastimagenet.trainer import Trainer
+from pipelines import make_loader
+from pipelines.errors import UserError
+from pipelines.folder import Split
+from pipelines.loader import Loader, LoaderSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+SPLIT = Split([""] * 256, [index % 10 for index in range(256)], tuple("abcdefghij"))
+RECIPE = Recipe(
+    name="test",
+    model="resnet18",
+    small_stem=True,
+    phases=(
+        Phase(epochs=2, image_size=32, batch_size=64),
+        Phase(epochs=1, image_size=48, batch_size=32),
+    ),
+    max_lr=0.05,
+)
+
+
+def make_trainer(recipe: Recipe, model: nn.Module | None = None) -> Trainer:
+    plan = recipe.plan(1, len(SPLIT))
+    torch.manual_seed(0)
+
+    def loader(training: bool) -> Loader:
+        spec = LoaderSpec(
+            split=SPLIT,
+            stages=plan.train_stages() if training else plan.eval_stages(),
+            training=training,
+            device="cuda:0",
+            half=recipe.precision in ("bf16", "fp16"),
+        )
+        return make_loader("synthetic", spec)
+
+    model = model or make_model(recipe.model, 10, small_stem=True)
+    return Trainer(plan, model, World(device="cuda:0"), loader, NullRecorder())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_stays_near_fp32(precision: str) -> None:
+    plain, mixed = (
+        make_trainer(replace(RECIPE, precision="fp32")),
+        make_trainer(
+            replace(RECIPE, precision=precision)  # type: ignore[arg-type]
+        ),
+    )
+    plain.fit()
+    mixed.fit()
+    assert mixed.scaler.is_enabled() == (precision == "fp16")
+    for one, two in zip(plain.records, mixed.records, strict=True):
+        assert two.train_loss == pytest.approx(one.train_loss, rel=0.05)
+
+
+def test_a_compiled_run_changes_phase_without_compiling_again() -> None:
+    trainer = make_trainer(replace(RECIPE, precision="bf16", compile=True))
+    trainer.warm_up()
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    trainer.fit()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    eager = make_trainer(replace(RECIPE, precision="bf16"))
+    eager.fit()
+    assert trainer.records[0].train_loss == pytest.approx(eager.records[0].train_loss, rel=0.05)
+
+
+def test_out_of_memory_names_the_batch_size() -> None:
+    huge = replace(RECIPE, phases=(Phase(epochs=1, image_size=32, batch_size=256),))
+
+    class Greedy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(10))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.empty(2**50, device=images.device) + self.weight
+
+    with pytest.raises(
+        UserError, match=r"batch_size 256 at 32 px: --set phases\.0\.batch_size=128"
+    ):
+        make_trainer(huge, Greedy()).fit()
+
+
+def test_ddp_over_nccl_with_one_process(cifar10: Path, tmp_path: Path) -> None:
+    """NCCL itself; the trainer wraps in DDP from two processes on."""
+    code = (
+        "import torch, torch.distributed as dist\n"
+        "from torch.nn.parallel import DistributedDataParallel\n"
+        "from fastimagenet.communication import CommunicationTimer\n"
+        "dist.init_process_group('nccl', rank=0, world_size=1)\n"
+        "model = DistributedDataParallel(torch.nn.Linear(8, 8).cuda(), device_ids=[0],\n"
+        "    gradient_as_bucket_view=True, static_graph=True)\n"
+        "timer = CommunicationTimer(model, bf16_gradients=True)\n"
+        "for _ in range(3):\n"
+        "    model(torch.ones(4, 8, device='cuda')).sum().backward()\n"
+        "    timer.after_backward()\n"
+        "torch.cuda.synchronize()\n"
+        "assert timer.take_seconds() >= 0\n"
+        "assert torch.all(model.module.weight.grad == 12)\n"
+        "dist.destroy_process_group()\n"
+    )
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+
+
+def test_the_command_trains_on_the_gpu(cifar10: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "fastimagenet.train", "--recipe", "tests/small.toml"]
+    flags = ["--device", "cuda", "--nproc-per-node", "1", "--data", str(cifar10)]
+    subprocess.run([*command, *flags, "--output", str(folder)], check=True, cwd=ROOT)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["device"], summary["precision"]) == ("cuda", "bf16")
+    assert sum(summary["time_split_seconds"].values()) == pytest.approx(summary["wall_seconds"])
