@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from math import exp, log, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -31,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
+from fastimagenet.environment import processor, versions
 from pipelines import make_loader
 from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.digits import digits_folder
@@ -42,7 +41,6 @@ MIN_SCALE = 0.25
 WARM_UP_BATCHES = 6
 """More than any loader makes ahead, so that none is measured on its stock."""
 ENDLESS = 10**9
-PACKAGES = ("torch", "torchvision", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """97.5 % quantiles of Student's t distribution with 1 to 10 degrees of freedom."""
 
@@ -166,24 +164,6 @@ def ratio(values: list[float], base: list[float]) -> Estimate:
     """Geometric mean of the round-by-round ratios and its 95 % interval."""
     logs = estimate([log(value / other) for value, other in zip(values, base, strict=True)])
     return Estimate(exp(logs.mean), exp(logs.low), exp(logs.high))
-
-
-def processor() -> str:
-    """The name and number of the processors, such as "2 x Intel(R) Xeon(R) Processor"."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.machine()
-    return f"{len(os.sched_getaffinity(0))} x {name}"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from fastimagenet.environment import num_cores
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -162,11 +163,6 @@ def run_processes(launch: Launch, module: str, argv: list[str]) -> int:
             f"{RENDEZVOUS_TIMEOUT_SECONDS} s ({error}); type the same command on every node"
         ) from None
     return 0
-
-
-def num_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 @contextmanager

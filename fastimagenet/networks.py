@@ -121,8 +121,9 @@ class SmallNet(nn.Module):
         )
         self.fc = nn.Linear(256, num_classes, bias=False)
         if zero_init_last_gamma:
-            for block in (self.features[3], self.features[5]):
-                nn.init.zeros_(block.bn2.weight)
+            for module in self.features:
+                if isinstance(module, SmoothBlock):
+                    nn.init.zeros_(module.bn2.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.features(images)) / 8

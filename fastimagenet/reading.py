@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastimagenet.distributed import World, num_cores
+from fastimagenet.distributed import World
+from fastimagenet.environment import num_cores
 from fastimagenet.recipes import Recipe
 from pipelines import make_loader
 from pipelines.folder import Split

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastimagenet import dawnbench
+from fastimagenet.environment import processor, versions
 from fastimagenet.files import write_object
 from fastimagenet.recorder import train_seconds
 from fastimagenet.report import write_report
@@ -20,8 +19,6 @@ from pipelines.folder import Split
 if TYPE_CHECKING:
     from fastimagenet.recorder import EpochRecord
     from fastimagenet.trainer import Trainer
-
-PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "apex")
 
 
 def write_results(
@@ -100,28 +97,7 @@ def precision_name(dtype: torch.dtype | None) -> str:
 
 
 def hardware(trainer: Trainer) -> str:
-    """The GPUs of all processes, or the CPU of this machine."""
+    """The GPUs of all processes, or the CPU cores of this machine."""
     if trainer.device.type == "cuda":
         return f"{trainer.world.world_size} x {torch.cuda.get_device_name(trainer.device)}"
-    return f"{cpu_name()}, {torch.get_num_threads()} threads x {trainer.world.world_size}"
-
-
-def cpu_name() -> str:
-    """As the kernel has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that figures depend on, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return processor()

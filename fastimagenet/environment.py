@@ -1,0 +1,44 @@
+"""What a figure was measured on: processor and package versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "numpy",
+    "pillow",
+    "apex",
+)
+
+
+def num_cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def processor() -> str:
+    """Number and name of the cores that this process may run on, such as "2 x AMD EPYC"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{num_cores()} x {names[0] if names else platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that figures depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
