@@ -271,7 +271,7 @@ def test_empty_groups_are_left_out() -> None:
 
 
 def test_decay_shrinks_weights_and_spares_bn_and_bias() -> None:
-    model = make_model("smallnet", 10)
+    model = make_model("resnet56", 10)
     nn.init.ones_(model.fc.bias)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():

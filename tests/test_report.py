@@ -14,12 +14,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import ROOT
 from test_dawnbench import SUMMARY, epoch_rows, write_run
 
 from fastimagenet import plots
 from fastimagenet.report import duration, recipe_listing, write_report
 
+ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 
 RECIPE: Row = {
