@@ -98,12 +98,14 @@ def launched_world(launch: Launch) -> World | None:
     if "RANK" in env and "WORLD_SIZE" in env:
         rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
         local_rank = int(env.get("LOCAL_RANK", "0"))
+        local_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
         nodes = int(env.get("GROUP_WORLD_SIZE", str(launch.nodes)))
         starter = f"torchrun --nnodes {launch.nodes}"
     elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
         local_rank = int(env["SLURM_LOCALID"])
         nodes = int(env["SLURM_NNODES"])
+        local_size = size // nodes
         starter = f"srun --nodes {launch.nodes}"
         env.setdefault("MASTER_ADDR", _first_host(env["SLURM_JOB_NODELIST"]))
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
@@ -115,7 +117,7 @@ def launched_world(launch: Launch) -> World | None:
             f"start it with {starter} or say --nodes {nodes}"
         )
     device = f"cuda:{local_rank}" if launch.device == "cuda" else "cpu"
-    return World(rank, local_rank, size, launch.nproc_per_node, device)
+    return World(rank, local_rank, size, local_size, device)
 
 
 def _first_host(node_list: str) -> str:
@@ -136,6 +138,7 @@ def run_processes(launch: Launch, module: str, argv: list[str]) -> int:
             f"--nodes {launch.nodes} needs --rdzv-endpoint HOST:PORT, the same on every node "
             "(or start it under torchrun or srun)"
         )
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -157,6 +160,8 @@ def run_processes(launch: Launch, module: str, argv: list[str]) -> int:
         codes = {failure.exitcode for failure in error.failures.values()}
         # The user's mistake wins: processes that it took down with it die of other causes.
         return 2 if 2 in codes else error.get_first_failure()[1].exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
     except RendezvousError as error:
         raise UserError(
             f"--rdzv-endpoint {launch.rdzv_endpoint}: the {launch.nodes} nodes did not meet within "

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastimagenet.recipes import Recipe
 
 BACKENDS = ("torch", "apex")
-APEX_SOURCE = "https://github.com/NVIDIA/apex"
+_REMEDY = "build NVIDIA apex from https://github.com/NVIDIA/apex or take --optimizer-backend torch"
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, backend: str) -> torch.optim.Optimizer:
@@ -32,7 +32,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe, backend: str) -> torch.opti
     # Momentum must not be 0 here: nesterov refuses that, and the schedule sets it anyway.
     if backend == "apex":
         fused_sgd: type[torch.optim.SGD] = _apex_fused_sgd()
-        return fused_sgd(groups, lr=0.1, momentum=0.9, nesterov=recipe.nesterov)
+        try:
+            return fused_sgd(groups, lr=0.1, momentum=0.9, nesterov=recipe.nesterov)
+        except RuntimeError as error:  # built without its CUDA extensions
+            raise UserError(f"--optimizer-backend apex: {error}; {_REMEDY}") from None
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=recipe.nesterov, fused=True)
 
 
@@ -44,12 +47,11 @@ def _apex_fused_sgd() -> Any:
 
 
 def _why_no_apex() -> str:
-    remedy = f"build NVIDIA apex from {APEX_SOURCE} or take --optimizer-backend torch"
     try:
         found = metadata.metadata("apex")
     except metadata.PackageNotFoundError:
-        return f"NVIDIA apex is not installed; {remedy}"
+        return f"NVIDIA apex is not installed; {_REMEDY}"
     return (
         f"the installed package apex {found['Version']} ({found['Summary']}) is another one, from "
-        f"PyPI; pip uninstall apex, then {remedy}"
+        f"PyPI; pip uninstall apex, then {_REMEDY}"
     )

@@ -10,9 +10,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from fastimagenet.files import Row, read_rows, write_text
+
+if TYPE_CHECKING:
+    from fastimagenet.recipes import Recipe
 
 Item = TypeVar("Item")
 
@@ -131,6 +134,13 @@ class EpochRecord:
     top5: float | None = None
     tta_top1: float | None = None
     tta_top5: float | None = None
+
+
+def best_record(records: list[EpochRecord], recipe: Recipe) -> EpochRecord | None:
+    """The first of the evaluated epochs that are best in the target's metric, or in top-1."""
+    metric = recipe.target_metric[0] if recipe.target_metric else "top1"
+    evaluated = [record for record in records if record.top1 is not None]
+    return max(evaluated, key=lambda record: getattr(record, metric), default=None)
 
 
 class Recorder:

@@ -11,13 +11,12 @@ import torch
 from fastimagenet import dawnbench
 from fastimagenet.environment import processor, versions
 from fastimagenet.files import write_object
-from fastimagenet.recorder import train_seconds
+from fastimagenet.recorder import best_record, train_seconds
 from fastimagenet.report import write_report
 from pipelines.datasets import dataset_name
 from pipelines.folder import Split
 
 if TYPE_CHECKING:
-    from fastimagenet.recorder import EpochRecord
     from fastimagenet.trainer import Trainer
 
 
@@ -40,7 +39,8 @@ def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[st
     if target is not None:
         rows = [vars(record) for record in records]
         reached = dawnbench.time_to_target(rows, *target)
-    best = best_record(records, target[0] if target else "top1")
+    best = best_record(records, recipe)
+    assert best is not None, "the last epoch is always evaluated"
     stepping = seconds["data_wait"] + seconds["compute"] + seconds["communication"]
     images = sum(
         planned.phase.epochs * planned.steps_per_epoch * planned.global_batch
@@ -83,12 +83,6 @@ def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[st
         "cost_per_hour": args.cost_per_hour,
         "cost_usd": None if args.cost_per_hour is None else hours * args.cost_per_hour,
     }
-
-
-def best_record(records: list[EpochRecord], metric: str) -> EpochRecord:
-    """The first of the epochs with the best `metric` ("top1" or "top5")."""
-    evaluated = [record for record in records if record.top1 is not None]
-    return max(evaluated, key=lambda record: getattr(record, metric))
 
 
 def precision_name(dtype: torch.dtype | None) -> str:

@@ -90,12 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch = cli.launch_of(args)
     data = cli.data_folder(args)
     world = launched_world(launch)
+    world_size = launch.world_size if world is None else world.world_size
     if args.dry_run:
         train = read_split(data, "train", args.skip_list, check_files=False)
-        print(recipe.plan(launch.world_size, len(train)).describe())  # noqa: T201
+        print(recipe.plan(world_size, len(train)).describe())  # noqa: T201
         return 0
-    train, val = read_data(data, args.skip_list)
-    plan = recipe.plan(launch.world_size, len(train))
+    check_files = world is None or world.local_rank == 0
+    train, val = read_data(data, args.skip_list, check_files)
+    plan = recipe.plan(world_size, len(train))
     if args.output is None:
         args.output = Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         argv += ["--output", str(args.output)]
@@ -122,10 +124,10 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
     return recipe if args.precision is None else replace(recipe, precision=args.precision)
 
 
-def read_data(data: Path, skip_list: Path | None) -> tuple[Split, Split]:
+def read_data(data: Path, skip_list: Path | None, check_files: bool) -> tuple[Split, Split]:
     """Both splits, checked. Raises UserError naming the folder or file."""
-    train = read_split(data, "train", skip_list)
-    val = read_split(data, "val", skip_list)
+    train = read_split(data, "train", skip_list, check_files)
+    val = read_split(data, "val", skip_list, check_files)
     check_classes(train, val)
     return train, val
 
@@ -228,6 +230,7 @@ def make_trainer(
         about={
             "recipe": recipe_toml.dumps(recipe),
             "classes": list(train.classes),
+            "num_train": len(train),
             "seed": args.seed,
         },
         optimizer_backend=args.optimizer_backend,
@@ -245,9 +248,16 @@ def resume(trainer: Trainer, args: argparse.Namespace) -> None:
     path = args.output / "checkpoints" / "last.pt" if args.resume == "auto" else Path(args.resume)
     if args.resume == "auto" and not path.exists():
         return
-    state = checkpoint.load(path, "seed", "model", "ranks")
-    if state["seed"] != args.seed:
-        raise UserError(f"--seed {args.seed}, but {path} was trained with --seed {state['seed']}")
+    state = checkpoint.load(path, *trainer.about, "model", "ranks")
+    remedies = {
+        "recipe": "give the --recipe, --set and --epochs that it began with",
+        "classes": "name the --data that it began with",
+        "num_train": "name the --data and --skip-list that it began with",
+        "seed": f"--seed {state['seed']}",
+    }
+    for name, remedy in remedies.items():
+        if state[name] != trainer.about[name]:
+            raise UserError(f"--resume: {path} is of a run with another {name}: {remedy}")
     trainer.load_state_dict(state)
 
 

@@ -30,7 +30,14 @@ from fastimagenet.faults import SCALER_PATIENCE_STEPS, LossWatch, out_of_memory_
 from fastimagenet.optimizer import make_optimizer
 from fastimagenet.plan import Plan, PlannedPhase
 from fastimagenet.precision import autocast_dtype
-from fastimagenet.recorder import EpochRecord, Recorder, StepRecord, Stopwatch, train_seconds
+from fastimagenet.recorder import (
+    EpochRecord,
+    Recorder,
+    StepRecord,
+    Stopwatch,
+    best_record,
+    train_seconds,
+)
 from pipelines.errors import UserError
 from pipelines.loader import Loader
 
@@ -85,6 +92,7 @@ class Trainer:
         self.stop_requested = False
         patience_steps = SCALER_PATIENCE_STEPS if self.scaler.is_enabled() else 1
         self.losses = LossWatch(self.device, patience_steps)
+        self._rank_state: dict[str, Any] | None = None
         self._trained = self._wrapped()
         torch.backends.cudnn.benchmark = True
 
@@ -137,12 +145,13 @@ class Trainer:
             self._stop_if_asked()
         self._synchronize()
         seconds = train_seconds(self.clock.read()) - epoch_start
+        # Of the updates made here: after a resume in mid-epoch there are fewer, or none.
         rate = (self.step - start_step) * phase.global_batch / seconds
         counts = self._evaluate(phase) if self.plan.evaluates(self.epoch) else None
         self._record_epoch(phase, counts, rate)
         self.epoch += 1
         self.losses.total.zero_()
-        self._save_epoch()
+        self._save(best=best_record(self.records, self.plan.recipe) is self.records[-1])
 
     def train_step(self, images: Tensor, labels: Tensor, phase: PlannedPhase) -> Tensor:
         """One update; the loss of this process's batch, a scalar, stays on the device."""
@@ -270,20 +279,16 @@ class Trainer:
         if not alone and self.step % LOG_EVERY_STEPS:
             return
         if any_process(self.stop_requested, self.world):
-            self._save("last.pt")
+            self._save(best=False)
             raise Stopped
 
-    def _save_epoch(self) -> None:
-        self._save("last.pt")
-        evaluated = [record.top1 for record in self.records if record.top1 is not None]
-        if evaluated and self.records[-1].top1 == max(evaluated):
-            self._save("best.pt")
-
-    def _save(self, name: str) -> None:
+    def _save(self, best: bool) -> None:
         with self.clock.section("checkpoint"):
             state = self.state_dict()
             if self.world.is_main and self.folder is not None:
-                checkpoint.save(self.folder / "checkpoints" / name, state)
+                folder = self.folder / "checkpoints"
+                for name in ("last.pt", "best.pt") if best else ("last.pt",):
+                    checkpoint.save(folder / name, state)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run needs to go on, plain values and tensors. Every process has to ask."""
@@ -325,8 +330,6 @@ class Trainer:
         self.records = [EpochRecord(**record) for record in state["records"]]
         self.clock.carry_over(state["clock"])
         self._rank_state = state["ranks"][self.world.rank]
-
-    _rank_state: dict[str, Any] | None = None
 
     def _restore_position(self) -> None:
         if self._rank_state is None:

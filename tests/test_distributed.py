@@ -7,7 +7,10 @@ import pytest
 from fastimagenet.distributed import Launch, World, launched_world, plan_launch, run_processes
 from pipelines.errors import UserError
 
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHERS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +55,9 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torchruns_environment_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched_world(Launch(1, 2, "cpu")) is None
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "GROUP_WORLD_SIZE": "2"}
-    for name, value in torchrun.items():
+    for name, value in (torchrun | {"LOCAL_WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
-    assert launched_world(Launch(2, 2, "cuda")) == World(3, 1, 4, 2, "cuda:1")
+    assert launched_world(Launch(2, 8, "cuda")) == World(3, 1, 4, 2, "cuda:1")
     with pytest.raises(UserError, match=r"--nodes 1, but 2 node\(s\) were launched: .*torchrun"):
         launched_world(Launch(1, 2, "cpu"))
 

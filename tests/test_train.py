@@ -149,7 +149,10 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_end(
     assert process.returncode == 143, out + err
     assert "go on with --resume auto" in out
     assert not (folder / "summary.json").exists()
-    train("--data", cifar10, "--output", folder, *SMALL, "--resume", "auto")
+    flags = ("--data", cifar10, "--output", folder, *SMALL, "--resume", "auto")
+    assert "another seed: --seed 0" in error_of(*flags, "--seed", 7)
+    assert "another recipe: give the --recipe, --set" in error_of(*flags, "--set", "max_lr=0.1")
+    train(*flags)
     assert losses_of(folder) == losses_of(finished)
     assert summary_of(folder)["top1"] == summary_of(finished)["top1"]
 
@@ -175,9 +178,26 @@ def test_two_processes_give_the_validation_counts_of_one(cifar10: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_a_stopped_group_saves_and_goes_on(cifar10: Path, tmp_path: Path) -> None:
+    flags = ("--data", cifar10, *SMALL, "--nproc-per-node", 2)
+    train(*flags, "--output", tmp_path / "whole")
+    folder = tmp_path / "stopped"
+    process = start("fastimagenet.train", *flags, "--output", folder)
+    deadline = time.monotonic() + 300
+    while not losses_of(folder) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, out + err
+    assert (folder / "checkpoints" / "last.pt").exists()
+    train(*flags, "--output", folder, "--resume", "auto")
+    assert losses_of(folder) == losses_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_under_torchrun(cifar10: Path, tmp_path: Path) -> None:
     flags = ("--standalone", "--nnodes", 1, "--nproc-per-node", 2, "-m", "fastimagenet.train")
-    arguments = ("--data", cifar10, "--output", tmp_path / "run", *SMALL, "--nproc-per-node", 2)
+    arguments = ("--data", cifar10, "--output", tmp_path / "run", *SMALL)
     run("torch.distributed.run", *flags, *arguments, "--set", "bf16_gradients=true")
     assert summary_of(tmp_path / "run")["world_size"] == 2
 
@@ -189,6 +209,25 @@ def test_compiling_is_warmed_up_before_the_clock(cifar10: Path, tmp_path: Path) 
     train("--data", cifar10, "--output", tmp_path / "run", *SMALL, *changes)
     split = summary_of(tmp_path / "run")["time_split_seconds"]
     assert split["compile"] > split["compute"]
+
+
+@pytest.mark.slow
+def test_a_resnet50_learns_photographs_at_two_growing_sizes(
+    photographs: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    phases = ", ".join(
+        f"{{epochs = {epochs}, image_size = {size}, batch_size = 25}}"
+        for epochs, size in ((4, 48), (1, 64))
+    )
+    train(
+        *("--data", photographs, "--recipe", "imagenet", "--device", "cpu", "--output", folder),
+        *("--set", f"phases=[{phases}]", "--set", "lr_spans=[[0, 1, 0.1, 1], [1, 5, 1, 0.01]]"),
+        *("--set", "eval_every_epochs=5", "--set", "label_smoothing=0.0", "--precision", "bf16"),
+    )
+    epochs = rows_of("epoch", read_rows(folder))
+    assert [row["image_size"] for row in epochs] == [48, 48, 48, 48, 64]
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"] - 0.5
 
 
 def test_list_print_and_dry_run(cifar10: Path, tmp_path: Path) -> None:
