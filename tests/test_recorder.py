@@ -51,16 +51,19 @@ def epoch_record(step: int) -> EpochRecord:
 
 
 def test_sections_add_up_to_the_wall_time() -> None:
-    start = time.perf_counter()
+    before = time.perf_counter()
     clock = Stopwatch()
+    after = time.perf_counter()
     clock.switch("compute")
     for _ in clock.waiting(range(3), "data_wait"):
         with clock.section("evaluation"), clock.section("checkpoint"):
             time.sleep(0.01)
     clock.move("compute", "communication", 0.25)
+    shortest = time.perf_counter() - after
     seconds = clock.read()
-    wall = time.perf_counter() - start
-    assert sum(seconds.values()) == pytest.approx(wall, abs=0.005)
+    longest = time.perf_counter() - before
+    assert shortest <= sum(seconds.values()) + 1e-9
+    assert sum(seconds.values()) <= longest + 1e-9
     assert seconds["checkpoint"] >= 0.03
     assert seconds["communication"] == 0.25
     outside = seconds["evaluation"] + seconds["checkpoint"] + seconds["compile"]
