@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -192,6 +193,23 @@ def test_a_stopped_group_saves_and_goes_on(cifar10: Path, tmp_path: Path) -> Non
     assert (folder / "checkpoints" / "last.pt").exists()
     train(*flags, "--output", folder, "--resume", "auto")
     assert losses_of(folder) == losses_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_nodes_by_the_same_command(cifar10: Path, tmp_path: Path) -> None:
+    """Two launchers on one machine meet at an endpoint, as two machines would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = ("--data", cifar10, *SMALL, "--output", tmp_path / "run")
+    nodes = [
+        start("fastimagenet.train", *flags, "--nodes", 2, "--rdzv-endpoint", endpoint)
+        for _ in range(2)
+    ]
+    for node in nodes:
+        out, err = node.communicate(timeout=300)
+        assert node.returncode == 0, out + err
+    assert summary_of(tmp_path / "run")["world_size"] == 2
 
 
 @pytest.mark.slow
