@@ -10,12 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fastimagenet.distributed import Launch, World, plan_launch
+from fastimagenet.distributed import Launch, World, plan_launch, report_to_launcher
 from fastimagenet.recipes import PRECISIONS
 from pipelines import BACKENDS
 from pipelines.errors import UserError
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
+"""What the user's folders can do to us; any other OSError is a defect."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,12 +87,14 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
     try:
         return command(argv)
     except UserError as error:
+        if report_to_launcher(error):
+            return 2
         message = " ".join(str(error).split())
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        where = error.filename or "the output folder"
-        message = f"cannot write {where}: {os.strerror(error.errno)}; free it or choose another"
+        where = error.filename or "the --output folder"
+        message = f"cannot use {where}: {os.strerror(error.errno)}"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         return 130

@@ -6,6 +6,7 @@ The only reader of RANK, WORLD_SIZE and SLURM_*. torch's elastic agent does the 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 RENDEZVOUS_TIMEOUT_SECONDS = 300
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+SHUTDOWN_TIMEOUT_SECONDS = 600
+"""Time to save in after SIGTERM: a process may be in the middle of an evaluation."""
+REPORT_TO_LAUNCHER = "FASTIMAGENET_REPORT_TO_LAUNCHER"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,9 @@ def plan_launch(
         raise UserError("--device cuda: no CUDA device is there; --device cpu runs without one")
     if nodes < 1:
         raise UserError(f"--nodes must be at least 1, not {nodes}")
-    processes = nproc_per_node or (gpus if device == "cuda" else 1)
+    processes = nproc_per_node
+    if processes is None:
+        processes = gpus if device == "cuda" else 1
     if processes < 1:
         raise UserError(f"--nproc-per-node must be at least 1, not {processes}")
     if device == "cuda" and processes > gpus:
@@ -116,8 +122,17 @@ def launched_world(launch: Launch) -> World | None:
             f"--nodes {launch.nodes}, but {nodes} node(s) were launched: "
             f"start it with {starter} or say --nodes {nodes}"
         )
-    device = f"cuda:{local_rank}" if launch.device == "cuda" else "cpu"
-    return World(rank, local_rank, size, local_size, device)
+    return World(rank, local_rank, size, local_size, _device(launch.device, local_rank))
+
+
+def _device(kind: str, local_rank: int) -> str:
+    if kind == "cpu":
+        return "cpu"
+    gpus = gpu_count()
+    if gpus > 1 and local_rank >= gpus:
+        raise UserError(f"process {local_rank} of this machine has no GPU: it has {gpus}")
+    # srun --gpus-per-task=1 shows each process its own GPU alone.
+    return f"cuda:{local_rank if gpus > 1 else 0}"
 
 
 def _first_host(node_list: str) -> str:
@@ -127,23 +142,36 @@ def _first_host(node_list: str) -> str:
     return match.group(1) + (match.group(2) or "")
 
 
+def report_to_launcher(error: UserError) -> bool:
+    """Leave the error to our launcher, which says it once; False where there is none."""
+    if REPORT_TO_LAUNCHER not in os.environ or "RANK" not in os.environ:
+        return False
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
+    return True
+
+
 def run_processes(launch: Launch, module: str, argv: list[str]) -> int:
     """Start `python -m module argv` in every process of this node and wait for the run's end.
 
     Returns the exit status: that of the first process that failed, otherwise 0.
-    Raises UserError where the other nodes cannot be met.
+    Raises UserError where a process did, or where the other nodes cannot be met.
     """
     if launch.nodes > 1 and not launch.rdzv_endpoint:
         raise UserError(
             f"--nodes {launch.nodes} needs --rdzv-endpoint HOST:PORT, the same on every node "
             "(or start it under torchrun or srun)"
         )
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_SECONDS))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.nproc_per_node)))
+    os.environ[REPORT_TO_LAUNCHER] = "1"
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.nproc_per_node)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=launch.nodes,
         max_nodes=launch.nodes,
@@ -151,15 +179,17 @@ def run_processes(launch: Launch, module: str, argv: list[str]) -> int:
         run_id="fastimagenet",
         rdzv_backend="c10d",
         rdzv_endpoint=launch.rdzv_endpoint or "localhost:0",
-        rdzv_configs={"timeout": RENDEZVOUS_TIMEOUT_SECONDS},
+        rdzv_configs={"join_timeout": RENDEZVOUS_TIMEOUT_SECONDS},
         max_restarts=0,
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *argv)
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        # The user's mistake wins: processes that it took down with it die of other causes.
-        return 2 if 2 in codes else error.get_first_failure()[1].exitcode
+        for failure in error.failures.values():
+            # The user's mistake wins: processes that it took down with it die of other causes.
+            if failure.exitcode == 2:
+                raise UserError(failure.message.removeprefix("UserError: ")) from None
+        return error.get_first_failure()[1].exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
     except RendezvousError as error:
@@ -184,10 +214,9 @@ def process_group(world: World) -> Iterator[None]:
     torch.distributed.init_process_group(
         backend, rank=world.rank, world_size=world.world_size, timeout=COLLECTIVE_TIMEOUT
     )
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    # Not after an error: NCCL's teardown waits for all, and the others wait in a collective.
+    torch.distributed.destroy_process_group()
 
 
 def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:

@@ -49,17 +49,15 @@ class LossWatch:
 
 
 @contextmanager
-def out_of_memory_advice(batch_size: int, image_size: int, plan: Plan) -> Iterator[None]:
-    """Turn the GPU's out-of-memory error into one that says what was tried and what to set."""
+def out_of_memory_advice(batch_size: int, image_size: int, phase: int) -> Iterator[None]:
+    """Turn the GPU's out-of-memory error into one that says what was tried and what to set.
+
+    `phase` is the place in the recipe of the phase that the batch size comes from.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
-        index = next(
-            number
-            for number, phase in enumerate(plan.recipe.phases)
-            if image_size in (phase.image_size, phase.eval_size)
-        )
         raise UserError(
             f"the GPU is out of memory with batch_size {batch_size} at {image_size} px: "
-            f"--set phases.{index}.batch_size={max(1, batch_size // 2)}"
+            f"--set phases.{phase}.batch_size={max(1, batch_size // 2)}"
         ) from None

@@ -36,7 +36,11 @@ def make_optimizer(model: nn.Module, recipe: Recipe, backend: str) -> torch.opti
             return fused_sgd(groups, lr=0.1, momentum=0.9, nesterov=recipe.nesterov)
         except RuntimeError as error:  # built without its CUDA extensions
             raise UserError(f"--optimizer-backend apex: {error}; {_REMEDY}") from None
-    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=recipe.nesterov, fused=True)
+    sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=recipe.nesterov, fused=True)
+    for parameter in model.parameters():
+        # Left to itself, a first step that the fp16 scaler skips would leave unset memory here.
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def _apex_fused_sgd() -> Any:

@@ -20,6 +20,8 @@ class PlannedPhase:
     """A phase with its place in the run; epochs and steps count from 0 over the whole run."""
 
     phase: Phase
+    index: int
+    """Its place in the recipe."""
     first_epoch: int
     first_step: int
     steps_per_epoch: int
@@ -212,6 +214,7 @@ def make_plan(recipe: Recipe, world_size: int, num_train: int) -> Plan:
         planned.append(
             PlannedPhase(
                 phase=phase,
+                index=index,
                 first_epoch=epoch,
                 first_step=step,
                 steps_per_epoch=steps_per_epoch,

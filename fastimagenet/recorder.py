@@ -72,7 +72,8 @@ class Stopwatch:
             yield item
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Book seconds, measured otherwise, to another section."""
+        """Book seconds, measured otherwise, to another section; no more than there are."""
+        seconds = min(seconds, self.seconds[source])
         self.seconds[source] -= seconds
         self.seconds[target] += seconds
 
@@ -153,9 +154,13 @@ class Recorder:
         self._bar: Any = None
         self._file: TextIO | None = None
 
-    def start(self, step: int) -> None:
-        """Open the file; rows past `step`, where this run goes on, are dropped."""
+    def start(self, step: int, records: list[EpochRecord]) -> None:
+        """Open the file for a run that goes on at `step`: rows past it are dropped.
+
+        In a new folder the epochs of before, `records`, are written first.
+        """
         kept = [row for row in read_rows(self._folder) if row["step"] <= step] if step else []
+        kept = kept or [{"kind": "epoch", **asdict(record)} for record in records]
         path = self._folder / "metrics.jsonl"
         write_text(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
@@ -220,7 +225,7 @@ class NullRecorder(Recorder):
     def __init__(self) -> None:
         super().__init__(Path(), 0)
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, records: list[EpochRecord]) -> None:
         pass
 
     def _write(self, kind: str, row: Row) -> None:

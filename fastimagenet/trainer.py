@@ -114,7 +114,7 @@ class Trainer:
         """Train from the present step to the plan's end. Raises Stopped after a saved stop."""
         if self.plan.recipe.compile:
             self.warm_up()
-        self.recorder.start(self.step)
+        self.recorder.start(self.step, self.records)
         self.train_loader = self.make_loader(True)
         self.eval_loader: Loader | None = None
         self.clock.switch("compute")
@@ -158,7 +158,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr(self.step)
             group["momentum"] = self.plan.momentum(self.step)
-        with out_of_memory_advice(phase.phase.batch_size, phase.phase.image_size, self.plan):
+        with out_of_memory_advice(phase.phase.batch_size, phase.phase.image_size, phase.index):
             loss = self._forward_backward(images, labels)
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -210,10 +210,11 @@ class Trainer:
                 self.eval_loader = self.make_loader(False)
                 self.eval_loader.epoch = sum(map(self.plan.evaluates, range(self.epoch)))
             tta = self.plan.recipe.tta if self.epoch + 1 == self.plan.epochs else "none"
-            batch_size = self.plan.eval_stages()[0].batch_size
+            smallest = min(self.plan.phases, key=lambda planned: planned.phase.batch_size)
             # BN statistics are local to a process; those of the first are saved, and judged.
             broadcast(self.evaluated_model.buffers(), self.world)
-            with out_of_memory_advice(batch_size, phase.eval_size, self.plan):
+            batch_size = smallest.phase.batch_size  # as Plan.eval_stages has it
+            with out_of_memory_advice(batch_size, phase.eval_size, smallest.index):
                 counts = evaluate(
                     self.evaluated_model,
                     self.eval_loader,
@@ -259,19 +260,21 @@ class Trainer:
         with self.clock.section("compile"):
             before = {name: value.clone() for name, value in self.model.state_dict().items()}
             self._trained.train()
-            for image_size, batch_size in dict.fromkeys(
-                (stage.image_size, stage.batch_size) for stage in self.plan.train_stages()
-            ):
+            # The first phase of each shape; later ones find it compiled.
+            shapes = {(p.phase.image_size, p.phase.batch_size): p for p in self.plan.phases[::-1]}
+            for (image_size, batch_size), planned in shapes.items():
                 images = torch.zeros(batch_size, 3, image_size, image_size, device=self.device)
                 images = images.to(memory_format=torch.channels_last)
                 if self.device.type == "cuda" and self.dtype is not None:
                     images = images.half()
                 labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-                with out_of_memory_advice(batch_size, image_size, self.plan):
+                with out_of_memory_advice(batch_size, image_size, planned.index):
                     self._forward_backward(images, labels)
             self.optimizer.zero_grad(set_to_none=True)
             self.model.load_state_dict(before)
             self._synchronize()
+            if self.communication is not None:
+                self.communication.take_seconds()  # it belongs to the warm-up
 
     def _stop_if_asked(self) -> None:
         """Save and raise Stopped. Several processes agree on it at log steps, all at once."""
@@ -280,7 +283,17 @@ class Trainer:
             return
         if any_process(self.stop_requested, self.world):
             self._save(best=False)
+            self._record_event("stopped and saved")
             raise Stopped
+
+    def _record_event(self, message: str) -> None:
+        seconds = sum(self.clock.read().values())
+        self.recorder.event(
+            step=self.step,
+            epoch=self.epoch,
+            time_seconds=seconds,
+            message=f"{message} at step {self.step}",
+        )
 
     def _save(self, best: bool) -> None:
         with self.clock.section("checkpoint"):
@@ -338,3 +351,4 @@ class Trainer:
         torch.set_rng_state(self._rank_state["torch_rng"])
         self.losses.total.fill_(self._rank_state["loss_total"])
         self._rank_state = None
+        self._record_event("resumed")

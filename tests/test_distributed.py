@@ -29,6 +29,7 @@ def test_flags_settle_device_and_processes() -> None:
     [
         ((0, None, "cpu", None), "--nodes must be at least 1"),
         ((1, -1, "cpu", None), "--nproc-per-node must be at least 1"),
+        ((1, 0, "cpu", None), "--nproc-per-node must be at least 1"),
     ],
 )
 def test_bad_flags_are_named(
@@ -57,7 +58,11 @@ def test_torchruns_environment_is_recognised(monkeypatch: pytest.MonkeyPatch) ->
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "GROUP_WORLD_SIZE": "2"}
     for name, value in (torchrun | {"LOCAL_WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("fastimagenet.distributed.gpu_count", lambda: 2)
     assert launched_world(Launch(2, 8, "cuda")) == World(3, 1, 4, 2, "cuda:1")
+    monkeypatch.setattr("fastimagenet.distributed.gpu_count", lambda: 1)
+    world = launched_world(Launch(2, 1, "cuda"))
+    assert world is not None and world.device == "cuda:0"
     with pytest.raises(UserError, match=r"--nodes 1, but 2 node\(s\) were launched: .*torchrun"):
         launched_world(Launch(1, 2, "cpu"))
 

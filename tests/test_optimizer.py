@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,32 @@ def test_torchs_fused_sgd_spares_bn_and_bias_unless_told() -> None:
     assert (len(group["params"]), group["weight_decay"]) == (4, RECIPE.weight_decay)
 
 
+def test_a_skipped_first_step_leaves_no_trace() -> None:
+    """As the fp16 scaler skips it: the fused kernel is told that a gradient is infinite."""
+    weight = nn.Parameter(torch.ones(1000))
+    holder = nn.Module()
+    holder.weight = weight
+    optimizer = make_optimizer(holder, replace(RECIPE, weight_decay=0.0), "torch")
+    weight.grad = torch.full_like(weight, torch.inf)
+    optimizer.grad_scale = torch.ones(())  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
+    optimizer.step()
+    weight.grad = torch.ones_like(weight)
+    optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.full((1000,), 1 - 0.1 * (1 + 0.9 * 0)))
+
+
+HAS_APEX = find_spec("apex") is not None
+
+
+@pytest.mark.skipif(HAS_APEX, reason="apex is installed here")
 def test_without_apex_the_error_says_where_it_is() -> None:
     with pytest.raises(UserError, match=r"apex is not installed; build .*github\.com/NVIDIA/apex"):
         make_optimizer(model(), RECIPE, "apex")
 
 
+@pytest.mark.skipif(HAS_APEX, reason="apex is installed here")
 def test_the_other_apex_of_pypi_is_recognised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,9 @@ def test_sections_add_up_to_the_wall_time() -> None:
     for _ in clock.waiting(range(3), "data_wait"):
         with clock.section("evaluation"), clock.section("checkpoint"):
             time.sleep(0.01)
+    clock.carry_over({"compute": 1.0})
     clock.move("compute", "communication", 0.25)
+    clock.carry_over({"compute": -1.0})
     shortest = time.perf_counter() - after
     seconds = clock.read()
     longest = time.perf_counter() - before
@@ -84,7 +86,7 @@ def test_rows_go_to_the_file_as_they_come_and_plain_lines_without_a_terminal(
 ) -> None:
     stream = io.StringIO()
     recorder = Recorder(tmp_path, 20, stream)
-    recorder.start(0)
+    recorder.start(0, [])
     recorder.step(step_record(10, math.nan))
     recorder.epoch(epoch_record(10))
     recorder.event(step=10, epoch=0, time_seconds=1.0, message="resumed")
@@ -100,19 +102,26 @@ def test_rows_go_to_the_file_as_they_come_and_plain_lines_without_a_terminal(
 
 def test_going_on_drops_the_rows_that_come_again(tmp_path: Path) -> None:
     first = Recorder(tmp_path, 40, io.StringIO())
-    first.start(0)
+    first.start(0, [])
     for step in (10, 20, 30):
         first.step(step_record(step))
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "torn')
     second = Recorder(tmp_path, 40, io.StringIO())
-    second.start(20)
+    second.start(20, [])
     second.step(step_record(30))
     second.close()
     assert [row["step"] for row in read_rows(tmp_path)] == [10, 20, 30]
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+def test_a_run_that_goes_on_in_a_new_folder_has_its_earlier_epochs(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, 40, io.StringIO())
+    recorder.start(20, [epoch_record(10), epoch_record(20)])
+    recorder.close()
+    assert [row["step"] for row in read_rows(tmp_path)] == [10, 20]
 
 
 def test_a_terminal_gets_a_bar_with_rate_and_loss(tmp_path: Path) -> None:
@@ -122,7 +131,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_loss(tmp_path: Path) -> None:
 
     stream = Terminal()
     recorder = Recorder(tmp_path, 20, stream)
-    recorder.start(0)
+    recorder.start(0, [])
     recorder.step(step_record(10, 1.25))
     recorder.close()
     assert "10/20" in stream.getvalue()

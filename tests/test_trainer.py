@@ -158,9 +158,8 @@ def test_the_loss_scaler_gets_its_chance() -> None:
 
 
 def test_out_of_memory_says_what_was_tried_and_what_to_set() -> None:
-    plan = RECIPE.plan(1, 50)
-    advice = r"batch_size 8 at 16 px: --set phases\.0\.batch_size=4"
-    with pytest.raises(UserError, match=advice), out_of_memory_advice(8, 16, plan):
+    advice = r"batch_size 8 at 16 px: --set phases\.1\.batch_size=4"
+    with pytest.raises(UserError, match=advice), out_of_memory_advice(8, 16, 1):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
