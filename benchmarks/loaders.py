@@ -71,7 +71,7 @@ class Result:
     versions: dict[str, str]
     hardware: str
     load_average: float
-    """Of the machine at the start, over 1 minute: above 0, others were running too."""
+    """Of the machine at the start, over the minute before: well above 0, others ran too."""
     date: str
 
 
@@ -155,7 +155,8 @@ def estimate(values: list[float]) -> Estimate:
     """Mean and 95 % interval by Student's t."""
     mean, freedom = fmean(values), len(values) - 1
     # Above ten degrees the first terms of the Cornish-Fisher expansion are exact to 0.003.
-    student = STUDENT[freedom - 1] if freedom <= 10 else 1.96 + 2.372 / freedom
+    tail = 1.96 + 2.372 / freedom + 2.823 / freedom**2
+    student = STUDENT[freedom - 1] if freedom <= 10 else tail
     margin = student * stdev(values) / sqrt(len(values))
     return Estimate(mean, mean - margin, mean + margin)
 

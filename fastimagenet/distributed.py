@@ -142,9 +142,14 @@ def _first_host(node_list: str) -> str:
     return match.group(1) + (match.group(2) or "")
 
 
+def started_by_us() -> bool:
+    """Whether our own launcher, which has checked flags and data, started this process."""
+    return REPORT_TO_LAUNCHER in os.environ and "RANK" in os.environ
+
+
 def report_to_launcher(error: UserError) -> bool:
     """Leave the error to our launcher, which says it once; False where there is none."""
-    if REPORT_TO_LAUNCHER not in os.environ or "RANK" not in os.environ:
+    if not started_by_us():
         return False
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -188,7 +193,9 @@ def run_processes(launch: Launch, module: str, argv: list[str]) -> int:
         for failure in error.failures.values():
             # The user's mistake wins: processes that it took down with it die of other causes.
             if failure.exitcode == 2:
-                raise UserError(failure.message.removeprefix("UserError: ")) from None
+                said: Any = failure.message
+                text = said["message"] if isinstance(said, dict) else said
+                raise UserError(text.removeprefix("UserError: ")) from None
         return error.get_first_failure()[1].exitcode
     except SignalException as error:
         return 128 + int(error.sigval)

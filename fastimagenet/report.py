@@ -5,10 +5,10 @@ python -m fastimagenet.report RUN_DIR writes the page of a finished or stopped r
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ import tomli_w
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fastimagenet import plots
+from fastimagenet import cli, plots
 from fastimagenet.dawnbench import TRAIN_CLOCK, time_to_target
 from fastimagenet.files import Row, read_object, read_rows, rows_of, write_text
-from pipelines.errors import UserError
 
 NO_BREAK = "\u00a0"
 METRIC_NAMES = {"top1": "top-1", "top5": "top-5"}
@@ -223,7 +222,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         tiles.append(("cost", f"${summary['cost_usd']:,.2f}", f"at ${price} an hour"))
     if summary.get("images_per_sec") is not None:
         wait, train = summary.get("data_wait_seconds"), summary.get("train_seconds")
-        remark = f"{100 * wait / train:.1f} % waiting for data" if wait and train else "all GPUs"
+        remark = "all processes"
+        if wait is not None and train:
+            remark = f"{100 * wait / train:.1f} % waiting for data"
         tiles.append(("images/s", number(summary["images_per_sec"], ",.0f"), remark))
     if summary.get("wall_seconds") is not None:
         remark = f"evaluation {duration(summary.get('eval_seconds'))}"
@@ -284,22 +285,17 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, or 2 for a folder that holds no run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastimagenet.report",
-        description="Write report.html of a run again, from the other files of its folder.",
-        epilog="example: python -m fastimagenet.report runs/my-run",
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for a folder without a run."""
+    parser = cli.make_parser(
+        "fastimagenet.report",
+        "Write report.html of a run again, from the other files of its folder.",
+        "python -m fastimagenet.report runs/my-run",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's --output folder")
-    try:
-        path = write_report(parser.parse_args(argv).run_dir)
-    except (UserError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{path}\n")
+    sys.stdout.write(f"{write_report(parser.parse_args(argv).run_dir)}\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.exit_status(main, None))

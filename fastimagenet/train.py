@@ -6,6 +6,7 @@ Flags -> Recipe -> World -> Trainer -> the files of the run.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import signal
 import sys
@@ -16,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastimagenet import cli, recipe_toml
-from fastimagenet.distributed import World, launched_world, process_group, run_processes
+from fastimagenet.distributed import (
+    World,
+    gather_objects,
+    launched_world,
+    process_group,
+    run_processes,
+    started_by_us,
+)
 from fastimagenet.files import write_object
 from fastimagenet.optimizer import BACKENDS as OPTIMIZER_BACKENDS
 from fastimagenet.recipe_book import RECIPES, named_recipe
@@ -83,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, make in RECIPES.items():
             print(f"{name:26} {(make.__doc__ or '').splitlines()[0]}")  # noqa: T201
         return 0
+    check_numbers(args)
     recipe = chosen_recipe(args)
     if args.print_recipe:
         print(recipe_toml.dumps(recipe), end="")  # noqa: T201
@@ -95,14 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         train = read_split(data, "train", args.skip_list, check_files=False)
         print(recipe.plan(world_size, len(train)).describe())  # noqa: T201
         return 0
-    check_files = world is None or world.local_rank == 0
+    check_files = (world is None or world.local_rank == 0) and not started_by_us()
     train, val = read_data(data, args.skip_list, check_files)
     plan = recipe.plan(world_size, len(train))
     if args.output is None:
-        args.output = Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        args.output = default_output(args.resume, recipe.name)
         argv += ["--output", str(args.output)]
-    if world is None:
+    if not started_by_us() and (world is None or world.is_main):
         check_output(args.output, args.resume)
+    if world is None:
         if launch.world_size > 1:
             return run_processes(launch, "fastimagenet.train", argv)
         world = World(device="cpu" if launch.device == "cpu" else "cuda:0")
@@ -132,9 +142,35 @@ def read_data(data: Path, skip_list: Path | None, check_files: bool) -> tuple[Sp
     return train, val
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that would only be found wrong once the training is over."""
+    if args.seed < 0:
+        raise UserError(f"--seed must be 0 or more, not {args.seed}")
+    if args.nodes < 1:
+        raise UserError(f"--nodes must be at least 1, not {args.nodes}")
+    for flag, text in (("--author", args.author), ("--author-email", args.author_email)):
+        if not text.strip():
+            raise UserError(f"{flag} must not be empty: DAWNBench requires it")
+    cost = args.cost_per_hour
+    if cost is not None and not 0 <= cost < math.inf:
+        raise UserError(f"--cost-per-hour must be a number of US dollars, not {cost}")
+
+
+def default_output(resume: str | None, name: str) -> Path:
+    """Where a run without --output goes: on in the folder of its checkpoint, or to a new one."""
+    if resume == "auto":
+        raise UserError("--resume auto needs the --output folder of the run to go on with")
+    if resume is not None:
+        return Path(resume).resolve().parent.parent
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def check_output(folder: Path, resume: str | None) -> None:
     """Raise UserError if the folder cannot take this run."""
-    if resume is None and (folder / "plan.json").exists():
+    own = resume == "auto" or (
+        resume is not None and folder.resolve() in Path(resume).resolve().parents
+    )
+    if not own and (folder / "plan.json").exists():
         raise UserError(
             f"--output {folder} holds another run: go on with it by --resume auto, "
             "or name another folder"
@@ -172,7 +208,8 @@ def train_and_report(
     try:
         trainer.fit()
     except Stopped:
-        cli.say(world, f"stopped at step {trainer.step}; go on with --resume auto")
+        flags = f"--output {shlex.quote(str(args.output))} --resume auto"
+        cli.say(world, f"stopped at step {trainer.step}; go on with {flags}")
         return 128 + (stopped_by[0] if stopped_by else signal.SIGTERM)
     if world.is_main:
         command = shlex.join(["python", "-m", "fastimagenet.train", *argv])
@@ -246,11 +283,15 @@ def resume(trainer: Trainer, args: argparse.Namespace) -> None:
     if args.resume is None:
         return
     path = args.output / "checkpoints" / "last.pt" if args.resume == "auto" else Path(args.resume)
-    if args.resume == "auto" and not path.exists():
-        return
+    if args.resume == "auto":
+        found = gather_objects(path.exists(), trainer.world)
+        if not any(found):
+            return
+        if not all(found):
+            raise UserError(f"--output {args.output} must be a folder that all nodes see")
     state = checkpoint.load(path, *trainer.about, "model", "ranks")
     remedies = {
-        "recipe": "give the --recipe, --set and --epochs that it began with",
+        "recipe": "give the --recipe, --set, --epochs and --precision that it began with",
         "classes": "name the --data that it began with",
         "num_train": "name the --data and --skip-list that it began with",
         "seed": f"--seed {state['seed']}",

@@ -29,7 +29,8 @@ from pipelines.order import Batch, Draws, Order
 from pipelines.stream import StreamLoader
 
 QUEUE_DEPTH = 2
-"""Batches that are made ahead."""
+"""Batches that are made ahead; on a GPU other depths are not yet measured."""
+OUT_OF_MEMORY = ("out of memory", "bad_alloc", "cudaErrorMemoryAllocation", "allocation failed")
 
 
 class DaliLoader(StreamLoader):
@@ -42,6 +43,7 @@ class DaliLoader(StreamLoader):
         self.order = Order(spec)
 
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
+        held: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
         feed = Feed(self.order.batches(epoch, step), crops=not self.spec.reflect_pad)
         pipeline = build(self.spec, feed)
         try:
@@ -51,10 +53,18 @@ class DaliLoader(StreamLoader):
                 except RuntimeError as error:
                     raise unreadable(feed, error) from error
                 draws = feed.taken().draws
-                batch = self.to_torch(images).permute(0, 3, 1, 2)
+                images = torch.from_dlpack(images.as_tensor())
+                batch = images.permute(0, 3, 1, 2)
                 if draws is not None and self.spec.reflect_pad:
                     batch = self.reflect_crop(batch, draws)
-                yield batch, self.to_torch(labels)
+                target = torch.from_dlpack(labels.as_tensor())
+                yield batch, target
+                if self.spec.device != "cpu":
+                    # DALI does not know of torch's streams: its memory is held on to until the
+                    # work that was queued on it is done.
+                    held.append((images, target, torch.cuda.current_stream().record_event()))
+                    if len(held) > QUEUE_DEPTH:
+                        held.popleft()[-1].synchronize()
         finally:
             del pipeline  # the last reference: its threads end
             ReleaseUnusedMemory()
@@ -64,13 +74,6 @@ class DaliLoader(StreamLoader):
         offset = torch.from_numpy(draws.offset).to(images.device, non_blocking=True)
         mirror = torch.from_numpy(draws.mirror).to(images.device, non_blocking=True)
         return reflect_crop(images, offset, mirror, self.spec.reflect_pad)
-
-    def to_torch(self, batch: Any) -> Tensor:
-        """Share a DALI batch with torch, on the stream that is current there."""
-        if self.spec.device == "cpu":
-            return torch.from_dlpack(batch.as_tensor())
-        with torch.cuda.device(self.spec.device):
-            return torch.from_dlpack(batch.as_tensor())
 
 
 class Feed:
@@ -132,7 +135,16 @@ def build(spec: LoaderSpec, feed: Feed) -> Pipeline:
 
 
 def unreadable(feed: Feed, error: RuntimeError) -> Exception:
-    """The UserError for the first file under way that Pillow cannot decode, else `error`."""
+    """The UserError for memory, or for the first file under way that Pillow cannot decode.
+
+    Where it is neither, `error` itself.
+    """
+    if any(words in str(error) for words in OUT_OF_MEMORY):
+        batch = feed.under_way[-1]
+        return UserError(
+            f"DALI is out of memory with batch_size {len(batch.paths)} at {batch.image_size} px: "
+            "--set phases.INDEX.batch_size=... lowers it for a phase"
+        )
     for batch in feed.under_way:
         for path in batch.paths:
             try:

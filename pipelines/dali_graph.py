@@ -16,8 +16,7 @@ from pipelines.loader import LoaderSpec
 from pipelines.order import ATTEMPTS
 
 HW_DECODER_LOAD = 0.99
-LARGEST_IMAGE = (6430, 5980)
-"""Height and width in ImageNet: the hardware decoder's buffers are made once, for these."""
+"""Share of the images that the hardware decoder takes where there is one; not yet measured."""
 
 
 def random_crop_graph(
@@ -49,14 +48,14 @@ def random_crop_graph(
     place = offset * found + 0.5 * (1 - found)
     top = dali_math.floor(place[0] * (height - high + found))
     left = dali_math.floor(place[1] * (width - wide + found))
-    images = decode(spec, encoded, (top, left), (high, wide))
+    images = decode_window(spec, encoded, (top, left), (high, wide))
     return normalise(spec, resize(images, size, size), mirror=mirror)
 
 
 def whole_image_graph(spec: LoaderSpec, encoded: DataNode, size: DataNode) -> DataNode:
     """The whole image at size x size; `reflect_crop` augments the batch afterwards."""
-    height, width = shape_of(encoded)
-    images = decode(spec, encoded, (0 * height, 0 * width), (height, width))
+    height, _ = shape_of(encoded)
+    images = decode_whole(spec, encoded, height)
     return normalise(spec, resize(images, size, size))
 
 
@@ -67,7 +66,7 @@ def validation_graph(spec: LoaderSpec, encoded: DataNode, size: DataNode) -> Dat
     shorter = dali_math.min(height, width)
     high = dali_math.floor(short * height / shorter)
     wide = dali_math.floor(short * width / shorter)
-    images = decode(spec, encoded, (0 * height, 0 * width), (height, width))
+    images = decode_whole(spec, encoded, height)
     rooms = (high - size, wide - size)
     place = crop(size, (centre(rooms[0]), centre(rooms[1])), rooms)
     return normalise(spec, resize(images, high, wide), **place)
@@ -79,34 +78,45 @@ def shape_of(encoded: DataNode) -> tuple[DataNode, DataNode]:
     return shape[0], shape[1]
 
 
-def decode(
-    spec: LoaderSpec, encoded: DataNode, start: tuple[Any, Any], shape: tuple[Any, Any]
-) -> DataNode:
-    """The window (y, x) of an image, RGB in HWC; EXIF orientation is not applied.
+def decode_whole(spec: LoaderSpec, encoded: DataNode, height: DataNode) -> DataNode:
+    """An image, RGB in HWC; EXIF orientation is not applied. `height` is that of `shape_of`.
 
-    `start` or `shape` has to come from `shape_of`, also for a whole image: so the header has been
-    read before. On a damaged one the decoder of DALI 2.4 itself, in about half of all cases, does
-    not raise but ends the process.
+    Adding nothing makes the decoder wait until the header has been read: on a damaged one the
+    decoder of DALI 2.4 itself, in about half of all cases, does not raise but ends the process.
     """
-    options: dict[str, Any] = {"device": "cpu"}
+    guarded = encoded + fn.cast(0 * height, dtype=types.UINT8)
+    options = decoder_options(spec)
     if spec.device != "cpu":
-        height, width = LARGEST_IMAGE
-        options = {
-            "device": "mixed",
-            "hw_decoder_load": HW_DECODER_LOAD,
-            "preallocate_height_hint": height,
-            "preallocate_width_hint": width,
-            "jpeg_fancy_upsampling": True,
-        }
+        options["jpeg_fancy_upsampling"] = True  # the pixels of the CPU's decoder
+    return fn.decoders.image(guarded, **options)
+
+
+def decode_window(
+    spec: LoaderSpec,
+    encoded: DataNode,
+    start: tuple[DataNode, DataNode],
+    shape: tuple[DataNode, DataNode],
+) -> DataNode:
+    """A window (y, x) of an image, RGB in HWC; both corners follow from `shape_of`.
+
+    Without fancy upsampling: before version 13.2, nvJPEG leaves windows of 4:2:0 images that ask
+    for it to the CPU.
+    """
     return fn.decoders.image_slice(
         encoded,
         start=fn.cast(fn.stack(*start), dtype=types.INT32),
         shape=fn.cast(fn.stack(*shape), dtype=types.INT32),
         axes=[0, 1],
-        output_type=types.RGB,
-        adjust_orientation=False,
-        **options,
+        **decoder_options(spec),
     )
+
+
+def decoder_options(spec: LoaderSpec) -> dict[str, Any]:
+    """Arguments for a decoder on the CPU or a GPU; EXIF orientation is not applied."""
+    options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
+    if spec.device == "cpu":
+        return options | {"device": "cpu"}
+    return options | {"device": "mixed", "hw_decoder_load": HW_DECODER_LOAD}
 
 
 def centre(room: DataNode) -> DataNode:

@@ -18,6 +18,8 @@ from pipelines.loader import LoaderSpec, eval_range
 
 ATTEMPTS = 10
 """Tries for a crop that fits inside the image, as many as torchvision's RandomResizedCrop makes."""
+PERMUTATION, DRAWS = 1, 2
+"""First words of the keys: (a, b) and (a, b, 0) seed the same generator, these must differ."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Order:
         chosen = self.images(epoch, step, stage.batch_size)
         draws = None
         if self.spec.training:
-            key = (self.spec.seed, epoch, step, self.spec.shard_id)
+            key = (DRAWS, self.spec.seed, epoch, step, self.spec.shard_id)
             draws = draw(self.spec, np.random.default_rng(key), len(chosen), stage.min_scale)
         paths = [self.spec.split.paths[index] for index in chosen.tolist()]
         return Batch(paths, self.labels[chosen], stage.image_size, draws)
@@ -88,7 +90,7 @@ class Order:
     def permutation(self, epoch: int) -> NDArray[np.int64]:
         """The order of an epoch, the same on every shard; the latest one is kept."""
         if self.shuffled is None or self.shuffled[0] != epoch:
-            generator = np.random.default_rng((self.spec.seed, epoch))
+            generator = np.random.default_rng((PERMUTATION, self.spec.seed, epoch))
             self.shuffled = epoch, generator.permutation(len(self.spec.split))
         return self.shuffled[1]
 

@@ -14,8 +14,8 @@ from pipelines.stream import StreamLoader
 class Prefetcher(StreamLoader):
     """A `Loader` over another one of the same spec that hands out batches on `spec.device`.
 
-    To a GPU each batch is copied on a stream of its own, one ahead of the caller, from pinned
-    memory, and made half there if the spec asks for it; on the CPU batches pass through.
+    To a GPU each batch is copied on a stream of its own, from pinned memory, and made half there
+    if the spec asks for it; on the CPU batches pass through.
     """
 
     def __init__(self, loader: Loader, spec: LoaderSpec) -> None:
@@ -25,25 +25,18 @@ class Prefetcher(StreamLoader):
 
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
         self.loader.load_state_dict({"epoch": epoch, "step": step})
+        side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         try:
-            if self.device.type == "cuda":
-                yield from self.copy_ahead()
             while True:
-                yield from self.loader
+                for batch in self.loader:
+                    if side is not None:
+                        # The caller has only queued its work on the batch before: this copy runs
+                        # beside it.
+                        batch = self.copy(batch, side)
+                        self.hand_over(batch, side)
+                    yield batch
         finally:
             self.loader.close()
-
-    def copy_ahead(self) -> Generator[tuple[Tensor, Tensor]]:
-        side = torch.cuda.Stream(self.device)
-        ahead: tuple[Tensor, Tensor] | None = None
-        while True:
-            for batch in self.loader:
-                ready = ahead
-                if ready is not None:
-                    self.hand_over(ready, side)
-                ahead = self.copy(batch, side)
-                if ready is not None:
-                    yield ready
 
     def copy(self, batch: tuple[Tensor, Tensor], side: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
         images, labels = (part if part.is_pinned() else part.pin_memory() for part in batch)

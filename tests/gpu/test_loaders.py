@@ -68,3 +68,52 @@ def test_float16_batches_are_handed_over_without_a_copy(photographs: Path) -> No
         if step == 3:
             break
     loader.close()
+
+
+def test_a_batch_outlives_the_next_ones(photographs: Path) -> None:
+    """Work that is queued on a batch sees its pixels, however late the GPU gets to it."""
+    pytest.importorskip("nvidia.dali")
+    spec = LoaderSpec(
+        split=read_split(photographs, "val"),
+        stages=(Stage(epochs=1, image_size=128, batch_size=16),),
+        training=True,
+        device="cuda:0",
+        half=True,
+    )
+    busy = torch.randn(4096, 4096, device="cuda:0")
+    late, prompt = [], []
+    for sums, wait in ((late, False), (prompt, True)):
+        loader = make_loader("dali", spec)
+        for step, (images, _) in enumerate(loader):
+            for _ in range(20):  # a queue that the loader runs ahead of
+                busy = busy @ busy / 64
+            sums.append(images.double().sum())
+            del images
+            if wait:
+                torch.cuda.synchronize()
+            if step == 9:
+                break
+        loader.close()
+    assert torch.equal(torch.stack(late), torch.stack(prompt))
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_sizes_change_and_passes_go_on_where_they_were_broken_off(
+    backend: str, cifar10: Path
+) -> None:
+    spec = LoaderSpec(
+        split=read_split(cifar10, "train"),
+        stages=(
+            Stage(epochs=1, image_size=16, batch_size=100),
+            Stage(epochs=1, image_size=24, batch_size=50),
+        ),
+        training=True,
+        device="cuda:0",
+        half=True,
+        reflect_pad=2,
+    )
+    loader = make_loader(backend, spec)
+    next(iter(loader))
+    shapes = [images.shape for _ in range(2) for images, _ in loader]
+    assert shapes == [(100, 3, 16, 16)] * 4 + [(50, 3, 24, 24)] * 10
+    loader.close()

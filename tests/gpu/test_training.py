@@ -98,13 +98,13 @@ def test_out_of_memory_names_the_batch_size() -> None:
         make_trainer(huge, Greedy()).fit()
 
 
-def test_ddp_over_nccl_with_one_process(cifar10: Path, tmp_path: Path) -> None:
+def test_ddp_over_nccl_with_one_process(tmp_path: Path) -> None:
     """NCCL itself; the trainer wraps in DDP from two processes on."""
     code = (
         "import torch, torch.distributed as dist\n"
         "from torch.nn.parallel import DistributedDataParallel\n"
         "from fastimagenet.communication import CommunicationTimer\n"
-        "dist.init_process_group('nccl', rank=0, world_size=1)\n"
+        "dist.init_process_group('nccl')\n"
         "model = DistributedDataParallel(torch.nn.Linear(8, 8).cuda(), device_ids=[0],\n"
         "    gradient_as_bucket_view=True, static_graph=True)\n"
         "timer = CommunicationTimer(model, bf16_gradients=True)\n"
@@ -116,8 +116,11 @@ def test_ddp_over_nccl_with_one_process(cifar10: Path, tmp_path: Path) -> None:
         "assert torch.all(model.module.weight.grad == 12)\n"
         "dist.destroy_process_group()\n"
     )
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+    script = tmp_path / "ddp.py"
+    script.write_text(code)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(torchrun, check=True, env=environment)
 
 
 def test_the_command_trains_on_the_gpu(cifar10: Path, tmp_path: Path) -> None:
