@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from fastimagenet import cli, recipe_toml
 from fastimagenet.distributed import (
     World,
-    gather_objects,
     launched_world,
     process_group,
     run_processes,
@@ -225,7 +224,9 @@ def make_trainer(
     import torch
 
     from fastimagenet.model import make_model
+    from fastimagenet.precision import autocast_dtype
     from fastimagenet.reading import open_loader
+    from fastimagenet.resume import resume
     from fastimagenet.trainer import Trainer
 
     recipe = plan.recipe
@@ -233,6 +234,7 @@ def make_trainer(
         raise UserError(
             "--device cuda: this build of torch cannot use the CUDA device; --device cpu runs"
         )
+    dtype = autocast_dtype(recipe.precision, world.device.partition(":")[0])
     torch.manual_seed(args.seed)
     model = make_model(
         recipe.model,
@@ -250,7 +252,7 @@ def make_trainer(
             plan.train_stages() if training else plan.eval_stages(),
             world,
             training=training,
-            half=trainer.dtype is not None,
+            half=dtype is not None,
             seed=args.seed,
         )
 
@@ -272,34 +274,9 @@ def make_trainer(
         },
         optimizer_backend=args.optimizer_backend,
     )
-    resume(trainer, args)
+    if args.resume is not None:
+        resume(trainer, args.output, args.resume)
     return trainer
-
-
-def resume(trainer: Trainer, args: argparse.Namespace) -> None:
-    """Take the state of the checkpoint that --resume names, or nothing. Raises UserError."""
-    from fastimagenet import checkpoint
-
-    if args.resume is None:
-        return
-    path = args.output / "checkpoints" / "last.pt" if args.resume == "auto" else Path(args.resume)
-    if args.resume == "auto":
-        found = gather_objects(path.exists(), trainer.world)
-        if not any(found):
-            return
-        if not all(found):
-            raise UserError(f"--output {args.output} must be a folder that all nodes see")
-    state = checkpoint.load(path, *trainer.about, "model", "ranks")
-    remedies = {
-        "recipe": "give the --recipe, --set, --epochs and --precision that it began with",
-        "classes": "name the --data that it began with",
-        "num_train": "name the --data and --skip-list that it began with",
-        "seed": f"--seed {state['seed']}",
-    }
-    for name, remedy in remedies.items():
-        if state[name] != trainer.about[name]:
-            raise UserError(f"--resume: {path} is of a run with another {name}: {remedy}")
-    trainer.load_state_dict(state)
 
 
 def write_plan(folder: Path, plan: Plan, train: Split, val: Split) -> None:

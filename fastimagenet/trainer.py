@@ -18,13 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastimagenet import checkpoint
 from fastimagenet.communication import CommunicationTimer
-from fastimagenet.distributed import (
-    World,
-    all_reduce_sum,
-    any_process,
-    broadcast,
-    gather_objects,
-)
+from fastimagenet.distributed import World, all_reduce_sum, any_process, broadcast
 from fastimagenet.evaluation import Counts, evaluate
 from fastimagenet.faults import SCALER_PATIENCE_STEPS, LossWatch, out_of_memory_advice
 from fastimagenet.optimizer import make_optimizer
@@ -38,7 +32,7 @@ from fastimagenet.recorder import (
     best_record,
     train_seconds,
 )
-from pipelines.errors import UserError
+from fastimagenet.resume import state_of
 from pipelines.loader import Loader
 
 LOG_EVERY_STEPS = 10
@@ -72,7 +66,8 @@ class Trainer:
     ) -> None:
         recipe = plan.recipe
         self.plan, self.world, self.recorder, self.folder = plan, world, recorder, folder
-        self.make_loader, self.about = make_loader, about or {}
+        self.about = about or {}
+        self.train_loader, self.eval_loader = make_loader(True), make_loader(False)
         self.clock = clock or Stopwatch()
         self.device = torch.device(world.device)
         self.dtype = autocast_dtype(recipe.precision, self.device.type)
@@ -92,7 +87,6 @@ class Trainer:
         self.stop_requested = False
         patience_steps = SCALER_PATIENCE_STEPS if self.scaler.is_enabled() else 1
         self.losses = LossWatch(self.device, patience_steps)
-        self._rank_state: dict[str, Any] | None = None
         self._trained = self._wrapped()
         torch.backends.cudnn.benchmark = True
 
@@ -115,17 +109,15 @@ class Trainer:
         if self.plan.recipe.compile:
             self.warm_up()
         self.recorder.start(self.step, self.records)
-        self.train_loader = self.make_loader(True)
-        self.eval_loader: Loader | None = None
+        if self.step:
+            self._record_event("resumed")
         self.clock.switch("compute")
         try:
-            self._restore_position()
             while self.epoch < self.plan.epochs:
                 self.train_epoch()
         finally:
             self.train_loader.close()
-            if self.eval_loader is not None:
-                self.eval_loader.close()
+            self.eval_loader.close()
             self.recorder.close()
             self.clock.switch("other")
 
@@ -206,9 +198,6 @@ class Trainer:
     def _evaluate(self, phase: PlannedPhase) -> Counts:
         """Exact counts over all processes; the last evaluation of the run has the TTA, too."""
         with self.clock.section("evaluation"):
-            if self.eval_loader is None:
-                self.eval_loader = self.make_loader(False)
-                self.eval_loader.epoch = sum(map(self.plan.evaluates, range(self.epoch)))
             tta = self.plan.recipe.tta if self.epoch + 1 == self.plan.epochs else "none"
             smallest = min(self.plan.phases, key=lambda planned: planned.phase.batch_size)
             # BN statistics are local to a process; those of the first are saved, and judged.
@@ -297,58 +286,8 @@ class Trainer:
 
     def _save(self, best: bool) -> None:
         with self.clock.section("checkpoint"):
-            state = self.state_dict()
+            state = state_of(self)
             if self.world.is_main and self.folder is not None:
                 folder = self.folder / "checkpoints"
                 for name in ("last.pt", "best.pt") if best else ("last.pt",):
                     checkpoint.save(folder / name, state)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the run needs to go on, plain values and tensors. Every process has to ask."""
-        rank_state = {
-            "loader": self.train_loader.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-            "loss_total": self.losses.total.item(),
-        }
-        return {
-            **self.about,
-            "model": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "epoch": self.epoch,
-            "records": [vars(record) for record in self.records],
-            "clock": self.clock.read(),
-            "ranks": gather_objects(rank_state, self.world),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Raises UserError for another model or world size."""
-        if len(state["ranks"]) != self.world.world_size:
-            raise UserError(
-                f"--resume: the run was saved by {len(state['ranks'])} processes and cannot go on "
-                f"with {self.world.world_size}"
-            )
-        try:
-            self.model.load_state_dict(state["model"])
-            if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--resume: the checkpoint is of another recipe: {reason}") from None
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.epoch = state["step"], state["epoch"]
-        self.records = [EpochRecord(**record) for record in state["records"]]
-        self.clock.carry_over(state["clock"])
-        self._rank_state = state["ranks"][self.world.rank]
-
-    def _restore_position(self) -> None:
-        if self._rank_state is None:
-            return
-        self.train_loader.load_state_dict(self._rank_state["loader"])
-        torch.set_rng_state(self._rank_state["torch_rng"])
-        self.losses.total.fill_(self._rank_state["loss_total"])
-        self._rank_state = None
-        self._record_event("resumed")

@@ -17,6 +17,7 @@ from fastimagenet.distributed import World
 from fastimagenet.faults import LossWatch, out_of_memory_advice
 from fastimagenet.recipes import Phase, Recipe
 from fastimagenet.recorder import NullRecorder
+from fastimagenet.resume import restore, state_of
 from fastimagenet.trainer import Stopped, Trainer
 from pipelines import make_loader
 from pipelines.errors import UserError
@@ -216,7 +217,7 @@ def test_resume_goes_on_bit_for_bit(
     assert first.step == stop_at
     torch.manual_seed(99)
     second = trainer(tmp_path / "halves")
-    second.load_state_dict(checkpoint.load(tmp_path / "halves" / "checkpoints" / "last.pt"))
+    restore(second, checkpoint.load(tmp_path / "halves" / "checkpoints" / "last.pt"))
     second.fit()
 
     for name, value in whole.model.state_dict().items():
@@ -228,8 +229,8 @@ def test_resume_goes_on_bit_for_bit(
 def test_another_model_or_world_size_is_refused() -> None:
     trainer = make_trainer()
     trainer.fit()
-    state = trainer.state_dict()
+    state = state_of(trainer)
     with pytest.raises(UserError, match="saved by 2 processes and cannot go on with 1"):
-        make_trainer().load_state_dict(state | {"ranks": state["ranks"] * 2})
+        restore(make_trainer(), state | {"ranks": state["ranks"] * 2})
     with pytest.raises(UserError, match="the checkpoint is of another recipe"):
-        make_trainer(model=nn.Linear(3, 3)).load_state_dict(state)
+        restore(make_trainer(model=nn.Linear(3, 3)), state)

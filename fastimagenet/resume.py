@@ -1,0 +1,89 @@
+"""The state of a run in a checkpoint: taken, given back, and refused where it does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastimagenet import checkpoint
+from fastimagenet.distributed import gather_objects
+from fastimagenet.recorder import EpochRecord
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from fastimagenet.trainer import Trainer
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """All that the run needs to go on: tensors and plain values. Every process has to ask."""
+    rank_state = {
+        "loader": trainer.train_loader.state_dict(),
+        "torch_rng": torch.get_rng_state(),
+        "loss_total": trainer.losses.total.item(),
+    }
+    return {
+        **trainer.about,
+        "model": trainer.model.state_dict(),
+        "ema": None if trainer.ema is None else trainer.ema.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "step": trainer.step,
+        "epoch": trainer.epoch,
+        "records": [vars(record) for record in trainer.records],
+        "clock": trainer.clock.read(),
+        "ranks": gather_objects(rank_state, trainer.world),
+    }
+
+
+def restore(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Go to where `state_of` was taken. Raises UserError for another model or world size."""
+    world = trainer.world
+    if len(state["ranks"]) != world.world_size:
+        raise UserError(
+            f"--resume: the run was saved by {len(state['ranks'])} processes and cannot go on "
+            f"with {world.world_size}"
+        )
+    try:
+        trainer.model.load_state_dict(state["model"])
+        if trainer.ema is not None:
+            trainer.ema.load_state_dict(state["ema"])
+        trainer.optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--resume: the checkpoint is of another recipe: {reason}") from None
+    trainer.scaler.load_state_dict(state["scaler"])
+    trainer.step, trainer.epoch = state["step"], state["epoch"]
+    trainer.records = [EpochRecord(**record) for record in state["records"]]
+    trainer.clock.carry_over(state["clock"])
+    rank_state = state["ranks"][world.rank]
+    trainer.train_loader.load_state_dict(rank_state["loader"])
+    trainer.eval_loader.epoch = sum(map(trainer.plan.evaluates, range(trainer.epoch)))
+    trainer.losses.total.fill_(rank_state["loss_total"])
+    torch.set_rng_state(rank_state["torch_rng"])
+
+
+def resume(trainer: Trainer, output: Path, flag: str) -> None:
+    """Restore from the checkpoint that --resume names; "auto": from the one in `output`, if any.
+
+    Raises UserError for a checkpoint of another run and for one that not all nodes see.
+    """
+    path = output / "checkpoints" / "last.pt" if flag == "auto" else Path(flag)
+    if flag == "auto":
+        found = gather_objects(path.exists(), trainer.world)
+        if not any(found):
+            return
+        if not all(found):
+            raise UserError(f"--output {output} must be a folder that all nodes see")
+    state = checkpoint.load(path, *trainer.about, "model", "ranks")
+    remedies = {
+        "recipe": "give the --recipe, --set, --epochs and --precision that it began with",
+        "classes": "name the --data that it began with",
+        "num_train": "name the --data and --skip-list that it began with",
+        "seed": f"--seed {state['seed']}",
+    }
+    for name, remedy in remedies.items():
+        if state[name] != trainer.about[name]:
+            raise UserError(f"--resume: {path} is of a run with another {name}: {remedy}")
+    restore(trainer, state)
