@@ -153,7 +153,7 @@ def sizes(epochs: list[Row], phases: list[Row]) -> str:
     if not epochs:
         return ""
     figure, axes = _figure(2, sharex=True)
-    labels = {"image_size": "image size (px)", "batch_size": "batch per GPU"}
+    labels = {"image_size": "image size (px)", "batch_size": "batch per process"}
     for place, (key, label), colour in zip(axes, labels.items(), (PURPLE, VERMILLION), strict=True):
         points = [(row["epoch"] + end, row[key]) for row in epochs for end in (0, 1)]
         _line(place, points, color=colour, linewidth=2.4)

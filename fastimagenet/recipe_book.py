@@ -13,9 +13,10 @@ from pipelines.errors import UserError
 
 
 def digits(nodes: int = 1) -> Recipe:
-    """The embedded handwritten digits, a first run of about a minute on two CPU cores.
+    """The embedded handwritten digits: a first run of half a minute on two CPU cores.
 
-    Not yet measured.
+    python -m fastimagenet.train. Two cores of an AMD EPYC, fp32: 98.61 % to 99.16 % top-1,
+    23 s to 24 s of training, n = 3 (2026-11-22).
     """
     return Recipe(
         name="digits",
@@ -37,7 +38,11 @@ def digits(nodes: int = 1) -> Recipe:
 def cifar10(nodes: int = 1) -> Recipe:
     """CIFAR-10 in minutes on two CPU cores.
 
-    Not yet measured.
+    python -m fastimagenet.train --data CIFAR10 --recipe cifar10. Two cores of an AMD EPYC, bf16, on
+    a copy compressed to JPEG at quality 75 with 4:2:0 chroma: 87.79 % top-1,
+    88.64 % with TTA, 494 s of training, 529 s in all,
+    n = 1 (2026-11-22). cifar10-airbench94, which reaches 94.0 % with TTA on the original pixels,
+    reaches 90.8 % on that copy.
     """
     return Recipe(
         name="cifar10",
