@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fastimagenet.distributed import Launch, World, plan_launch, report_to_launcher
 from fastimagenet.recipes import PRECISIONS
 from pipelines import BACKENDS
 from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from fastimagenet.trainer import Trainer
 
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -68,6 +72,21 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where nodes meet, the same on every node")
 
 
+def add_run_flags(parser: argparse.ArgumentParser, output: str) -> None:
+    """What to run and where to leave it: the same for train and lr_find but for the default."""
+    add = parser.add_argument
+    add("--recipe", metavar="NAME|FILE.toml", help="default: digits without --data, else imagenet")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a recipe field, such as max_lr=1.2 or phases.0.image_size=96; repeatable",
+    )
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, metavar="DIR", help=f"default: {output}")
+
+
 def launch_of(args: argparse.Namespace) -> Launch:
     """Processes and device as the flags have it. Raises UserError naming the flag."""
     return plan_launch(args.nodes, args.nproc_per_node, args.device, args.rdzv_endpoint)
@@ -100,6 +119,24 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
         return 130
     print(f"error: {message}", file=sys.stderr)  # noqa: T201
     return 2
+
+
+def stop_on_signals(trainer: Trainer) -> list[int]:
+    """From here on SIGTERM and Ctrl-C ask the trainer to stop; the list gets their numbers."""
+    numbers: list[int] = []
+
+    def ask_to_stop(number: int, _frame: object) -> None:
+        trainer.stop_requested = True
+        numbers.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask_to_stop)
+    return numbers
+
+
+def stopped_status(numbers: list[int]) -> int:
+    """The exit status of a stopped command; without a number the signal went to another process."""
+    return 128 + (numbers[0] if numbers else signal.SIGTERM)
 
 
 def say(world: World, text: str) -> None:

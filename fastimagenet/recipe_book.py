@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fastimagenet import superconvergence
 from fastimagenet.recipes import Phase, Recipe
 from pipelines.datasets import CIFAR10_MEAN, CIFAR10_STD
 from pipelines.errors import UserError
@@ -65,29 +66,6 @@ def cifar10(nodes: int = 1) -> Recipe:
         resize_ratio=1.0,
         tta="flip+crop",
         eval_every_epochs=3,
-        target="top1=0.94",
-    )
-
-
-def cifar10_superconvergence(nodes: int = 1) -> Recipe:
-    """Run 3b of the 2018 super-convergence study: ResNet-56 in 70 epochs, 6,860 updates of 512.
-
-    Published: 93.08 % (on the original pixels). Not yet measured here.
-    """
-    return Recipe(
-        name="cifar10-superconvergence",
-        model="resnet56",
-        phases=(Phase(epochs=70, image_size=32, batch_size=512),),
-        max_lr=3.0,
-        use_clr_beta=(20, 10, 0.95, 0.85),
-        weight_decay=1e-4,
-        decay_bn_and_bias=True,
-        zero_init_last_gamma=False,
-        precision="fp32",
-        mean=CIFAR10_MEAN,
-        std=CIFAR10_STD,
-        reflect_pad=4,
-        resize_ratio=1.0,
         target="top1=0.94",
     )
 
@@ -237,7 +215,7 @@ def imagenet_2018_16(nodes: int = 16) -> Recipe:
 RECIPES: dict[str, Callable[[int], Recipe]] = {
     "digits": digits,
     "cifar10": cifar10,
-    "cifar10-superconvergence": cifar10_superconvergence,
+    **superconvergence.RECIPES,
     "imagenet": imagenet,
     "imagenet-2018-1": imagenet_2018_1,
     "imagenet-2018-4": imagenet_2018_4,

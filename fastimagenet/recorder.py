@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -167,8 +168,16 @@ class Recorder:
         if self._stream.isatty():
             from tqdm import tqdm
 
+            # Some terminals give their size as 0 x 0, where a bar would not be seen.
+            columns, lines = shutil.get_terminal_size()
             self._bar = tqdm(
-                total=self._total_steps, initial=step, unit="step", file=self._stream, smoothing=0.1
+                total=self._total_steps,
+                initial=step,
+                unit="step",
+                file=self._stream,
+                ncols=columns - 1,
+                nrows=lines,
+                smoothing=0.1,
             )
 
     def step(self, record: StepRecord) -> None:

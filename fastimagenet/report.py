@@ -5,23 +5,22 @@ python -m fastimagenet.report RUN_DIR writes the page of a finished or stopped r
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fastimagenet import cli, plots
+from fastimagenet import cli, pages, plots, time_plots
 from fastimagenet.dawnbench import TRAIN_CLOCK, time_to_target
-from fastimagenet.files import Row, read_object, read_rows, rows_of, write_text
+from fastimagenet.figures import GREY
+from fastimagenet.files import Row, write_text
+from fastimagenet.formats import NO_BREAK, duration, number, percent
+from fastimagenet.run_folder import Run, read_run
 
-NO_BREAK = "\u00a0"
 METRIC_NAMES = {"top1": "top-1", "top5": "top-5"}
 PART_NAMES = {
     "start_up": "start-up",
@@ -42,56 +41,6 @@ DEFINITIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the files of a run folder hold."""
-
-    plan: Row
-    summary: Row
-    """{} for a run that was stopped before it could write one."""
-    steps: list[Row]
-    epochs: list[Row]
-    events: list[Row]
-
-    @property
-    def target(self) -> tuple[str, float] | None:
-        """("top1" or "top5", fraction), or None without a target."""
-        target = self.summary.get("target") or self.plan.get("recipe", {}).get("target")
-        if isinstance(target, str) and target:
-            metric, _, value = target.partition("=")
-            return metric, float(value)
-        return (target["metric"], target["value"]) if target else None
-
-    @property
-    def epochs_done(self) -> int:
-        return self.epochs[-1]["epoch"] + 1 if self.epochs else 0
-
-    @property
-    def results(self) -> Row:
-        """top1, top5, tta_top1, tta_top5, train_seconds: the summary's, or the last rows'."""
-        rows = self.epochs
-        evaluated = [row for row in rows if row.get("top1") is not None]
-        last = {**(rows[-1] if rows else {}), **(evaluated[-1] if evaluated else {})}
-        if rows:
-            last["train_seconds"] = rows[-1]["train_seconds"]
-        keys = ("top1", "top5", "tta_top1", "tta_top5", "train_seconds")
-        return {key: self.summary[key] if key in self.summary else last.get(key) for key in keys}
-
-
-def read_run(run_dir: Path) -> Run:
-    """Raises UserError where the folder holds no run."""
-    plan = read_object(run_dir / "plan.json")
-    summary = run_dir / "summary.json"
-    rows = read_rows(run_dir)
-    return Run(
-        plan=plan,
-        summary=read_object(summary) if summary.exists() else {},
-        steps=rows_of("step", rows),
-        epochs=rows_of("epoch", rows),
-        events=rows_of("event", rows),
-    )
-
-
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html` from the other files and return its path.
 
@@ -104,16 +53,9 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: Run) -> str:
     """The whole page."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "duration": duration, "number": number}
     plan, summary = run.plan, run.summary
-    return environment.get_template("report.html.jinja").render(
+    return pages.render(
+        "report.html.jinja",
         plan=plan,
         summary=summary,
         epochs=run.epochs,
@@ -123,34 +65,13 @@ def render(run: Run) -> str:
         headline=_headline(run),
         tiles=_tiles(run),
         figures=_figures(run),
+        outcomes=Markup(plots.outcomes(run.steps, run.epochs, plan.get("phases", []))),
         split=_split(summary),
-        split_svg=Markup(plots.time_split(summary.get("time_split_seconds") or {})),
+        split_svg=Markup(time_plots.time_split(summary.get("time_split_seconds") or {})),
         recipe=recipe_listing(plan.get("recipe", {})),
         environment=_environment(run),
         definitions=DEFINITIONS,
     )
-
-
-def percent(fraction: float | None, digits: int = 2) -> str:
-    """0.9412 -> "94.12 %"."""
-    return number(None if fraction is None else 100 * fraction, f".{digits}f", "%")
-
-
-def duration(seconds: float | None) -> str:
-    """A span of time in the unit that suits it."""
-    if seconds is None:
-        return "-"
-    unit, length = plots.time_unit(seconds)
-    return number(seconds / length, ".3g" if seconds < 100 else ".1f", unit)
-
-
-def number(value: float | None, form: str = ",", unit: str = "") -> str:
-    """A number as text, with its unit on the same line; "-" for None."""
-    if value is None:
-        return "-"
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:{form}}{NO_BREAK}{unit}" if unit else f"{value:{form}}"
 
 
 def _what(run: Run) -> str:
@@ -241,7 +162,7 @@ def _figures(run: Run) -> list[tuple[str, Markup]]:
         "Learning rate and momentum": plots.schedule(run.steps, phases),
         "Image size and batch size": plots.sizes(run.epochs, phases),
         "Speed": plots.throughput(run.steps, phases),
-        "Seconds of each epoch": plots.epoch_seconds(run.epochs),
+        "Seconds of each epoch": time_plots.epoch_seconds(run.epochs),
     }
     return [(heading, Markup(svg)) for heading, svg in svgs.items()]
 
@@ -253,7 +174,7 @@ def _split(summary: Row) -> list[tuple[str, str, float, float]]:
     return [
         (
             PART_NAMES.get(key, key),
-            plots.TIME_COLOURS.get(key, plots.GREY),
+            time_plots.TIME_COLOURS.get(key, GREY),
             value or 0.0,
             (value or 0.0) / total,
         )

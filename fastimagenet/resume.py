@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
     """All that the run needs to go on: tensors and plain values. Every process has to ask."""
+    on_gpu = trainer.device.type == "cuda"
     rank_state = {
         "loader": trainer.train_loader.state_dict(),
+        "eval_loader": trainer.eval_loader.state_dict(),
         "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(trainer.device) if on_gpu else None,
         "loss_total": trainer.losses.total.item(),
     }
     return {
@@ -38,7 +41,10 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Go to where `state_of` was taken. Raises UserError for another model or world size."""
+    """Go to where `state_of` was taken, but for the clock, which knows no way back.
+
+    Raises UserError for another model or world size.
+    """
     world = trainer.world
     if len(state["ranks"]) != world.world_size:
         raise UserError(
@@ -56,12 +62,14 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.step, trainer.epoch = state["step"], state["epoch"]
     trainer.records = [EpochRecord(**record) for record in state["records"]]
-    trainer.clock.carry_over(state["clock"])
     rank_state = state["ranks"][world.rank]
     trainer.train_loader.load_state_dict(rank_state["loader"])
-    trainer.eval_loader.epoch = sum(map(trainer.plan.evaluates, range(trainer.epoch)))
+    trainer.eval_loader.load_state_dict(rank_state["eval_loader"])
     trainer.losses.total.fill_(rank_state["loss_total"])
     torch.set_rng_state(rank_state["torch_rng"])
+    cuda_rng = rank_state["cuda_rng"]
+    if trainer.device.type == "cuda" and cuda_rng is not None:  # None: the run began on a CPU
+        torch.cuda.set_rng_state(cuda_rng, trainer.device)
 
 
 def resume(trainer: Trainer, output: Path, flag: str) -> None:
@@ -87,3 +95,4 @@ def resume(trainer: Trainer, output: Path, flag: str) -> None:
         if state[name] != trainer.about[name]:
             raise UserError(f"--resume: {path} is of a run with another {name}: {remedy}")
     restore(trainer, state)
+    trainer.clock.carry_over(state["clock"])

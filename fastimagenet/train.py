@@ -8,34 +8,30 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastimagenet import cli, recipe_toml
-from fastimagenet.distributed import (
-    World,
-    launched_world,
-    process_group,
-    run_processes,
-    started_by_us,
+from fastimagenet.assemble import (
+    check_output,
+    checks_flags,
+    chosen_recipe,
+    make_trainer,
+    read_data,
+    write_plan,
 )
-from fastimagenet.files import write_object
+from fastimagenet.distributed import World, launched_world, process_group, run_processes
 from fastimagenet.optimizer import BACKENDS as OPTIMIZER_BACKENDS
-from fastimagenet.recipe_book import RECIPES, named_recipe
-from fastimagenet.recipes import Recipe
-from fastimagenet.recorder import NullRecorder, Recorder, Stopwatch
+from fastimagenet.recipe_book import RECIPES
+from fastimagenet.recorder import Recorder, Stopwatch
 from pipelines.errors import UserError
-from pipelines.folder import Split, check_classes, read_split
+from pipelines.folder import Split, read_split
 
 if TYPE_CHECKING:
     from fastimagenet.plan import Plan
-    from fastimagenet.trainer import Trainer
-    from pipelines.loader import Loader
 
 
 def parser() -> cli.Parser:
@@ -46,18 +42,9 @@ def parser() -> cli.Parser:
         "python -m fastimagenet.train --data imagenet --recipe imagenet --output runs/first",
     )
     cli.add_machine_flags(result)
+    cli.add_run_flags(result, "runs/RECIPE-TIME")
     add = result.add_argument
-    add("--recipe", metavar="NAME|FILE.toml", help="default: digits without --data, else imagenet")
     add("--epochs", type=int, metavar="E", help="stretch the recipe, LR and phases, to E epochs")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change a recipe field, such as max_lr=1.2 or phases.0.image_size=96; repeatable",
-    )
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, metavar="DIR", help="default: runs/RECIPE-TIME")
     add(
         "--resume",
         nargs="?",
@@ -92,25 +79,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     check_numbers(args)
     recipe = chosen_recipe(args)
+    if args.epochs is not None:
+        recipe = recipe.stretched(args.epochs)
     if args.print_recipe:
         print(recipe_toml.dumps(recipe), end="")  # noqa: T201
         return 0
     launch = cli.launch_of(args)
-    data = cli.data_folder(args)
     world = launched_world(launch)
     world_size = launch.world_size if world is None else world.world_size
     if args.dry_run:
+        data = cli.data_folder(args)
         train = read_split(data, "train", args.skip_list, check_files=False)
         print(recipe.plan(world_size, len(train)).describe())  # noqa: T201
         return 0
-    check_files = (world is None or world.local_rank == 0) and not started_by_us()
-    train, val = read_data(data, args.skip_list, check_files)
+    train, val = read_data(args, world)
     plan = recipe.plan(world_size, len(train))
     if args.output is None:
         args.output = default_output(args.resume, recipe.name)
         argv += ["--output", str(args.output)]
-    if not started_by_us() and (world is None or world.is_main):
-        check_output(args.output, args.resume)
+    if checks_flags(world):
+        check_output(args.output, resuming=goes_on(args))
     if world is None:
         if launch.world_size > 1:
             return run_processes(launch, "fastimagenet.train", argv)
@@ -119,34 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train_and_report(args, plan, world, train, val, clock, argv)
 
 
-def chosen_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe that the flags name, with all their changes. Raises UserError."""
-    name = args.recipe or ("imagenet" if args.data else "digits")
-    if name.endswith(".toml"):
-        recipe = recipe_toml.load(Path(name))
-    else:
-        recipe = named_recipe(name, args.nodes)
-    if args.set:
-        recipe = recipe_toml.with_settings(recipe, args.set)
-    if args.epochs is not None:
-        recipe = recipe.stretched(args.epochs)
-    return recipe if args.precision is None else replace(recipe, precision=args.precision)
-
-
-def read_data(data: Path, skip_list: Path | None, check_files: bool) -> tuple[Split, Split]:
-    """Both splits, checked. Raises UserError naming the folder or file."""
-    train = read_split(data, "train", skip_list, check_files)
-    val = read_split(data, "val", skip_list, check_files)
-    check_classes(train, val)
-    return train, val
-
-
 def check_numbers(args: argparse.Namespace) -> None:
     """Raise UserError for flags that would only be found wrong once the training is over."""
-    if args.seed < 0:
-        raise UserError(f"--seed must be 0 or more, not {args.seed}")
-    if args.nodes < 1:
-        raise UserError(f"--nodes must be at least 1, not {args.nodes}")
     for flag, text in (("--author", args.author), ("--author-email", args.author_email)):
         if not text.strip():
             raise UserError(f"{flag} must not be empty: DAWNBench requires it")
@@ -164,18 +126,12 @@ def default_output(resume: str | None, name: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def check_output(folder: Path, resume: str | None) -> None:
-    """Raise UserError if the folder cannot take this run."""
-    own = resume == "auto" or (
+def goes_on(args: argparse.Namespace) -> bool:
+    """Whether --resume names the run that --output holds."""
+    resume, folder = args.resume, args.output
+    return resume == "auto" or (
         resume is not None and folder.resolve() in Path(resume).resolve().parents
     )
-    if not own and (folder / "plan.json").exists():
-        raise UserError(
-            f"--output {folder} holds another run: go on with it by --resume auto, "
-            "or name another folder"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file: name a folder")
 
 
 def train_and_report(
@@ -188,101 +144,34 @@ def train_and_report(
     argv: list[str],
 ) -> int:
     """What one process does: model, training, and on rank 0 the files of the run."""
+    from fastimagenet.resume import resume
     from fastimagenet.summary import write_results
     from fastimagenet.trainer import Stopped
 
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
-    trainer = make_trainer(args, plan, world, train, val, clock)
+    trainer = make_trainer(
+        *(args, plan, world, train, val, clock),
+        recorder=Recorder(args.output, plan.total_steps) if world.is_main else None,
+        folder=args.output,
+        optimizer_backend=args.optimizer_backend,
+    )
+    if args.resume is not None:
+        resume(trainer, args.output, args.resume)
     if world.is_main:
         write_plan(args.output, plan, train, val)
     cli.say(world, plan.describe())
-
-    def ask_to_stop(number: int, _frame: object) -> None:
-        trainer.stop_requested = True
-        stopped_by.append(number)
-
-    stopped_by: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask_to_stop)
+    stopped_by = cli.stop_on_signals(trainer)
     try:
         trainer.fit()
     except Stopped:
         flags = f"--output {shlex.quote(str(args.output))} --resume auto"
         cli.say(world, f"stopped at step {trainer.step}; go on with {flags}")
-        return 128 + (stopped_by[0] if stopped_by else signal.SIGTERM)
+        return cli.stopped_status(stopped_by)
     if world.is_main:
         command = shlex.join(["python", "-m", "fastimagenet.train", *argv])
         page = write_results(args, trainer, val, started, command)
         cli.say(world, f"report: {page}")
     return 0
-
-
-def make_trainer(
-    args: argparse.Namespace, plan: Plan, world: World, train: Split, val: Split, clock: Stopwatch
-) -> Trainer:
-    """The trainer with its network, loaders and, for --resume, its state."""
-    import torch
-
-    from fastimagenet.model import make_model
-    from fastimagenet.precision import autocast_dtype
-    from fastimagenet.reading import open_loader
-    from fastimagenet.resume import resume
-    from fastimagenet.trainer import Trainer
-
-    recipe = plan.recipe
-    if world.device != "cpu" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: this build of torch cannot use the CUDA device; --device cpu runs"
-        )
-    dtype = autocast_dtype(recipe.precision, world.device.partition(":")[0])
-    torch.manual_seed(args.seed)
-    model = make_model(
-        recipe.model,
-        len(train.classes),
-        zero_init_last_gamma=recipe.zero_init_last_gamma,
-        blur_pool=recipe.blur_pool,
-        small_stem=recipe.small_stem,
-    )
-
-    def loader(training: bool) -> Loader:
-        return open_loader(
-            args.backend,
-            recipe,
-            train if training else val,
-            plan.train_stages() if training else plan.eval_stages(),
-            world,
-            training=training,
-            half=dtype is not None,
-            seed=args.seed,
-        )
-
-    main = world.is_main
-    recorder = Recorder(args.output, plan.total_steps) if main else NullRecorder()
-    trainer = Trainer(
-        plan,
-        model,
-        world,
-        loader,
-        recorder,
-        clock=clock,
-        folder=args.output,
-        about={
-            "recipe": recipe_toml.dumps(recipe),
-            "classes": list(train.classes),
-            "num_train": len(train),
-            "seed": args.seed,
-        },
-        optimizer_backend=args.optimizer_backend,
-    )
-    if args.resume is not None:
-        resume(trainer, args.output, args.resume)
-    return trainer
-
-
-def write_plan(folder: Path, plan: Plan, train: Split, val: Split) -> None:
-    """plan.json; the first file of a run, and the mark that a folder holds one."""
-    facts = {"num_val": len(val), "num_classes": len(train.classes)}
-    write_object(folder / "plan.json", plan.to_dict() | facts)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ log steps, the end of an epoch and the evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from fastimagenet.resume import state_of
 from pipelines.loader import Loader
 
 LOG_EVERY_STEPS = 10
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class Stopped(Exception):
@@ -146,19 +147,26 @@ class Trainer:
         self._save(best=best_record(self.records, self.plan.recipe) is self.records[-1])
 
     def train_step(self, images: Tensor, labels: Tensor, phase: PlannedPhase) -> Tensor:
-        """One update; the loss of this process's batch, a scalar, stays on the device."""
+        """The plan's next update; the loss of this process's batch, a scalar, on the device."""
+        lr, momentum = self.plan.lr(self.step), self.plan.momentum(self.step)
+        loss = self.update(images, labels, lr, momentum, phase)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self.losses.update(loss, self.step)
+        self.step += 1
+        return loss
+
+    def update(
+        self, images: Tensor, labels: Tensor, lr: float, momentum: float, phase: PlannedPhase
+    ) -> Tensor:
+        """One update of the weights at these rates; the loss as `train_step` gives it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.lr(self.step)
-            group["momentum"] = self.plan.momentum(self.step)
+            group["lr"], group["momentum"] = lr, momentum
         with out_of_memory_advice(phase.phase.batch_size, phase.phase.image_size, phase.index):
             loss = self._forward_backward(images, labels)
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
-        self.losses.update(loss, self.step)
-        self.step += 1
         return loss
 
     def _forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -196,23 +204,24 @@ class Trainer:
         return now
 
     def _evaluate(self, phase: PlannedPhase) -> Counts:
-        """Exact counts over all processes; the last evaluation of the run has the TTA, too."""
+        """All validation images; the last evaluation of the run has the TTA, too."""
+        tta = self.plan.recipe.tta if self.epoch + 1 == self.plan.epochs else "none"
         with self.clock.section("evaluation"):
-            tta = self.plan.recipe.tta if self.epoch + 1 == self.plan.epochs else "none"
-            smallest = min(self.plan.phases, key=lambda planned: planned.phase.batch_size)
-            # BN statistics are local to a process; those of the first are saved, and judged.
-            broadcast(self.evaluated_model.buffers(), self.world)
-            batch_size = smallest.phase.batch_size  # as Plan.eval_stages has it
-            with out_of_memory_advice(batch_size, phase.eval_size, smallest.index):
-                counts = evaluate(
-                    self.evaluated_model,
-                    self.eval_loader,
-                    device=self.device,
-                    autocast_dtype=self.dtype,
-                    tta=tta,
-                )
-            total = all_reduce_sum(counts.tensor().to(self.device), self.world)
-            return Counts.from_tensor(total)
+            return self.count(self.evaluated_model, self.eval_loader, phase.eval_size, tta)
+
+    def count(
+        self, model: nn.Module, batches: Batches, image_size: int, tta: str = "none"
+    ) -> Counts:
+        """Exact counts over all processes, each with validation `batches` of its own."""
+        smallest = min(self.plan.phases, key=lambda planned: planned.phase.batch_size)
+        # BN statistics are local to a process; those of the first are saved, and judged.
+        broadcast(model.buffers(), self.world)
+        batch_size = smallest.phase.batch_size  # as Plan.eval_stages has it
+        with out_of_memory_advice(batch_size, image_size, smallest.index):
+            counts = evaluate(
+                model, batches, device=self.device, autocast_dtype=self.dtype, tta=tta
+            )
+        return Counts.from_tensor(all_reduce_sum(counts.tensor().to(self.device), self.world))
 
     @property
     def evaluated_model(self) -> nn.Module:

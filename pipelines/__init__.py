@@ -11,7 +11,7 @@ from pipelines.errors import UserError
 if TYPE_CHECKING:
     from pipelines.loader import Loader, LoaderSpec
 
-BACKENDS = ("auto", "dali", "torchvision", "synthetic")
+BACKENDS = ("auto", "dali", "torchvision", "memory", "synthetic")
 
 
 def make_loader(backend: str, spec: LoaderSpec) -> Loader:
@@ -37,6 +37,10 @@ def make_loader(backend: str, spec: LoaderSpec) -> Loader:
         if spec.device == "cpu":
             return TorchvisionLoader(spec)
         return Prefetcher(TorchvisionLoader(replace(spec, half=False)), spec)
+    if backend == "memory":
+        from pipelines.memory import MemoryLoader
+
+        return MemoryLoader(spec)
     if backend == "synthetic":
         from pipelines.synthetic import SyntheticLoader
 

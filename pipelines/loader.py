@@ -53,7 +53,7 @@ class LoaderSpec:
     half: bool = False
     """Hand out float16 (on a GPU only) in place of float32."""
     num_threads: int = 2
-    """Decoding threads (dali) or worker processes (torchvision; 0: read in this process)."""
+    """Decoding threads (dali, memory) or worker processes (torchvision; 0: this process reads)."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     """Per channel, of pixels in 0..1."""

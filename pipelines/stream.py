@@ -45,13 +45,13 @@ class StreamLoader(ABC):
         """The batch at the position; what was read ahead is lost if that has been moved."""
         epoch, step = self.epoch, self.step
         if self.stream is not None and self.stream_at != (epoch, step):
-            self.close()
+            self.close_stream()
         if self.stream is None:
             self.stream = self.open(epoch, step)
         try:
             batch = next(self.stream)
         except BaseException:
-            self.close()
+            self.close_stream()
             raise
         self.stream_at = (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
         return batch
@@ -63,6 +63,10 @@ class StreamLoader(ABC):
         self.epoch, self.step = state["epoch"], state["step"]
 
     def close(self) -> None:
+        self.close_stream()
+
+    def close_stream(self) -> None:
+        """Free what reading takes; what the loader keeps for all positions stays."""
         if self.stream is not None:
             self.stream.close()
             self.stream = None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Generator, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from pipelines.batch_crop import normalise
+from pipelines.crops import crop_box, place
 from pipelines.errors import UserError
 from pipelines.folder import undecodable
 from pipelines.loader import LoaderSpec
@@ -44,6 +46,7 @@ class TorchvisionLoader(StreamLoader):
             num_workers=self.spec.num_threads,
             multiprocessing_context=context if self.spec.num_threads else None,
             pin_memory=self.spec.device != "cpu",
+            worker_init_fn=leave_interrupts_to_parent,
             generator=torch.Generator(),  # else the caller's global generator is drawn from
         )
         batches = iter(loader)
@@ -64,8 +67,8 @@ class BatchReader(Dataset[tuple[Tensor, Tensor]]):
         self.reflect_pad = spec.reflect_pad
         self.aspect_ratio = spec.aspect_ratio
         self.resize_ratio = spec.resize_ratio
-        self.mean = 255 * torch.tensor(spec.mean)
-        self.std = 255 * torch.tensor(spec.std)
+        self.mean = 255 * torch.tensor(spec.mean, dtype=torch.float32)
+        self.std = 255 * torch.tensor(spec.std, dtype=torch.float32)
 
     def __getitems__(self, batch: Batch) -> tuple[Tensor, Tensor] | UserError:
         """Images (B, 3, S, S) float32, channels_last, and labels (B,) int64.
@@ -80,31 +83,28 @@ class BatchReader(Dataset[tuple[Tensor, Tensor]]):
             except Exception as error:
                 return undecodable(path, error)
             if batch.draws is None:
-                image = self.validation_crop(image, size)
+                image = validation_crop(image, size, self.resize_ratio)
             else:
                 image = self.augment(image, size, batch.draws, index)
             pixels[index] = image.permute(1, 2, 0)
-        images = pixels.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
-        return images, torch.from_numpy(batch.labels)
+        return normalise(pixels, self.mean, self.std), torch.from_numpy(batch.labels)
 
     def augment(self, image: Tensor, size: int, draws: Draws, index: int) -> Tensor:
         """A random crop of one image, (3, size, size) uint8, perhaps mirrored."""
         if self.reflect_pad:
-            pad = self.reflect_pad
-            image = functional.resize(image, [size, size], antialias=True)
-            image = functional.pad(image, [pad], padding_mode="reflect")
-            start = np.floor(draws.offset[index] * np.float32(2 * pad + 1))
-            image = functional.crop(image, int(start[0]), int(start[1]), size, size)
+            image = padded(image, size, self.reflect_pad)
+            top, left = place(draws.offset[index], 2 * self.reflect_pad + 1).tolist()
+            image = functional.crop(image, top, left, size, size)
         else:
             box = crop_box(image.shape[1], image.shape[2], draws, index, self.aspect_ratio)
-            image = functional.resized_crop(image, *box, [size, size], antialias=True)
+            edges = [edge.item() for edge in box]
+            image = functional.resized_crop(image, *edges, [size, size], antialias=True)
         return functional.horizontal_flip(image) if draws.mirror[index] else image
 
-    def validation_crop(self, image: Tensor, size: int) -> Tensor:
-        """Resize the short side, then take the centre: (3, size, size) uint8."""
-        short = int(size * self.resize_ratio + 0.5)
-        image = functional.resize(image, [short], InterpolationMode.BILINEAR, antialias=True)
-        return functional.center_crop(image, [size, size])
+
+def leave_interrupts_to_parent(worker: int) -> None:
+    """Ctrl-C in a terminal reaches the workers, too, but the batches in flight are still wanted."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def decode(path: str) -> Tensor:
@@ -113,29 +113,17 @@ def decode(path: str) -> Tensor:
         return functional.pil_to_tensor(image.convert("RGB"))
 
 
-def crop_box(
-    height: int, width: int, draws: Draws, index: int, aspect_ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of torchvision's RandomResizedCrop, in float32 as DALI computes.
+def padded(image: Tensor, size: int, pad: int) -> Tensor:
+    """The whole image at size x size, each side extended by `pad` pixels by reflection, uint8."""
+    image = functional.resize(image, [size, size], antialias=True)
+    return functional.pad(image, [pad], padding_mode="reflect")
 
-    The first drawn crop that fits; if none does, the largest in the centre whose aspect ratio is
-    allowed.
-    """
-    pixels = np.float32(height) * np.float32(width) * draws.area[index]
-    heights = np.floor(np.sqrt(pixels / draws.ratio[index]) + np.float32(0.5))
-    widths = np.floor(np.sqrt(pixels * draws.ratio[index]) + np.float32(0.5))
-    fits = (heights <= height) & (widths <= width) & (heights > 0) & (widths > 0)
-    if fits.any():
-        first = int(fits.argmax())
-        high, wide = int(heights[first]), int(widths[first])
-        place = draws.offset[index]
-        top = int(place[0] * np.float32(height - high + 1))
-        left = int(place[1] * np.float32(width - wide + 1))
-        return top, left, high, wide
-    lowest, highest = aspect_ratio
-    high = min(height, int(width / lowest + 0.5))
-    wide = min(width, int(height * highest + 0.5))
-    return (height - high) // 2, (width - wide) // 2, high, wide
+
+def validation_crop(image: Tensor, size: int, resize_ratio: float) -> Tensor:
+    """Resize the short side, then take the centre: (3, size, size) uint8."""
+    short = int(size * resize_ratio + 0.5)
+    image = functional.resize(image, [short], InterpolationMode.BILINEAR, antialias=True)
+    return functional.center_crop(image, [size, size])
 
 
 def as_it_is(batch: Any) -> Any:

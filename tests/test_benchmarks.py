@@ -12,20 +12,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.parametrize("flags", [[], ["--reflect-pad", "4"]], ids=["random-crop", "reflect-pad"])
 def test_loaders_writes_rates_ratios_and_what_they_were_measured_on(
-    cifar10: Path, tmp_path: Path
+    flags: list[str], cifar10: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("nvidia.dali")
     command = [sys.executable, "-m", "benchmarks.loaders", "--data", str(cifar10)]
     sizes = ["--image-size", "32", "--batch-size", "50", "--rounds", "2", "--seconds", "0.2"]
     output = tmp_path / "result.json"
     result = subprocess.run(
-        [*command, *sizes, "--json", str(output)], cwd=ROOT, capture_output=True, text=True
+        [*command, *sizes, *flags, "--json", str(output)], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     assert "dali / dataloader" in result.stdout
     written = json.loads(output.read_text())
-    assert set(written["images_per_sec"]) == {"dataloader", "torchvision", "dali"}
+    assert set(written["images_per_sec"]) == {"dataloader", "torchvision", "dali", "memory"}
     for name, rates in written["rounds"].items():
         assert written["images_per_sec"][name]["mean"] == pytest.approx(sum(rates) / 2)
     assert written["versions"]["torch"] and written["hardware"] and written["date"]

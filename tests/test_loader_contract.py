@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     return Split(paths, list(range(COUNT)), tuple(map(str, range(COUNT))))
 
 
-@pytest.fixture(params=["dali", "torchvision", "synthetic", "prefetched"])
+@pytest.fixture(params=["dali", "torchvision", "memory", "synthetic", "prefetched"])
 def make(request: pytest.FixtureRequest, split: Split) -> Iterator[Make]:
     """Makes loaders of one back end, closed after the test."""
     loaders: list[Loader] = []
@@ -218,7 +219,9 @@ def test_a_batch_larger_than_the_split_is_the_users_mistake(make: Make) -> None:
         make(stages=one_stage(19), num_shards=2)
 
 
-@pytest.mark.parametrize("backend, number", [("dali", 1), ("torchvision", 0), ("torchvision", 2)])
+@pytest.mark.parametrize(
+    "backend, number", [("dali", 1), ("torchvision", 0), ("torchvision", 2), ("memory", 2)]
+)
 @pytest.mark.parametrize("damage", ["truncated", "empty", "junk", "gone"])
 def test_a_bad_file_is_named(
     backend: str, number: int, damage: str, split: Split, tmp_path: Path
@@ -232,10 +235,8 @@ def test_a_bad_file_is_named(
         bad.write_bytes(damaged[damage])
     broken = Split([*split.paths[:20], str(bad)], [0] * 21, ("a",))
     spec = LoaderSpec(split=broken, stages=one_stage(4), training=False, num_threads=number)
-    loader = make_loader(backend, spec)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as caught, closing(make_loader(backend, spec)) as loader:
         list(loader)
-    loader.close()
     assert str(bad) in str(caught.value) and "--skip-list" in str(caught.value)
     assert "\n" not in str(caught.value)
 

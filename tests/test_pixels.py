@@ -17,7 +17,7 @@ from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.folder import Split, read_split
 from pipelines.loader import LoaderSpec, Stage
 
-BACKENDS = ["dali", "torchvision"]
+BACKENDS = ["dali", "torchvision", "memory"]
 
 
 def first_batch(backend: str, split: Split, count: int, image_size: int, **fields: Any) -> Tensor:
@@ -69,7 +69,7 @@ def test_training_batches_are_the_same_in_both_back_ends(
     split = some(photographs, 40)
     fast, reference = (
         first_batch(backend, split, 40, 224, training=True, seed=3, **fields)
-        for backend in BACKENDS
+        for backend in ("dali", "torchvision")
     )
     assert (fast - reference).abs().mean(dim=(1, 2, 3)).max() < 0.5
     # A crop, a flip or an image that were another one would differ by far more.

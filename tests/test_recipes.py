@@ -10,6 +10,7 @@ import pytest
 from fastimagenet import recipe_toml
 from fastimagenet.recipe_book import RECIPES, named_recipe
 from fastimagenet.recipes import Phase, Recipe
+from fastimagenet.superconvergence import COMPARISON, RUNS, STUDY
 from pipelines.errors import UserError
 
 
@@ -134,6 +135,72 @@ def test_the_2018_schedule_of_one_machine_epoch_by_epoch() -> None:
         assert plan.lr(int(plan.step_at(epoch))) == pytest.approx(lr)
     assert plan.lr(plan.total_steps - 1) == pytest.approx(0.00025, rel=0.01)
     assert plan.momentum(1000) == 0.9
+
+
+@pytest.mark.parametrize(
+    ("run", "iterations", "top1", "first_lr", "peak_step", "peak_lr", "last_lr", "min_mom"),
+    [
+        ("1", 9310, 0.9353, 0.08, 4018, 0.8, 0.00086217, 0.85),
+        ("2", 9310, 0.9258, 0.08, 2327, 0.8, 0.00081701, 0.85),
+        ("3a", 4900, 0.9231, 0.15, 2205, 3.0, 0.00180306, 0.85),
+        ("3b", 6860, 0.9308, 0.15, 3087, 3.0, 0.00171647, 0.85),
+        ("4a", 9310, 0.9339, 0.08, 4018, 0.8, 0.00086217, 0.90),
+        ("4b", 4900, 0.9225, 0.15, 2205, 3.0, 0.00180306, 0.90),
+    ],
+)
+def test_a_run_of_the_super_convergence_study_update_by_update(
+    run: str,
+    iterations: int,
+    top1: float,
+    first_lr: float,
+    peak_step: int,
+    peak_lr: float,
+    last_lr: float,
+    min_mom: float,
+) -> None:
+    plan = named_recipe(f"cifar10-superconvergence-{run}").plan(1, 50_000)
+    assert plan.total_steps == STUDY[run].iterations == iterations
+    assert STUDY[run].top1 == top1
+    assert plan.lr(0) == pytest.approx(first_lr)
+    assert plan.lr(peak_step) == pytest.approx(peak_lr)
+    assert max(range(iterations), key=plan.lr) == peak_step
+    assert plan.lr(2 * peak_step) == pytest.approx(first_lr)
+    assert plan.lr(iterations - 1) == pytest.approx(last_lr, rel=1e-5)
+    # Momentum runs one update ahead.
+    assert plan.momentum(peak_step - 1) == pytest.approx(min_mom)
+    assert plan.momentum(iterations - 1) == (0.9 if run.startswith("4") else 0.95)
+
+
+def test_the_first_recipe_of_the_study_stays_as_it_was_named() -> None:
+    """Run 3b in batches of 512, of which 50,000 images make 97 an epoch."""
+    recipe = named_recipe("cifar10-superconvergence")
+    assert recipe.phases == (Phase(epochs=70, image_size=32, batch_size=512),)
+    assert recipe.plan(1, 50_000).total_steps == 6790
+    changed = {"name": recipe.name, "phases": recipe.phases}
+    assert replace(RUNS["3b"], **changed) == recipe  # type: ignore[arg-type]
+
+
+def test_the_comparison_differs_in_the_schedule_and_the_updates_alone() -> None:
+    plans = {run: recipe.plan(1, 50_000) for run, recipe in COMPARISON.items()}
+    fast, slow = plans["1cycle"], plans["steps"]
+    control = replace(plans["steps-high"].recipe, name=slow.recipe.name, max_lr=0.1)
+    assert control == slow.recipe
+    assert plans["steps-high"].recipe.max_lr == fast.recipe.max_lr
+    assert slow.total_steps == 2 * fast.total_steps
+    (phase,) = slow.recipe.phases
+    schedule = ("name", "max_lr", "schedule", "lr_spans", "momentum")
+    changed = {field: getattr(fast.recipe, field) for field in schedule}
+    changed["phases"] = (replace(phase, epochs=fast.epochs),)
+    assert replace(slow.recipe, **changed) == fast.recipe
+    rates = [slow.lr(step) / slow.recipe.max_lr for step in range(slow.total_steps)]
+    half, quarter = slow.total_steps // 2, slow.total_steps // 4
+    assert rates == pytest.approx([1.0] * half + [0.1] * quarter + [0.01] * quarter)
+
+
+def test_the_study_and_the_comparison_are_in_the_recipe_book() -> None:
+    for recipe in RUNS.values():
+        assert named_recipe(recipe.name) == recipe
+        assert RECIPES[recipe.name].__doc__
 
 
 def test_evaluation_passes_follow_the_phases() -> None:

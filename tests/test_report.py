@@ -16,8 +16,9 @@ from xml.etree import ElementTree
 import pytest
 from test_dawnbench import SUMMARY, epoch_rows, write_run
 
-from fastimagenet import plots
-from fastimagenet.report import duration, recipe_listing, write_report
+from fastimagenet import figures, plots
+from fastimagenet.formats import duration
+from fastimagenet.report import recipe_listing, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -124,7 +125,7 @@ def check_page(html: str) -> Page:
 def test_a_whole_run(tmp_path: Path) -> None:
     html = rendered(make_run(tmp_path))
     page = check_page(html)
-    assert html.count("<svg") == 7
+    assert html.count("<svg") == 8
     text = page.text
     assert "resnet18 on CIFAR-10 reached 94.50 % top-1 and 99.85 % top-5 in 6.0 min" in text
     assert "of training on 8x Sample GPU." in text
@@ -147,37 +148,67 @@ def test_tables_hold_the_numbers_of_the_files(tmp_path: Path) -> None:
     assert " 4 32 512 0.5000 0.4750 94.50 % 99.85 % 95.12 % 99.90 % 360.00 8.00 12.00 " in text
 
 
+NS = "{http://www.w3.org/2000/svg}"
+
+
+def ticks(part: ElementTree.Element, axis: str) -> list[tuple[float, float]]:
+    """(value, place) of the labelled ticks of the "x" or "y" axis."""
+    found = []
+    for group in part.iter(f"{NS}g"):
+        if re.search(rf"-{axis}tick_\d+$", group.get("id", "")):
+            mark = next(group.iter(f"{NS}use"))
+            for label in group.iter(f"{NS}text"):
+                found.append((float(str(label.text).replace(",", "")), float(mark.attrib[axis])))
+    return found
+
+
+def drawn(part: ElementTree.Element, xs: list[tuple[float, float]]) -> list[list[Any]]:
+    """The points of each curve that has markers, read back with the plot's own ticks."""
+
+    def scale(places: list[tuple[float, float]], place: str) -> float:
+        (v0, p0), (v1, p1) = places[0], places[-1]
+        return v0 + (float(place) - p0) * (v1 - v0) / (p1 - p0)
+
+    ys = ticks(part, "y")
+    return [
+        [(scale(xs, u.attrib["x"]), scale(ys, u.attrib["y"])) for u in group.iter(f"{NS}use")]
+        for group in part.iter(f"{NS}g")
+        if re.search(r"-line2d_\d+$", group.get("id", ""))
+    ]
+
+
+def holds(curves: list[list[Any]], wanted: list[tuple[float, float]]) -> bool:
+    return any(
+        len(curve) == len(wanted)
+        and all(math.dist(a, b) < 0.01 for a, b in zip(curve, wanted, strict=True))
+        for curve in curves
+    )
+
+
 def test_accuracy_is_drawn_where_it_belongs() -> None:
     """The plot's own ticks give its scale; points of the top-1 curve are read back with it."""
     svg = ElementTree.fromstring(plots.accuracy(epoch_rows(), [], ("top1", 0.94)))
-    ns = "{http://www.w3.org/2000/svg}"
-
-    def ticks(axis: str, coordinate: str) -> list[tuple[float, float]]:
-        """(value, place) of the labelled ticks."""
-        found = []
-        for group in svg.iter(f"{ns}g"):
-            if re.fullmatch(rf"accuracy-{axis}tick_\d+", group.get("id", "")):
-                mark = next(u for u in group.iter(f"{ns}use"))
-                label = next(t for t in group.iter(f"{ns}text")).text
-                found.append((float(str(label)), float(mark.attrib[coordinate])))
-        return found
-
-    def scale(places: list[tuple[float, float]], place: float) -> float:
-        (v0, p0), (v1, p1) = places[0], places[-1]
-        return v0 + (place - p0) * (v1 - v0) / (p1 - p0)
-
-    xs, ys = ticks("x", "x"), ticks("y", "y")
-    curves = [
-        [(float(u.attrib["x"]), float(u.attrib["y"])) for u in group.iter(f"{ns}use")]
-        for group in svg.iter(f"{ns}g")
-        if re.fullmatch(r"accuracy-line2d_\d+", group.get("id", ""))
-    ]
-    points = [[(scale(xs, x), scale(ys, y)) for x, y in curve] for curve in curves]
     wanted = [(1.5, 50.0), (4.5, 94.12), (6.0, 94.5)]  # minutes, percent
-    assert any(
-        len(curve) == 3 and all(math.dist(a, b) < 0.01 for a, b in zip(curve, wanted, strict=True))
-        for curve in points
-    )
+    assert holds(drawn(svg, ticks(svg, "x")), wanted)
+
+
+def test_outcomes_are_drawn_at_the_steps_where_they_were_computed() -> None:
+    phases = [phase(0, 2, 16, 10), phase(2, 2, 32, 10)]
+    svg = ElementTree.fromstring(plots.outcomes(step_rows(), epoch_rows(), phases))
+    panels = [g for g in svg.iter(f"{NS}g") if "-axes_" in g.get("id", "")]
+    xs = ticks(panels[3], "x")
+    assert len(panels) == 4
+    assert holds(drawn(panels[1], xs), [(10, 1.9), (30, 1.9 / 3), (40, 1.9 / 4)])
+    assert holds(drawn(panels[2], xs), [(10, 50.0), (30, 94.12), (40, 94.5)])
+    assert holds(drawn(panels[3], xs), [(10, 90.0), (30, 99.8), (40, 99.85)])
+    words = "".join(svg.itertext())
+    for name in ("training loss (nats)", "validation loss (nats)", "top-1 accuracy (%)", "step"):
+        assert name in words
+    assert "16 px" in words and "32 px" in words
+    for panel in panels:
+        styles = [path.get("style", "") for path in panel.iter(f"{NS}path")]
+        assert sum("dasharray" in s and "#777777" in s for s in styles) == 1  # the second phase
+    assert plots.outcomes([], [], phases) == ""
 
 
 def test_target_not_reached_and_tta_never_in_place_of_plain(tmp_path: Path) -> None:
@@ -285,12 +316,12 @@ def test_a_long_run_stays_small_and_the_page_is_the_same_each_time(tmp_path: Pat
 
 def test_thinned_points_are_medians_of_neighbours() -> None:
     points = [(float(x), 0.0 if x % 26 == 0 else 7.0) for x in range(13000)]
-    thin = plots._thin(points)
+    thin = figures.thin(points)
     assert len(thin) == 500
     assert {y for _, y in thin} == {7.0}
     assert thin[0][0] == 12.5
-    assert plots._thin(points[:400]) == points[:400]
-    assert plots._thin([]) == []
+    assert figures.thin(points[:400]) == points[:400]
+    assert figures.thin([]) == []
 
 
 def test_recipe_listing_is_toml_that_holds_the_recipe() -> None:

@@ -17,7 +17,7 @@ from fastimagenet.distributed import World
 from fastimagenet.faults import LossWatch, out_of_memory_advice
 from fastimagenet.recipes import Phase, Recipe
 from fastimagenet.recorder import NullRecorder
-from fastimagenet.resume import restore, state_of
+from fastimagenet.resume import restore, resume, state_of
 from fastimagenet.trainer import Stopped, Trainer
 from pipelines import make_loader
 from pipelines.errors import UserError
@@ -224,6 +224,18 @@ def test_resume_goes_on_bit_for_bit(
         assert torch.equal(value, second.model.state_dict()[name]), name
     losses = [(r.train_loss, r.val_loss, r.top1) for r in whole.records]
     assert losses == [(r.train_loss, r.val_loss, r.top1) for r in second.records]
+
+
+def test_a_resumed_run_takes_the_clock_and_both_loaders_with_it(tmp_path: Path) -> None:
+    first, second = make_trainer(folder=tmp_path), make_trainer(folder=tmp_path)
+    for trainer in (first, second):
+        trainer.about = {"recipe": "test", "classes": [], "num_train": 50, "seed": 3}
+    first.fit()
+    saved = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
+    resume(second, tmp_path, "auto")
+    assert second.clock.read()["compute"] == saved["clock"]["compute"] > 0
+    assert second.train_loader.state_dict() == first.train_loader.state_dict()
+    assert second.eval_loader.state_dict() == {"epoch": 3, "step": 0}
 
 
 def test_another_model_or_world_size_is_refused() -> None:

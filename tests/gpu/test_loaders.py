@@ -12,7 +12,7 @@ from pipelines.folder import read_split
 from pipelines.loader import LoaderSpec, Stage
 
 
-@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+@pytest.mark.parametrize("backend", ["dali", "torchvision", "memory"])
 @pytest.mark.parametrize("training, half", [(True, True), (False, False)])
 def test_batches_on_the_gpu_are_those_of_the_cpu(
     backend: str, training: bool, half: bool, photographs: Path
@@ -97,7 +97,7 @@ def test_a_batch_outlives_the_next_ones(photographs: Path) -> None:
     assert torch.equal(torch.stack(late), torch.stack(prompt))
 
 
-@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+@pytest.mark.parametrize("backend", ["dali", "torchvision", "memory"])
 def test_sizes_change_and_passes_go_on_where_they_were_broken_off(
     backend: str, cifar10: Path
 ) -> None:

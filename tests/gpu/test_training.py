@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from fastimagenet import lr_find2
 from fastimagenet.distributed import World
 from fastimagenet.model import make_model
 from fastimagenet.recipes import Phase, Recipe
 from fastimagenet.recorder import NullRecorder
+from fastimagenet.sweep import SweepRecord
 from fastimagenet.trainer import Trainer
 from pipelines import make_loader
 from pipelines.errors import UserError
@@ -68,6 +72,35 @@ def test_mixed_precision_stays_near_fp32(precision: str) -> None:
     assert mixed.scaler.is_enabled() == (precision == "fp16")
     for one, two in zip(plain.records, mixed.records, strict=True):
         assert two.train_loss == pytest.approx(one.train_loss, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_sweep_in_mixed_precision_stays_near_fp32_and_leaves_no_trace(precision: str) -> None:
+    plain = lr_find2(make_trainer(replace(RECIPE, precision="fp32")), end_lr=0.1, num_it=12)
+    trainer = make_trainer(
+        replace(RECIPE, precision=precision)  # type: ignore[arg-type]
+    )
+
+    def state() -> dict[str, Any]:
+        optimizer = trainer.optimizer.state_dict()
+        tensors = [entry["momentum_buffer"] for entry in optimizer["state"].values()]
+        tensors += [*trainer.model.state_dict().values(), torch.cuda.get_rng_state()]
+        values = [optimizer["param_groups"], trainer.scaler.state_dict(), trainer.step]
+        values += [trainer.train_loader.state_dict(), trainer.eval_loader.state_dict()]
+        return copy.deepcopy({"tensors": tensors, "values": values})
+
+    def draw(_: SweepRecord) -> None:
+        torch.rand(1, device="cuda")
+
+    before = state()
+    mixed = lr_find2(trainer, end_lr=0.1, num_it=12, on_record=draw)
+    after = state()
+    assert all(map(torch.equal, before["tensors"], after["tensors"]))
+    assert before["values"] == after["values"]
+    assert mixed.ended == plain.ended == "finished"
+    for one, two in zip(plain.records, mixed.records, strict=True):
+        assert two.loss == pytest.approx(one.loss, rel=0.05)
+    trainer.fit()
 
 
 def test_a_compiled_run_changes_phase_without_compiling_again() -> None:

@@ -1,0 +1,191 @@
+"""The published super-convergence study of CIFAR-10, trained again and set beside its figures.
+
+    python -m benchmarks.superconvergence --data CIFAR10
+
+Every run is a `python -m fastimagenet.train` of its own, in OUTPUT/RUN-seedS. The same command
+goes on where it was stopped, and repeats no run that is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.run_results import Data, Training, read_results
+from benchmarks.run_table import table, write_results
+from fastimagenet import cli, recipe_toml
+from fastimagenet.files import read_object
+from fastimagenet.recipe_book import named_recipe
+from fastimagenet.recipes import PRECISIONS
+from fastimagenet.superconvergence import RUNS, STUDY
+from pipelines import BACKENDS
+from pipelines.datasets import dataset_name
+from pipelines.errors import UserError
+from pipelines.folder import check_classes, read_split
+
+
+def parser() -> cli.Parser:
+    """All flags of the command."""
+    result = cli.make_parser(
+        "benchmarks.superconvergence",
+        "Train the published super-convergence study of CIFAR-10 and compare accuracies.",
+        "python -m benchmarks.superconvergence --data CIFAR10 --only 3b --runs 3",
+    )
+    add = result.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="image folder of CIFAR-10")
+    add(
+        "--only",
+        nargs="+",
+        choices=list(RUNS),
+        default=list(STUDY),
+        metavar="RUN",
+        help=f"some of {', '.join(RUNS)}; default: the {len(STUDY)} of the study",
+    )
+    add("--runs", type=int, default=1, metavar="N", help="seeds of each; default 1")
+    add("--seed", type=int, default=0, metavar="S", help="the first seed; default 0")
+    add("--output", type=Path, default=Path("runs/superconvergence"), metavar="DIR")
+    add("--epochs", type=int, metavar="E", help="a rehearsal: stretch the recipes to E epochs")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a rehearsal: change a recipe field, such as model=smallnet; repeatable",
+    )
+    add("--backend", choices=BACKENDS, default="auto", help="as of train, as are the next two")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--precision", choices=PRECISIONS, help="in place of the recipes', fp32 for the study")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(argv)
+    if args.runs < 1:
+        raise UserError(f"--runs must be at least 1, not {args.runs}")
+    data = describe(args.data)
+    trainings = make_trainings(args, data.train_images)
+    for training in trainings:
+        check_folder(training)
+    status = train_all(trainings)
+    if any(training.finished for training in trainings):
+        command = shlex.join(["python", "-m", "benchmarks.superconvergence", *argv])
+        result = read_results(trainings, data, rehearsal(args, data), command)
+        write_results(result, args.output)
+        print(f"\n{table(result)}\ntable and picture: {args.output}", flush=True)
+    else:
+        print("\nno run is finished: no table yet")
+    return status
+
+
+def describe(folder: Path) -> Data:
+    """Count the images. Raises UserError naming the folder."""
+    train, val = (read_split(folder, split, check_files=False) for split in ("train", "val"))
+    check_classes(train, val)
+    suffixes = Counter(Path(path).suffix.lower() for path in train.paths + val.paths)
+    return Data(
+        name=folder.resolve().name,
+        dataset=dataset_name(train.classes),
+        train_images=len(train),
+        val_images=len(val),
+        suffixes=dict(suffixes),
+    )
+
+
+def rehearsal(args: argparse.Namespace, data: Data) -> str:
+    """What the flags and the data change about the published experiment."""
+    flags = [] if args.epochs is None else ["--epochs", str(args.epochs)]
+    flags += [word for setting in args.set for word in ("--set", setting)]
+    if args.backend == "synthetic":
+        flags += ["--backend", "synthetic"]
+    reasons = [shlex.join(flags)] if flags else []
+    return ", ".join(reasons if data.is_cifar10 else [*reasons, "not all of CIFAR-10"])
+
+
+def make_trainings(args: argparse.Namespace, num_train: int) -> list[Training]:
+    """All that was asked for, seed by seed, so that a stopped study has something of each run."""
+    passed_on = ["--backend", args.backend, "--device", args.device]
+    passed_on += [word for setting in args.set for word in ("--set", setting)]
+    for flag, value in (("--epochs", args.epochs), ("--precision", args.precision)):
+        passed_on += [] if value is None else [flag, str(value)]
+    trainings = []
+    for seed in range(args.seed, args.seed + args.runs):
+        for run in dict.fromkeys(args.only):
+            name, folder = RUNS[run].name, args.output / f"{run}-seed{seed}"
+            recipe = recipe_toml.with_settings(named_recipe(name), args.set)
+            recipe = recipe if args.epochs is None else recipe.stretched(args.epochs)
+            recipe = replace(recipe, precision=args.precision or recipe.precision)
+            # One process: the batch of the recipes is that of all.
+            command = ["--data", str(args.data), "--recipe", name, "--seed", str(seed)]
+            command += ["--output", str(folder), "--resume", "auto", "--nproc-per-node", "1"]
+            plan = recipe.plan(1, num_train)
+            trainings.append(
+                Training(run=run, seed=seed, plan=plan, folder=folder, flags=[*command, *passed_on])
+            )
+    return trainings
+
+
+def check_folder(training: Training) -> None:
+    """Raise UserError if the folder holds a run of another recipe or of other data."""
+    path = training.folder / "plan.json"
+    if not path.exists():
+        return
+    found = read_object(path)
+    wanted = json.loads(json.dumps(training.plan.to_dict()))
+    other = [name for name in ("num_train", "world_size") if found.get(name) != wanted[name]]
+    recipe = found.get("recipe", {})
+    other += [f"recipe field {k}" for k, v in wanted["recipe"].items() if recipe.get(k) != v]
+    if other:
+        raise UserError(
+            f"--output: {training.folder} holds a run with another {', '.join(other)}: give the "
+            "--data, --set, --epochs and --precision that it began with, or name another folder"
+        )
+
+
+def train_all(trainings: list[Training]) -> int:
+    """Train what is not finished, one after the other, until one fails or a signal comes.
+
+    SIGTERM and Ctrl-C make the training save and leave. Returns the exit status.
+    """
+    stopped_by: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def stop(number: int, _frame: object) -> None:
+        stopped_by.append(number)
+        if child is not None:
+            child.terminate()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    for training in trainings:
+        title = f"run {training.run}, seed {training.seed}"
+        if training.finished:
+            print(f"{title}: finished before, in {training.folder}", flush=True)
+            continue
+        command = ["-m", "fastimagenet.train", *training.flags]
+        print(f"\n{title}: {shlex.join(['python', *command])}", flush=True)
+        # In a session of its own: Ctrl-C reaches it by us alone, as SIGTERM, at any moment.
+        child = subprocess.Popen([sys.executable, *command], start_new_session=True)
+        if stopped_by:  # before there was a child to stop
+            child.terminate()
+        status = child.wait()
+        if stopped_by:
+            print(f"{title}: stopped; the same command goes on", flush=True)
+            return 128 + stopped_by[0]
+        if status:
+            print(f"{title}: ended with status {status}", file=sys.stderr)
+            return status if status > 0 else 128 - status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.exit_status(main, None))

@@ -1,0 +1,139 @@
+"""From flags to a Trainer: what train and lr_find share."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastimagenet import cli, recipe_toml
+from fastimagenet.distributed import World, started_by_us
+from fastimagenet.files import write_object
+from fastimagenet.recipe_book import named_recipe
+from fastimagenet.recipes import Recipe
+from fastimagenet.recorder import NullRecorder, Recorder, Stopwatch
+from pipelines.errors import UserError
+from pipelines.folder import Split, check_classes, read_split
+
+if TYPE_CHECKING:
+    from fastimagenet.plan import Plan
+    from fastimagenet.trainer import Trainer
+    from pipelines.loader import Loader
+
+
+def chosen_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe that --recipe names, with --set and --precision. Raises UserError."""
+    if args.seed < 0:
+        raise UserError(f"--seed must be 0 or more, not {args.seed}")
+    if args.nodes < 1:
+        raise UserError(f"--nodes must be at least 1, not {args.nodes}")
+    name = args.recipe or ("imagenet" if args.data else "digits")
+    if name.endswith(".toml"):
+        recipe = recipe_toml.load(Path(name))
+    else:
+        recipe = named_recipe(name, args.nodes)
+    if args.set:
+        recipe = recipe_toml.with_settings(recipe, args.set)
+    return recipe if args.precision is None else replace(recipe, precision=args.precision)
+
+
+def checks_flags(world: World | None) -> bool:
+    """Whether this process is the one that looks at the run's folder before anything is written.
+
+    `world` is None before the processes of the run are started.
+    """
+    return not started_by_us() and (world is None or world.is_main)
+
+
+def read_data(args: argparse.Namespace, world: World | None) -> tuple[Split, Split]:
+    """Both splits, their files checked once a node. Raises UserError naming the folder or file."""
+    data = cli.data_folder(args)
+    check_files = (world is None or world.local_rank == 0) and not started_by_us()
+    train = read_split(data, "train", args.skip_list, check_files)
+    val = read_split(data, "val", args.skip_list, check_files)
+    check_classes(train, val)
+    return train, val
+
+
+def check_output(folder: Path, resuming: bool = False) -> None:
+    """Raise UserError if the folder cannot take this run, which, resumed, may find itself there."""
+    if not resuming and (folder / "plan.json").exists():
+        raise UserError(
+            f"--output {folder} holds another run: name another folder, "
+            "or go on with a stopped training by train --resume auto"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file: name a folder")
+
+
+def make_trainer(
+    args: argparse.Namespace,
+    plan: Plan,
+    world: World,
+    train: Split,
+    val: Split,
+    clock: Stopwatch,
+    *,
+    recorder: Recorder | None = None,
+    folder: Path | None = None,
+    optimizer_backend: str = "torch",
+) -> Trainer:
+    """The trainer with its network and loaders; without a `recorder` it writes no rows, without a
+    `folder` no checkpoints. Raises UserError for what this machine cannot do."""
+    import torch
+
+    from fastimagenet.model import make_model
+    from fastimagenet.precision import autocast_dtype
+    from fastimagenet.reading import open_loader
+    from fastimagenet.trainer import Trainer
+
+    recipe = plan.recipe
+    if world.device != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: this build of torch cannot use the CUDA device; --device cpu runs"
+        )
+    dtype = autocast_dtype(recipe.precision, world.device.partition(":")[0])
+    torch.manual_seed(args.seed)
+    model = make_model(
+        recipe.model,
+        len(train.classes),
+        zero_init_last_gamma=recipe.zero_init_last_gamma,
+        blur_pool=recipe.blur_pool,
+        small_stem=recipe.small_stem,
+    )
+
+    def loader(training: bool) -> Loader:
+        return open_loader(
+            args.backend,
+            recipe,
+            train if training else val,
+            plan.train_stages() if training else plan.eval_stages(),
+            world,
+            training=training,
+            half=dtype is not None,
+            seed=args.seed,
+        )
+
+    return Trainer(
+        plan,
+        model,
+        world,
+        loader,
+        recorder or NullRecorder(),
+        clock=clock,
+        folder=folder,
+        about={
+            "recipe": recipe_toml.dumps(recipe),
+            "classes": list(train.classes),
+            "num_train": len(train),
+            "seed": args.seed,
+        },
+        optimizer_backend=optimizer_backend,
+    )
+
+
+def write_plan(folder: Path, plan: Plan, train: Split, val: Split) -> None:
+    """plan.json; the first file of a run, and the mark that a folder holds one."""
+    facts = {"num_val": len(val), "num_classes": len(train.classes)}
+    write_object(folder / "plan.json", plan.to_dict() | facts)

@@ -1,0 +1,189 @@
+"""The back end for sets that fit into memory: decoded once, kept as uint8, augmented as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from math import ceil, sqrt
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from pipelines.batch_crop import normalise, resized_crop, window_crop
+from pipelines.crops import crop_box, place
+from pipelines.errors import UserError
+from pipelines.folder import undecodable
+from pipelines.loader import LoaderSpec, eval_range
+from pipelines.order import Batch, Draws, Order
+from pipelines.stream import StreamLoader
+from pipelines.torchvision import decode, padded, validation_crop
+
+CHUNK = 64
+"""Images that a thread reads at a time."""
+BATCH_BYTES = 16
+"""At most, for each value of a batch of kept images: uint8, and floats before and after steps."""
+
+T = TypeVar("T")
+
+
+class MemoryLoader(StreamLoader):
+    """`Loader` from square images on the device: of the whole split, or of a shard to validate.
+
+    They are made with the loader, once for each image size, and freed by `close`. With
+    `reflect_pad` and in validation they give the very pixels of `TorchvisionLoader`. For
+    random-area crops the whole image is kept, squeezed into a square: the smallest crop has about
+    `image_size` pixels a side on it, but it has no more pixels a side than the largest image. An
+    image of that shape already gives the pixels of `TorchvisionLoader`, up to its rounding; any
+    other one the same crop, resized twice.
+
+    Raises UserError if the images do not fit, and for a file that cannot be decoded.
+    """
+
+    def __init__(self, spec: LoaderSpec) -> None:
+        super().__init__(spec)
+        self.order = Order(spec)
+        self.device = torch.device(spec.device)
+        self.mean = 255 * torch.tensor(spec.mean, dtype=torch.float32, device=self.device)
+        self.std = 255 * torch.tensor(spec.std, dtype=torch.float32, device=self.device)
+        own = eval_range(len(spec.split), spec.shard_id, spec.num_shards)
+        self.paths = spec.split.paths if spec.training else spec.split.paths[own.start : own.stop]
+        self.rows = {path: row for row, path in enumerate(self.paths)}
+        self.shapes = np.zeros((len(self.paths), 2), np.int64)
+        """(height, width) of every file's image; read for random-area crops only."""
+        self.images: dict[int, Tensor] = {}
+        """By image size: (N, side, side, 3) uint8 on the device, in the order of `paths`."""
+        self.fill()
+
+    def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
+        if not self.images:  # after `close`
+            self.fill()
+        for batch in self.order.batches(epoch, step):
+            yield self.read(batch)
+
+    def close(self) -> None:
+        super().close()
+        self.images = {}
+
+    def fill(self) -> None:
+        """Read every file; on an error nothing is kept."""
+        if self.spec.training and not self.spec.reflect_pad:
+            self.for_each_file(shape_of, self.shapes.__setitem__)
+        sides = {stage.image_size: self.side(stage.image_size) for stage in self.spec.stages}
+        self.check_memory(sides)
+        count = len(self.paths)
+        kept = {
+            side: torch.empty((count, side, side, 3), dtype=torch.uint8, device=self.device)
+            for side in set(sides.values())
+        }
+
+        def keep(row: int, image: Tensor) -> None:
+            for side, images in kept.items():
+                images[row] = self.squared(image, side).permute(1, 2, 0)
+
+        self.for_each_file(decode, keep)
+        self.images = {image_size: kept[side] for image_size, side in sides.items()}
+
+    def for_each_file(self, read: Callable[[str], T], keep: Callable[[int, T], None]) -> None:
+        """Call keep(row, read(path)) for all, in threads. Raises UserError where `read` fails."""
+
+        def run(rows: range) -> None:
+            for row in rows:
+                try:
+                    value = read(self.paths[row])
+                except Exception as error:
+                    raise undecodable(self.paths[row], error) from error
+                keep(row, value)
+
+        rows = range(len(self.paths))
+        with ThreadPoolExecutor(max(1, self.spec.num_threads)) as pool:
+            list(pool.map(run, (rows[at : at + CHUNK] for at in rows[::CHUNK])))
+
+    def side(self, image_size: int) -> int:
+        """Height and width of what is kept for the stages of an image size."""
+        spec = self.spec
+        if not spec.training:
+            return image_size
+        if spec.reflect_pad:
+            return image_size + 2 * spec.reflect_pad
+        scales = [stage.min_scale for stage in spec.stages if stage.image_size == image_size]
+        return min(ceil(image_size / sqrt(min(scales))), int(self.shapes.max()))
+
+    def squared(self, image: Tensor, side: int) -> Tensor:
+        """What is kept of an image: (3, side, side) uint8."""
+        spec = self.spec
+        if not spec.training:
+            return validation_crop(image, side, spec.resize_ratio)
+        if spec.reflect_pad:
+            return padded(image, side - 2 * spec.reflect_pad, spec.reflect_pad)
+        return functional.resize(image, [side, side], antialias=True)
+
+    def check_memory(self, sides: dict[int, int]) -> None:
+        """Raise UserError unless the images and the largest batch of them fit."""
+        count = len(self.paths)
+        images = count * sum(3 * side**2 for side in set(sides.values()))
+        batch = max(
+            min(stage.batch_size, count) * 3 * sides[stage.image_size] ** 2
+            for stage in self.spec.stages
+        )
+        needed, there = images + BATCH_BYTES * batch, free_memory(self.device)
+        if needed > there:
+            raise UserError(
+                f"--backend memory needs {needed / 2**30:.1f} GiB for {count} images, "
+                f"{self.device} has {there / 2**30:.1f} GiB free: take --backend dali, or lower "
+                "image_size"
+            )
+
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A batch as `Loader` has it; nothing here waits for the device."""
+        rows = np.array([self.rows[path] for path in batch.paths])
+        images, draws, size = self.images[batch.image_size], batch.draws, batch.image_size
+        if draws is None:
+            labels, index = self.on_device(batch.labels, rows)
+            pixels = images.index_select(0, index)
+        elif self.spec.reflect_pad:
+            starts = place(draws.offset, 2 * self.spec.reflect_pad + 1).T
+            labels, index, top, left, mirror = self.on_device(
+                batch.labels, rows, *starts, draws.mirror
+            )
+            pixels = window_crop(images, index, top, left, mirror, size)
+        else:
+            box = self.on_device(*self.crops(rows, draws, images.shape[1]))
+            labels, index, mirror = self.on_device(batch.labels, rows, draws.mirror)
+            pixels = resized_crop(images, index, box, mirror, size)
+        normal = normalise(pixels, self.mean, self.std)
+        return normal.half() if self.spec.half else normal, labels
+
+    def crops(self, rows: NDArray[np.int64], draws: Draws, side: int) -> NDArray[np.float32]:
+        """(4, B): top, left, height and width of random-area crops, on the square images."""
+        height, width = self.shapes[rows].T
+        box = crop_box(height, width, draws, slice(None), self.spec.aspect_ratio)
+        scale = side / np.stack([height, width, height, width])
+        return (np.stack(box) * scale).astype(np.float32)
+
+    def on_device(self, *rows: NDArray[Any]) -> tuple[Tensor, ...]:
+        """Arrays of one kind and length, sent to the device as one."""
+        table = torch.from_numpy(np.stack(rows))
+        if self.device.type == "cuda":
+            table = table.pin_memory().to(self.device, non_blocking=True)
+        return table.unbind()
+
+
+def shape_of(path: str) -> tuple[int, int]:
+    """(height, width) as the header has them. Raises what Pillow raises."""
+    with Image.open(path) as image:
+        return image.height, image.width
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of a GPU's memory, or of the machine's without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (kibibytes,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * int(kibibytes)

@@ -1,0 +1,373 @@
+"""The command lr_find as a user types it, in processes of its own, on the embedded digits."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import shlex
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train import ROOT, run, start
+
+from fastimagenet import cli, lr_find, recipe_toml
+from fastimagenet.files import Row
+from fastimagenet.lr_find import shuffled
+from fastimagenet.recipe_book import digits as digits_recipe
+from fastimagenet.recipes import Phase, Recipe
+from fastimagenet.sweep import Ended, Sweep, SweepRecord
+from fastimagenet.sweep_result import choose, momentum_setting, recipe_max_lr
+from fastimagenet.sweep_summary import verdict
+from pipelines.folder import Split
+
+MODULE = "fastimagenet.lr_find"
+SHORT = ["--device", "cpu", "--num-it", 30]
+ENDLESS = ["--device", "cpu", "--num-it", 100_000, "--end-lr", 2e-5]
+"""The LR stays so low that nothing ends it but the user."""
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "lr_find.json").read_text())
+    return found
+
+
+def rows_in(folder: Path) -> list[Row]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def pasted(out: str) -> list[str]:
+    """The arguments that the command has told its user to type."""
+    (line,) = (line for line in out.splitlines() if line.startswith("  --set "))
+    return shlex.split(line)
+
+
+def wait_for_rows(folder: Path, process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 300
+    while len(rows_in(folder)) < 25 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def check_stopped(folder: Path) -> None:
+    """What a stopped sweep has recorded is there, in rows, figures and page."""
+    found, rows = found_in(folder), rows_in(folder)
+    (sweep,) = found["sweeps"]
+    assert sweep["ended"] == "stopped"
+    assert sweep["iterations"] == len(rows) >= 25
+    assert (folder / "loss_against_lr.svg").exists()
+    assert "<svg" in (folder / "lr_find.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of two finished sweeps, and what the command printed."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    out, err = run(
+        *(MODULE, *SHORT, "--wd", "1e-1", "1e-4", "--momentum", "0.8"),
+        *("--output", folder / "out", "--recipe-out", folder / "mine.toml"),
+    )
+    assert err == ""
+    return folder, out
+
+
+def test_two_sweeps_leave_rows_figures_page_and_result(swept: tuple[Path, str]) -> None:
+    folder, out = swept[0] / "out", swept[1]
+    names = {path.name for path in folder.iterdir()}
+    assert {"plan.json", "metrics.jsonl", "lr_find.json", "lr_find.html"} <= names
+    assert {"loss_against_lr.png", "loss_against_lr.svg"} <= names
+    found = found_in(folder)
+    assert [sweep["weight_decay"] for sweep in found["sweeps"]] == [0.1, 0.0001]
+    assert [sweep["momentum"] for sweep in found["sweeps"]] == [0.8, 0.8]
+    assert (found["recipe"], found["world_size"], found["precision"]) == ("digits", 1, "fp32")
+    assert "python -m fastimagenet.lr_find --device cpu" in found["command"]
+    assert 0 < found["seconds"] < 600
+    chosen = found["chosen"]
+    best = found["sweeps"][chosen["index"]]
+    assert chosen["suggestions"] == best["suggestions"]
+    assert chosen["lr"] == best["suggestions"]["minimum_10"]
+    assert found["max_lr"] == pytest.approx(chosen["lr"], rel=0.005)  # three digits
+    assert "sweep 2 of 2: weight decay 0.0001, momentum 0.8: 30 iterations, up to lr 6.31" in out
+    assert f", minimum / 10 {chosen['lr']:.3g}\n" in out
+    assert f"report: {folder / 'lr_find.html'}" in out
+
+
+def test_every_sweep_starts_from_the_same_state(swept: tuple[Path, str]) -> None:
+    rows = rows_in(swept[0] / "out")
+    first, second = ([row for row in rows if row["sweep"] == index] for index in range(2))
+    assert {row["kind"] for row in rows} == {"sweep"}
+    assert [row["weight_decay"] for row in (first[0], second[0])] == [0.1, 0.0001]
+    # The first batch is looked at before any update: the same images and weights give this.
+    assert first[0]["loss"] == second[0]["loss"]
+    assert [row["loss"] for row in first] != [row["loss"] for row in second]
+    for row in rows:
+        lr = 1e-5 * (10 / 1e-5) ** (row["iteration"] / 30)
+        assert row["lr"] == pytest.approx(lr)
+        assert row["momentum"] == 0.8
+        assert {"val_loss", "top1", "top5"} <= set(row)
+
+
+def test_the_recipe_and_the_flags_are_the_same_and_train_takes_both(
+    swept: tuple[Path, str],
+) -> None:
+    folder, out = swept
+    found = found_in(folder / "out")
+    flags = pasted(out)
+    assert flags[1] == f"max_lr={found['max_lr']}"
+    assert flags[3].startswith("weight_decay=")
+    assert flags[5] == "use_clr_beta=[10, 20, 0.95, 0.8]"
+    train = "fastimagenet.train"
+    assert run(train, "--print-recipe", *flags)[0] == (folder / "mine.toml").read_text()
+    plan, _ = run(train, "--dry-run", "--device", "cpu", "--recipe", folder / "mine.toml")
+    assert f"peak lr {found['max_lr']:.5g} " in plan
+    _, err = run(MODULE, *SHORT, "--recipe-out", folder / "mine.toml", status=2)
+    assert "mine.toml exists and is left alone: name a new file" in err
+    _, err = run(MODULE, *SHORT, "--output", folder / "out", status=2)
+    assert "holds another run" in err
+
+
+def test_ctrl_c_on_a_terminal_keeps_and_draws_what_there_is(tmp_path: Path, digits: Path) -> None:
+    """A terminal of unknown size, as a fresh pseudo-terminal is: the bar is seen all the same."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", MODULE, *ENDLESS, "--output", tmp_path / "out"]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    wait_for_rows(tmp_path / "out", process)
+    os.write(ours, b"\x03")
+    text = b""
+    try:
+        while part := os.read(ours, 65536):
+            text += part
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait(timeout=120) == 130, text.decode()
+    check_stopped(tmp_path / "out")
+    assert b"lr 1.00e-05, loss" in text
+    assert b"/100000 [" in text
+    assert str(tmp_path / "out" / "lr_find.html").encode() in text.replace(b"\r\n", b"")
+
+
+@pytest.mark.slow
+def test_a_stopped_group_keeps_and_draws_what_there_is(tmp_path: Path, digits: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    process = start(
+        *(MODULE, *ENDLESS, "--nproc-per-node", 2, "--output", tmp_path / "out"),
+        *("--recipe-out", recipe),
+    )
+    wait_for_rows(tmp_path / "out", process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, out + err
+    check_stopped(tmp_path / "out")
+    assert f"--recipe-out {recipe} is not written: the sweep was stopped" in out
+    assert not recipe.exists()
+
+
+@pytest.mark.slow
+def test_two_processes_and_the_recipes_own_units(tmp_path: Path, digits: Path) -> None:
+    """A global batch of 2 x 64 where the recipe's LR is meant for 256: half of max_lr."""
+    flags = ("--nproc-per-node", 2, "--output", tmp_path / "out")
+    out, err = run(MODULE, *SHORT, *flags, "--set", "lr_reference_batch=256")
+    assert err == ""
+    found = found_in(tmp_path / "out")
+    assert (found["world_size"], found["global_batch"]) == (2, 128)
+    assert found["max_lr"] == pytest.approx(2 * found["chosen"]["lr"], rel=0.005)
+    assert pasted(out) == ["--set", f"max_lr={found['max_lr']}"]
+    assert len(rows_in(tmp_path / "out")) == found["sweeps"][0]["iterations"]
+    assert out.count("sweep 1 of 1") == 1
+
+
+def test_nothing_to_suggest_is_said_and_is_no_error(tmp_path: Path, digits: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    out, _ = run(
+        *(MODULE, *SHORT, "--start-lr", "1e30", "--end-lr", "1e31"),
+        *("--output", tmp_path / "out", "--recipe-out", recipe),
+    )
+    assert "no learning rate can be suggested: the loss is not finite" in out
+    assert f"--recipe-out {recipe} is not written: nothing was found" in out
+    assert not recipe.exists()
+    assert found_in(tmp_path / "out")["chosen"] is None
+    assert (tmp_path / "out" / "lr_find.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--start-lr", "0"], "--start-lr must be above 0"),
+        (["--end-lr", "1e-6"], "--end-lr must be above --start-lr, 1e-05, not 1e-06"),
+        (["--num-it", "0"], "--num-it must be at least 1"),
+        (["--wd", "0.1", "-1"], "--wd must be 0 or more, not -1"),
+        (["--momentum", "0.9", "1"], "--momentum must be in [0, 1), not 1"),
+        (["--recipe", "resnet"], "--recipe resnet is none of digits"),
+        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--set", "use_clr_beta=[10, 10, 0.9]"], "use_clr_beta must be (div, pct) or"),
+        (["--set", "phases.0.batch_size=400", "--set", "phases.1.batch_size=400"], "smaller than"),
+        (["--recipe-out", "mine.txt"], "--recipe-out mine.txt must end with .toml"),
+        (["--recipe-out", "none/mine.toml"], "there is no folder none"),
+        (["--recipe-out", "folder.toml"], "--recipe-out folder.toml is a folder"),
+        (["--output", "folder.toml/file"], "--output folder.toml/file is a file: name a folder"),
+        (["--precision", "fp16"], "--precision fp16 needs a GPU"),
+        (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_nothing_written(
+    flags: list[str],
+    message: str,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.toml").mkdir()
+    Path("folder.toml/file").touch()
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert cli.exit_status(lr_find.main, ["--device", "cpu", *flags]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.toml"]
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+PHASES = (
+    Phase(epochs=1, image_size=16, batch_size=64),
+    Phase(epochs=1, image_size=24, batch_size=32),
+)
+
+
+def test_max_lr_is_in_the_recipes_units() -> None:
+    """By hand: 64 images on each of 2 processes are a quarter of 512, and the spans peak at 2."""
+    recipe = Recipe(
+        name="spans",
+        phases=PHASES,
+        max_lr=0.8,
+        lr_reference_batch=512,
+        schedule="piecewise",
+        lr_spans=((0, 0.5, 0.1, 1), (0.5, 1, 2, 0.5), (1, 2, 0.5, 0)),
+    )
+    plan = recipe.plan(2, 64 * 2 * 10)
+    assert plan.lr(5) == pytest.approx(0.8 * 2 / 4)
+    assert recipe_max_lr(plan, 0.3) == 0.6
+    assert recipe_max_lr(plan, 0.12345) == 0.247
+    assert recipe_max_lr(recipe_toml.with_settings(recipe, ["max_lr=5"]).plan(2, 1280), 0.3) == 0.6
+    plain = Recipe(name="plain", phases=PHASES, max_lr=0.8)
+    assert recipe_max_lr(plain.plan(2, 1280), 0.3) == 0.3
+
+
+def test_the_peak_is_that_of_all_phases() -> None:
+    """The later phase has twice the batch, and by the recipe's rule twice the LR."""
+    phases = (PHASES[1], PHASES[0])
+    spans = ((0.0, 1.0, 0.5, 1.0), (1.0, 2.0, 1.0, 0.0))
+    recipe = Recipe(
+        name="growing",
+        phases=phases,
+        lr_reference_batch=64,
+        schedule="piecewise",
+        lr_spans=spans,
+    )
+    assert recipe_max_lr(recipe.plan(2, 1280), 0.3) == 0.15
+
+
+def falling(num_it: int, rising: int, ended: Ended) -> Sweep:
+    """A loss that falls by 0.01 an iteration and rises in the last `rising` ones."""
+    losses = [2 - 0.01 * i for i in range(num_it - rising)] + [3 + 0.01 * i for i in range(rising)]
+    records = tuple(
+        SweepRecord(
+            iteration=i, lr=1e-5 * 1.1**i, momentum=0.9, loss=loss, val_loss=2, top1=0, top5=0
+        )
+        for i, loss in enumerate(losses)
+    )
+    return Sweep(
+        weight_decay=1e-4,
+        momentum=0.9,
+        num_it=num_it,
+        linear=False,
+        records=records,
+        ended=ended,
+    )
+
+
+def test_a_curve_that_still_falls_and_one_cut_short_say_so() -> None:
+    plan = digits_recipe().plan(1, 1438)
+
+    def said(sweep: Sweep) -> str:
+        return "\n".join(verdict([sweep], choose(plan, [sweep], False, False)))
+
+    assert "still falls where the sweep ends: a higher --end-lr" in said(falling(60, 0, "finished"))
+    assert "still falls" not in said(falling(60, 20, "finished"))
+    assert "best sweep: weight decay 0.0001" in said(falling(60, 20, "diverged"))
+    assert "best sweep so far: " in said(falling(60, 0, "stopped"))
+    assert "still falls" not in said(falling(60, 0, "stopped"))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "reason"),
+    [
+        (falling(4, 0, "finished"), "too few iterations: try a higher --num-it"),
+        (falling(4, 0, "stopped"), "stopped too early"),
+        (falling(4, 0, "not finite"), "not finite, or runs away, within the first iterations"),
+        (falling(60, 60, "finished"), "the loss never fell"),
+    ],
+)
+def test_why_nothing_is_suggested(sweep: Sweep, reason: str) -> None:
+    plan = digits_recipe().plan(1, 1438)
+    assert choose(plan, [sweep], False, False) is None
+    (line,) = verdict([sweep], None)
+    assert line.startswith("no learning rate can be suggested: ")
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], "use_clr_beta=[10, 20, 0.95, 0.7]"),
+        (["use_clr_beta=[10, 20, 0.6, 0.5]"], "use_clr_beta=[10.0, 20.0, 0.7, 0.7]"),
+        (["use_clr_beta=[10, 20]"], "momentum=0.7"),
+        (["schedule=one_cycle"], "one_cycle=[0.3, 25.0, 10000.0, 0.95, 0.7]"),
+        (["schedule=piecewise", "lr_spans=[[0, 12, 1, 0]]"], "momentum=0.7"),
+    ],
+)
+def test_the_momentum_is_set_where_the_schedule_takes_it_from(
+    settings: list[str], expected: str
+) -> None:
+    recipe = digits_recipe()
+    if settings:
+        recipe = recipe_toml.with_settings(recipe, settings)
+    setting = momentum_setting(recipe, 0.7)
+    assert setting == expected
+    plan = recipe_toml.with_settings(recipe, [setting]).plan(1, 64 * 20)
+    peak = max(range(plan.total_steps), key=plan.lr)
+    assert plan.momentum(peak) == pytest.approx(0.7, abs=0.005)
+
+
+def test_validation_batches_hold_all_classes() -> None:
+    """Folders are listed by class; a batch in that order would show one or two of them."""
+    split = Split(
+        [f"{i}.jpg" for i in range(100)], [i // 10 for i in range(100)], tuple("0123456789")
+    )
+    mixed = shuffled(split, seed=1)
+    assert sorted(zip(mixed.paths, mixed.labels, strict=True)) == sorted(
+        zip(split.paths, split.labels, strict=True)
+    )
+    assert len(set(mixed.labels[:50])) == 10
+    assert mixed == shuffled(split, seed=1) != shuffled(split, seed=2)

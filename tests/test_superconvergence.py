@@ -1,0 +1,208 @@
+"""The study as a command, rehearsed with a small network on 500 real images."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.run_results import Data, Result, SeedResult, run_result
+from benchmarks.run_table import table
+from benchmarks.superconvergence import main
+from fastimagenet.files import read_object, read_rows, rows_of
+from fastimagenet.superconvergence import STUDY, study_recipe
+from pipelines.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = (
+    *("--only", "3b", "steps", "--epochs", "2", "--precision", "fp32", "--device", "cpu"),
+    *("--set", "model=smallnet", "--set", "phases.0.image_size=16", "--set", "max_lr=0.05"),
+    *("--set", "phases.0.batch_size=10"),
+)
+"""Two runs of two epochs of 50 updates."""
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.superconvergence", *map(str, arguments)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # no thread to wait for on a busy machine
+    )
+
+
+def run(*arguments: object, status: int = 0) -> tuple[str, str]:
+    """Standard output and error of a command that ends with `status`."""
+    process = start(*arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def curves(folder: Path) -> list[tuple[Any, ...]]:
+    """What a training computed: all losses and accuracies, with the updates they belong to."""
+    rows = read_rows(folder)
+    steps = [(row["step"], row["loss"]) for row in rows_of("step", rows)]
+    fields = ("step", "train_loss", "val_loss", "top1", "top5")
+    return steps + [tuple(row[field] for field in fields) for row in rows_of("epoch", rows)]
+
+
+@pytest.fixture(scope="module")
+def output(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished rehearsal."""
+    folder = tmp_path_factory.mktemp("study")
+    run("--data", cifar10, "--output", folder, *SMALL)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_rehearsal_writes_table_json_and_picture(output: Path) -> None:
+    result = read_object(output / "superconvergence.json")
+    assert result["command"].startswith("python -m benchmarks.superconvergence --data")
+    assert result["hardware"] and result["versions"]["torch"] and result["date"]
+    assert result["precision"] == "fp32"
+    data = result["data"]
+    assert (data["train_images"], data["val_images"], data["dataset"]) == (500, 200, "CIFAR10")
+    assert data["suffixes"] == {".jpg": 700}
+    study, steps = result["runs"]
+    summary = read_object(output / "3b-seed0" / "summary.json")
+    assert (study["run"], study["n"], study["iterations"]) == ("3b", 1, 100)
+    assert study["published"]["top1"] == 0.9308
+    assert study["mean"] == study["lowest"] == study["highest"] == summary["top1"]
+    accuracies = [row["top1"] for row in rows_of("epoch", read_rows(output / "3b-seed0"))]
+    assert study["seeds"][0]["top1"] == accuracies[-1]
+    assert study["seeds"][0]["best_top1"] == max(accuracies)
+    assert study["train_seconds"] == summary["train_seconds"]
+    assert (steps["run"], steps["published"], steps["recipe"]["max_lr"]) == ("steps", None, 0.05)
+    assert {run["difference_points"] for run in result["runs"]} == {None}
+    text = (output / "table.md").read_text()
+    assert "Rehearsal (--epochs 2 --set model=smallnet" in text
+    assert "not all of CIFAR-10): not what the recipes say" in text
+    assert "The data here are JPEGs" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| 3b "))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:6] == ["3b", "0.05", "2", "(20, 10, 0.95, 0.85)", "100", "93.08 %"]
+    assert cells[6:8] == [f"{100 * summary['top1']:.2f} % (1)", "-"]
+    assert "<svg" in (output / "superconvergence.svg").read_text()
+    assert (output / "superconvergence.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_repeated(output: Path, cifar10: Path) -> None:
+    runs = [path for path in output.rglob("*") if path.is_file() and path.parent != output]
+    before = {path: path.stat().st_mtime_ns for path in runs}
+    table_before = (output / "table.md").read_text()
+    out, _ = run("--data", cifar10, "--output", output, *SMALL)
+    assert out.count("finished before") == 2
+    assert {path: path.stat().st_mtime_ns for path in runs} == before
+    assert (output / "table.md").read_text() == table_before
+
+
+@pytest.mark.slow
+def test_a_run_with_other_settings_is_refused(output: Path, cifar10: Path) -> None:
+    flags = ("--data", cifar10, "--output", output, *SMALL, "--set", "max_lr=0.1")
+    _, err = run(*flags, status=2)
+    assert err.startswith(f"error: --output: {output / '3b-seed0'} holds a run with another recipe")
+    assert "recipe field max_lr: give the --data, --set," in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_stopped_study_goes_on_to_the_same_end(
+    output: Path, cifar10: Path, tmp_path: Path
+) -> None:
+    """SIGTERM in the middle of the second run: the first is in the table, and stays as it is."""
+    first, second = tmp_path / "3b-seed0", tmp_path / "steps-seed0"
+    process = start("--data", cifar10, "--output", tmp_path, *SMALL)
+    deadline = time.monotonic() + 300
+    while not rows_of("step", read_rows(second)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, out + err
+    assert "run steps, seed 0: stopped" in out
+    assert (second / "checkpoints" / "last.pt").exists()
+    assert not (second / "summary.json").exists()
+    rows = read_object(tmp_path / "superconvergence.json")["runs"]
+    assert [row["run"] for row in rows] == ["3b"]
+    finished = (first / "summary.json").stat().st_mtime_ns
+    run("--data", cifar10, "--output", tmp_path, *SMALL)
+    assert (first / "summary.json").stat().st_mtime_ns == finished
+    for name in (first.name, second.name):
+        assert curves(tmp_path / name) == curves(output / name)
+    ended = [
+        [row["mean"] for row in read_object(folder / "superconvergence.json")["runs"]]
+        for folder in (tmp_path, output)
+    ]
+    assert ended[0] == ended[1]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_ends_the_study_with_its_error(cifar10: Path, tmp_path: Path) -> None:
+    flags = (*SMALL, "--set", "max_lr=1e9")
+    out, err = run("--data", cifar10, "--output", tmp_path, *flags, status=2)
+    assert "error: the loss is not finite at step" in err
+    assert "run steps" not in out
+    assert not (tmp_path / "table.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--only", "5"], "--only: invalid choice: '5' (choose from "),
+        (["--runs", "0"], "--runs must be at least 1"),
+        (["--set", "max_lr=0"], "recipe field max_lr must be above 0"),
+        (["--set", "phases.0.batch_size=501"], "is more than the 500 training images"),
+        (["--data", "absent"], "absent: --data takes a folder with train/ and val/"),
+    ],
+)
+def test_a_wrong_flag_is_named_and_nothing_written(
+    flags: list[str], message: str, cifar10: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        main(["--data", str(cifar10), "--output", str(tmp_path / "out"), *flags])
+    assert message in str(error.value)
+    for name in (*STUDY, "1cycle", "steps", "steps-high") if "5" in flags else ():
+        assert name in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def results(suffix: str, rehearsal: str = "") -> Result:
+    """Run 4a with two seeds, as if measured."""
+    seeds = [
+        SeedResult(
+            seed=seed, folder="-", started="-", top1=top1, best_top1=top1,
+            train_seconds=600.0, wall_seconds=660.0, images_per_sec=7900.0,
+        )
+        for seed, top1 in enumerate((0.93, 0.94))
+    ]  # fmt: skip
+    run = run_result("4a", study_recipe("4a").plan(1, 50_000), seeds, rehearsal)
+    data = Data(
+        name="cifar", dataset="CIFAR10", train_images=50_000, val_images=10_000,
+        suffixes={suffix: 60_000},
+    )  # fmt: skip
+    return Result(
+        command="-", date="-", hardware="-", precision="fp32", accuracy="-",
+        versions={"torch": "-", "python": "-"}, data=data, rehearsal=rehearsal, runs=[run],
+    )  # fmt: skip
+
+
+def test_the_difference_is_in_points_of_the_mean_over_the_seeds() -> None:
+    measured = results(".png")
+    assert measured.runs[0].difference_points == pytest.approx(93.5 - 93.39)
+    text = table(measured)
+    assert "| 93.39 %   | 93.50 %, 93.00 .. 94.00 (2) | +0.11 points | 10.0 min" in text
+    assert "Rehearsal" not in text
+    assert "The data here are .png files." in text
+    assert "JPEG" not in text
+    assert "The data here are JPEGs" in table(results(".jpeg"))
+    assert "points" not in table(results(".png", rehearsal="--epochs 2"))
