@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["fastimagenet", "pipelines"],
+    packages=["fastimagenet", "pipelines", "pipelines.prepare"],
     package_data={"fastimagenet": ["*.jinja"]},
     install_requires=[
         "torch>=2.11",

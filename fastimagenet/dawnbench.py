@@ -79,7 +79,7 @@ def _entry(summary: Row) -> Row:
     if summary.get("cost_per_hour") is not None:
         entry["costPerHour"] = summary["cost_per_hour"]
     if summary.get("dataset") == "ImageNet":
-        entry["usedBlacklist"] = True
+        entry["usedBlacklist"] = summary.get("used_blacklist", True)
     told = {
         "dataset": summary.get("dataset"),
         "recipe": summary.get("recipe"),

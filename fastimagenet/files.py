@@ -3,44 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.files import write_object as write_object
+from pipelines.files import write_text as write_text
+from pipelines.files import written_beside as written_beside
 
 Row = dict[str, Any]
 """A JSON object: a row of metrics.jsonl, or all of summary.json or plan.json."""
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` once all of it is on the disk.
-
-    If writing fails the half-written file is removed and `path` stays as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Make `text` the whole of the file, or leave the file as it was."""
-    with written_beside(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-
-
-def write_object(path: Path, value: Row) -> None:
-    """Write a JSON object; NaN and infinity, which JSON does not have, raise ValueError."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_object(path: Path) -> Row:

@@ -14,10 +14,14 @@ from fastimagenet.files import write_object
 from fastimagenet.recorder import best_record, train_seconds
 from fastimagenet.report import write_report
 from pipelines.datasets import dataset_name
+from pipelines.errors import UserError
 from pipelines.folder import Split
+from pipelines.prepare.manifest import read_manifest
 
 if TYPE_CHECKING:
     from fastimagenet.trainer import Trainer
+
+IMAGENET_NUM_VAL = 50_000
 
 
 def write_results(
@@ -55,6 +59,7 @@ def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[st
         "data": folder,
         "dataset": dataset_name(val.classes) or folder,
         "num_classes": len(val.classes),
+        "used_blacklist": used_blacklist(args.data, val),
         "seed": args.seed,
         "world_size": trainer.world.world_size,
         "device": trainer.world.device.partition(":")[0],
@@ -83,6 +88,21 @@ def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[st
         "cost_per_hour": args.cost_per_hour,
         "cost_usd": None if args.cost_per_hour is None else hours * args.cost_per_hour,
     }
+
+
+def used_blacklist(folder: Path | None, val: Split) -> bool | None:
+    """Whether the blacklisted validation images of ImageNet count; None for other data.
+
+    DAWNBench's word. dataset.json, which `pipelines.prepare` writes, tells; without it, all 50,000
+    images do.
+    """
+    if folder is None or dataset_name(val.classes) != "ImageNet":
+        return None
+    try:
+        told = read_manifest(folder).get("used_blacklist")
+    except UserError:  # no reason to lose the results of a run
+        told = None
+    return told if isinstance(told, bool) else len(val) == IMAGENET_NUM_VAL
 
 
 def precision_name(dtype: torch.dtype | None) -> str:

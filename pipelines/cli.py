@@ -1,0 +1,54 @@
+"""What every command shares: a parser and errors of one line, exit status."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from pipelines.errors import UserError
+
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
+"""What the user's folders can do to us; any other OSError is a defect."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as every other error of the commands."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def make_parser(module: str, description: str, example: str) -> Parser:
+    """A parser whose help ends with an example."""
+    return Parser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
+    """Run a command; the user's mistake is one line on standard error and status 2."""
+    try:
+        return command(argv)
+    except UserError as error:
+        message = " ".join(str(error).split())
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = error.filename or "the folder to write to"
+        message = f"cannot use {where}: {os.strerror(error.errno)}"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        return 130
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    return 2

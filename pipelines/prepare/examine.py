@@ -1,0 +1,202 @@
+"""What there is to say of one image file; runs in worker processes, within bounds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from PIL import Image
+
+from pipelines.damage import MAX_PIXELS, Damage
+from pipelines.decoding import check_png_chunks, open_image, read_pixels
+from pipelines.headers import WHOLE, Header, open_file, read_header
+
+MAX_MEMORY = 4 << 30
+"""Bytes of address space that a process which examines files may have."""
+MAX_SECONDS = 120
+"""Of CPU time for one file; then its process is ended."""
+ENDS = 4096
+"""Bytes at both ends of a file that stand for it until another has the same."""
+THIN = 20
+"""Long side / short side from which an image is worth a note."""
+TINY = 8
+"""Pixels of the short side below which it is."""
+ORIENTATION = 0x0112
+"""EXIF tag."""
+EXIF = frozenset({"exif", "xmp", "XML:com.adobe.xmp"})
+"""Where Pillow looks for it."""
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".j2c", ".jpx", ".jpf"),
+}
+Finding = tuple[str, str]
+"""A kind, see `findings.py`, and what more there is to say, in words that go on after the path."""
+
+
+class Examined(NamedTuple):
+    """One file."""
+
+    size: int
+    """Bytes; -1 where it cannot be opened."""
+    mtime_ns: int
+    decoded: bool
+    """Whether all pixels were read, not only the header."""
+    ends: str
+    """A hash of its ends; empty for damaged files."""
+    findings: tuple[Finding, ...]
+    digest: str = ""
+    """A hash of all of the file, where others of its size have the same ends."""
+
+
+def examine_all(root: Path, decode: bool, names: list[str]) -> list[tuple[str, Examined]]:
+    """Examine files below `root`, in a process that this bounds for good in memory and CPU time."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    bound = MAX_MEMORY if hard == resource.RLIM_INFINITY else min(MAX_MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    examined = []
+    for name in names:
+        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
+        examined.append((name, examine(os.path.join(root, name), decode)))
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    return examined
+
+
+def examine(path: str, decode: bool) -> Examined:
+    """Look at the header, and with `decode` at every pixel; a damaged file is a finding."""
+    try:
+        file, status = open_file(path)
+    except Damage as damage:
+        return Examined(-1, -1, decode, "", ((damage.kind, damage.text),))
+    size, mtime = status.st_size, status.st_mtime_ns
+    with open(file, "rb") as stream:
+        try:
+            header = read_header(file, size)
+            findings = notes_on_name(path, header) + notes_on_image(stream, header, decode)
+            return Examined(size, mtime, decode, hash_of_ends(file, size), tuple(findings))
+        except Damage as damage:
+            return Examined(size, mtime, decode, "", ((damage.kind, damage.text),))
+
+
+def notes_on_image(stream: BinaryIO, header: Header, decode: bool) -> list[Finding]:
+    """Everything that Pillow can say of an image; raises Damage."""
+    if decode and header.format == "PNG":
+        check_png_chunks(stream)
+    with open_image(stream, header.format) as image:
+        orientation = orientation_of(image)
+        bits = bits_of(stream, image)
+        if decode or header.format not in WHOLE:
+            read_pixels(image)
+            if header.format == "PNG":
+                orientation = orientation_of(image)  # it may stand behind the pixels
+        notes = notes_on_colours(image, bits) + notes_on_shape(image)
+        if 2 <= orientation <= 8:
+            by = " but by torchvision" if image.format == "TIFF" else ""
+            notes.append(("exif-rotated", f"has EXIF orientation {orientation}: not applied{by}"))
+    return notes
+
+
+def notes_on_colours(image: Image.Image, bits: int) -> list[Finding]:
+    notes = []
+    mode = image.mode
+    grey = mode in ("1", "L", "LA", "La", "F") or mode.startswith("I")
+    if grey:
+        notes.append(("greyscale", ""))
+    if bits > 8:
+        fate = "torchvision reads it too bright or dark" if grey else "8 are used"
+        notes.append(("16-bit", f"has {bits} bits a sample: {fate}"))
+    if mode == "CMYK":
+        notes.append(("cmyk", ""))
+    if mode in ("P", "PA"):
+        notes.append(("palette", ""))
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        notes.append(("alpha", ""))
+    return notes
+
+
+def notes_on_shape(image: Image.Image) -> list[Finding]:
+    notes = []
+    width, height = image.size
+    frames = num_frames(image)
+    if frames > 1:
+        notes.append(("animated", f"has {frames} frames: the first is read"))
+    if 2 * width * height > MAX_PIXELS:
+        notes.append(("large", f"has {width:,} x {height:,} pixels"))
+    if max(width, height) > THIN * min(width, height):
+        notes.append(("thin", f"has {width} x {height} pixels"))
+    if min(width, height) < TINY:
+        notes.append(("tiny", f"has {width} x {height} pixels"))
+    return notes
+
+
+def notes_on_name(path: str, header: Header) -> list[Finding]:
+    notes = []
+    if os.path.splitext(path)[1].lower() not in SUFFIXES[header.format]:
+        notes.append(("wrong-suffix", f"is {header.format}: read as such"))
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        notes.append(("name", ""))
+    return notes
+
+
+# Damaged metadata keeps no back end from reading an image, and Pillow raises many things for it.
+
+
+def num_frames(image: Image.Image) -> int:
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:
+        return 1
+
+
+def bits_of(stream: BinaryIO, image: Image.Image) -> int:
+    """Bits of a sample."""
+    if image.format == "PNG":
+        return os.pread(stream.fileno(), 1, 24)[0]
+    if image.format == "TIFF":
+        try:
+            return int(max(image.tag_v2.get(258, (1,))))  # type: ignore[attr-defined]
+        except Exception:
+            return 8
+    return {"I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """1 to 8 as EXIF has it; 1 where it says nothing, or nothing that makes sense."""
+    if image.format != "TIFF" and EXIF.isdisjoint(image.info):
+        return 1  # of a PNG, Pillow would decode the pixels to look behind them
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
+def hash_of_ends(file: int, size: int) -> str:
+    """Equal files have equal ones; so have some others, if they are larger than two ENDS."""
+    digest = hashlib.blake2b(os.pread(file, ENDS, 0), digest_size=16)
+    if size > ENDS:
+        digest.update(os.pread(file, ENDS, max(ENDS, size - ENDS)))
+    return digest.hexdigest()
+
+
+def hash_files(root: Path, names: list[str]) -> list[tuple[str, str]]:
+    """Each name with a hash of all of its content, or "unreadable"."""
+    hashes = []
+    for name in names:
+        try:
+            file, _ = open_file(os.path.join(root, name))
+            with open(file, "rb") as stream:
+                hashes.append((name, hashlib.file_digest(stream, "sha256").hexdigest()))
+        except (Damage, OSError):
+            hashes.append((name, "unreadable"))
+    return hashes

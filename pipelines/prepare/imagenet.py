@@ -1,0 +1,266 @@
+"""`prepare imagenet ARCHIVES DST`: train/WNID/*.JPEG and val/WNID/*.JPEG, out of the archives.
+
+Nothing is written twice: images go from the archive to their place, each whole or not at all, and
+those that are there with the right size are passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from pipelines.errors import UserError
+from pipelines.files import scratch_folder, written_in
+from pipelines.prepare.ilsvrc import (
+    VAL_IMAGE,
+    WNID,
+    read_blacklist,
+    read_devkit,
+    read_label_file,
+)
+from pipelines.prepare.manifest import read_manifest, write_manifest
+from pipelines.prepare.tar import Member, read_bytes, read_members
+
+ARCHIVES = {"val": "ILSVRC2012_img_val.tar", "train": "ILSVRC2012_img_train.tar"}
+"""The small one first: it shows soon what is wrong."""
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+COUNTS = {"val": (50_000, 1000), "train": (1_281_167, 1000)}
+"""Images and classes of ILSVRC-2012."""
+TRAIN_IMAGE = re.compile(r"n\d{8}_\d+\.JPEG", re.ASCII)
+BLOCK_LOSS = 0.02
+"""What file systems add to the bytes of ImageNet's images: half a block of 4 KiB each."""
+
+
+@dataclass
+class Extracted:
+    """What became of the images of one archive."""
+
+    classes: Counter[str] = field(default_factory=Counter)
+    """WNID -> images."""
+    written: int = 0
+    left_out: list[str] = field(default_factory=list)
+    """Names of the blacklisted ones."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    names = ", ".join((*reversed(ARCHIVES.values()), DEVKIT))
+    add("archives", type=Path, metavar="ARCHIVES", help=f"folder with {names}")
+    add("dst", type=Path, metavar="DST", help="image folder to make or to go on with")
+    add("--split", choices=("train", "val"), help="only this one; default: both")
+    add(
+        "--val-labels",
+        type=Path,
+        metavar="FILE",
+        help="in place of the devkit: a line per validation image, WNID or FILENAME WNID",
+    )
+    add(
+        "--blacklist",
+        type=Path,
+        metavar="FILE",
+        help="numbers of validation images to leave out, one a line, as in the ILSVRC-2014 "
+        "devkit; default: all 50,000 are kept",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns the exit status. Raises UserError naming the archive, file or flag."""
+    paths = find_archives(args)
+    labels = read_labels(args) if "val" in paths else {}
+    blacklist = read_blacklist(args.blacklist) if args.blacklist else frozenset()
+    check_blacklisted(args.dst, labels, blacklist)
+    check_space(args.dst, paths)
+    with scratch_folder(args.dst) as scratch:
+        for split, path in paths.items():
+            with path.open("rb") as archive:
+                if split == "train":
+                    images = train_images(archive, path)
+                else:
+                    images = val_images(archive, path, labels, blacklist)
+                found = extract(archive, path, images, args.dst / split, scratch)
+            check_counts(args.dst / split, found.classes)
+            record(args.dst, split, path, found)
+            report(args.dst, split, found)
+    return 0
+
+
+def find_archives(args: argparse.Namespace) -> dict[str, Path]:
+    """Split -> archive, for the splits that are asked for."""
+    if args.split == "train":
+        for flag in ("val_labels", "blacklist"):
+            if getattr(args, flag) is not None:
+                name = "--" + flag.replace("_", "-")
+                raise UserError(f"{name} is about validation images: not with --split train")
+    paths = {}
+    for split, name in ARCHIVES.items():
+        if args.split in (split, None):
+            paths[split] = args.archives / name
+            if not paths[split].is_file():
+                other = "val" if split == "train" else "train"
+                raise UserError(
+                    f"{args.archives} has no {name}: put it there or give --split {other}"
+                )
+    return paths
+
+
+def read_labels(args: argparse.Namespace) -> dict[int, str]:
+    """Number of a validation image (from 1) -> WNID."""
+    if args.val_labels is not None:
+        return read_label_file(args.val_labels)
+    devkit = args.archives / DEVKIT
+    if not devkit.is_file():
+        raise UserError(f"{args.archives} has no {DEVKIT}: put it there or give --val-labels FILE")
+    return read_devkit(devkit)
+
+
+def check_blacklisted(dst: Path, labels: dict[int, str], blacklist: frozenset[int]) -> None:
+    for number in blacklist & labels.keys():
+        path = dst / "val" / labels[number] / f"ILSVRC2012_val_{number:08}.JPEG"
+        if path.exists():
+            raise UserError(
+                f"{path} is blacklisted but there, from a call without --blacklist: remove "
+                f"{dst / 'val'} and call again"
+            )
+
+
+def check_space(dst: Path, paths: dict[str, Path]) -> None:
+    """UserError where the disk has no room for what is still to be written."""
+    there = sum(
+        entry.stat().st_size
+        for split in paths
+        for folder in class_folders(dst / split)
+        for entry in os.scandir(folder)
+    )
+    needed = sum(path.stat().st_size for path in paths.values()) * (1 + BLOCK_LOSS) - there
+    folder = next(parent for parent in (dst, *dst.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{dst} has {free / 1e9:,.1f} GB free and needs {needed / 1e9:,.1f} GB: make room or "
+            "name another folder"
+        )
+
+
+def class_folders(split: Path) -> list[os.DirEntry[str]]:
+    return [entry for entry in os.scandir(split) if entry.is_dir()] if split.is_dir() else []
+
+
+def train_images(archive: IO[bytes], path: Path) -> Iterator[tuple[str | None, Member]]:
+    """WNID and place of each image in the archive of archives n01440764.tar, one a class."""
+    for inner in read_members(archive, path.name, end=path.stat().st_size):
+        wnid = inner.name.removesuffix(".tar")
+        if not WNID.fullmatch(wnid):
+            raise UserError(f"{path}: {inner.name!r} is refused: n01440764.tar was expected")
+        name = f"{path.name}: {inner.name}"
+        for image in read_members(archive, name, inner.start, inner.end):
+            if not TRAIN_IMAGE.fullmatch(image.name):
+                raise UserError(f"{name}: {image.name!r} is refused: {wnid}_1.JPEG was expected")
+            yield wnid, image
+
+
+def val_images(
+    archive: IO[bytes], path: Path, labels: dict[int, str], blacklist: frozenset[int]
+) -> Iterator[tuple[str | None, Member]]:
+    """WNID and place of each image in the archive; None for a blacklisted one's WNID."""
+    for image in read_members(archive, path.name, end=path.stat().st_size):
+        match = VAL_IMAGE.fullmatch(image.name)
+        if match is None:
+            raise UserError(
+                f"{path}: {image.name!r} is refused: ILSVRC2012_val_00000001.JPEG was expected"
+            )
+        number = int(match[1])
+        if number not in labels:
+            raise UserError(f"{path}: {image.name} has no label; there are {len(labels):,}")
+        yield None if number in blacklist else labels[number], image
+
+
+def extract(
+    archive: IO[bytes],
+    path: Path,
+    images: Iterator[tuple[str | None, Member]],
+    folder: Path,
+    scratch: Path,
+) -> Extracted:
+    """Write to `folder` what is not there yet."""
+    found = Extracted()
+    size = path.stat().st_size
+    with tqdm(total=size, unit="B", unit_scale=True, desc=folder.name, disable=None) as bar:
+        for wnid, image in images:
+            if wnid is None:
+                found.left_out.append(image.name)
+            else:
+                target = folder / wnid / image.name
+                if not has_size(target, image.size):
+                    with written_in(scratch, target) as file:
+                        file.writelines(read_bytes(archive, path.name, image))
+                    found.written += 1
+                found.classes[wnid] += 1
+            bar.update(image.end - bar.n)
+        bar.update(size - bar.n)
+    return found
+
+
+def has_size(path: Path, size: int) -> bool:
+    try:
+        return os.stat(path).st_size == size
+    except FileNotFoundError:
+        return False
+
+
+def check_counts(folder: Path, classes: Counter[str]) -> None:
+    """UserError unless the folder has as many files of each class as the archive, and no more."""
+    there = {
+        entry.name: sum(1 for file in os.scandir(entry) if not file.name.startswith("."))
+        for entry in class_folders(folder)
+        if not entry.name.startswith(".")
+    }
+    for name in sorted(there.keys() | classes.keys()):
+        if there.get(name, 0) != classes[name]:
+            raise UserError(
+                f"{folder / name} has {there.get(name, 0):,} files where the archive has "
+                f"{classes[name]:,}: remove what is not from it and call again"
+            )
+
+
+def record(dst: Path, split: str, path: Path, found: Extracted) -> None:
+    """Write what is now in DST to dataset.json; the entry of the other split stays."""
+    manifest = read_manifest(dst)
+    entry: dict[str, Any] = {
+        "archive": path.name,
+        "archive_bytes": path.stat().st_size,
+        "images": found.classes.total(),
+        "classes": len(found.classes),
+    }
+    manifest["dataset"] = "ImageNet"
+    if split == "val":
+        entry["left_out"] = found.left_out
+        # DAWNBench's word: true where accuracy is over all images, the blacklisted ones too.
+        manifest["used_blacklist"] = not found.left_out
+    manifest["splits"] = manifest.get("splits", {}) | {split: entry}
+    write_manifest(dst, manifest)
+
+
+def report(dst: Path, split: str, found: Extracted) -> None:
+    total, classes = found.classes.total(), len(found.classes)
+    lines = [
+        f"{split}: {total:,} images in {classes:,} classes in {dst / split}; "
+        f"{found.written:,} written now, {total - found.written:,} were there"
+    ]
+    if found.left_out:
+        lines.append(f"{split}: {len(found.left_out):,} blacklisted images are left out")
+    images, expected = COUNTS[split]
+    if (total + len(found.left_out), classes) != (images, expected):
+        lines.append(
+            f"{split}: note: this is not all of ILSVRC-2012, whose {ARCHIVES[split]} has "
+            f"{images:,} images in {expected:,} classes"
+        )
+    print("\n".join(lines), flush=True)  # noqa: T201

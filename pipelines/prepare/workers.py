@@ -1,0 +1,69 @@
+"""Many small jobs on all cores, in processes that end with this one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import TypeVar
+
+from pipelines.errors import UserError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+AHEAD = 4
+"""Jobs per worker that are handed over at a time: results of a million need no memory."""
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def in_processes(
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
+) -> Iterator[Result]:
+    """`function(job)` for each job, in the order in which they are done.
+
+    Whatever `function` raises is raised here; jobs not begun are dropped then, and when the caller
+    stops reading. Raises UserError where a worker is killed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    left = iter(jobs)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    try:
+        running: set[Future[Result]] = set()
+        while True:
+            room = AHEAD * workers - len(running)
+            running |= {pool.submit(function, job) for job in islice(left, room)}
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, as happens when memory runs out: try fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker() -> None:
+    """Leave Ctrl-C to the parent, end with it however it ends, and keep Pillow's warnings quiet."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,423 @@
+"""`prepare scan` and the check at the start of training, on really damaged and odd files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from odd_files import Odd, write_odd_files
+from PIL import Image
+
+from pipelines.errors import UserError
+from pipelines.folder import find_bad, left_out_note, read_split
+from pipelines.headers import check_file
+from pipelines.prepare.__main__ import main
+from pipelines.prepare.examine import Examined, examine_all
+from pipelines.prepare.findings import DAMAGE, NOTES
+from pipelines.prepare.scan import examine_files
+
+ROOT = Path(__file__).resolve().parent.parent
+GOOD = 12
+"""Photographs in the other class of the odd folder."""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for scans, so that nothing of the user's is read or written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fastimagenet" / "scan"
+
+
+@pytest.fixture(scope="module")
+def odd(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Odd]]:
+    """DIR/train/{odd,plain}/*, val the same files, and what is in train/odd by name."""
+    root = tmp_path_factory.mktemp("odd")
+    found = sorted((photographs / "train").glob("*/*.JPEG"))
+    files = write_odd_files(root / "train" / "odd", found[0])
+    (root / "train" / "plain").mkdir()
+    for path in found[1 : GOOD + 1]:
+        shutil.copy(path, root / "train" / "plain")
+    (root / "val").symlink_to("train")
+    return root, files
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """train/{cat,dog} and val/{cat,dog} with 3 PNGs each, all different."""
+    for number, split in enumerate(("train", "val")):
+        for label, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(3):
+                colour = (80 * number, 80 * label, 80 * index)
+                Image.new("RGB", (16, 16), colour).save(folder / f"{index}.png")
+    return tmp_path / "data"
+
+
+def scan(root: Path, *arguments: object, status: int = 0) -> dict[str, Any]:
+    """The report of a scan that ends with `status`."""
+    report = root.parent / "report.json"
+    command = ["scan", str(root), "--workers", "2", "--report", str(report)]
+    assert main([*command, *map(str, arguments)]) == status
+    content: dict[str, Any] = json.loads(report.read_text())
+    return content
+
+
+def kinds_of(report: dict[str, Any], folder: str = "train/odd/") -> dict[str, tuple[str, ...]]:
+    """File name -> what was found, sorted."""
+    kinds: dict[str, list[str]] = {}
+    for finding in report["findings"]:
+        assert finding["severity"] == ("damage" if finding["kind"] in DAMAGE else "note")
+        if finding["path"].startswith(folder):
+            kinds.setdefault(finding["path"].removeprefix(folder), []).append(finding["kind"])
+    return {name: tuple(sorted(found)) for name, found in kinds.items()}
+
+
+def is_damage(file: Odd) -> bool:
+    return any(kind in DAMAGE for kind in file.kinds)
+
+
+def test_the_verdict_on_every_kind_is_right(odd: tuple[Path, dict[str, Odd]]) -> None:
+    root, files = odd
+    assert len(files) >= 100 and {kind for file in files.values() for kind in file.kinds} == {
+        *DAMAGE,
+        *NOTES,
+    }
+    headers = kinds_of(scan(root, status=1))
+    pixels = kinds_of(scan(root, "--decode", status=1))
+    for name, file in files.items():
+        assert pixels.pop(name, ()) == file.kinds, name
+        assert headers.pop(name, ()) == (() if file.hidden else file.kinds), name
+    assert not headers and not pixels
+
+
+def test_the_start_of_training_sees_what_a_scan_of_headers_sees(
+    odd: tuple[Path, dict[str, Odd]],
+) -> None:
+    root, files = odd
+    paths = [str(root / "train" / "odd" / name) for name in files if name != "folder.jpg"]
+    expected = {path for path in paths if is_damage(files[os.path.basename(path)])}
+    hidden = {path for path in expected if files[os.path.basename(path)].hidden}
+    found = find_bad(paths)
+    assert [path for path, _ in found] == [path for path in paths if path in expected - hidden]
+    assert all(text and "\n" not in text for _, text in found)
+    for path in hidden:
+        with pytest.raises(Exception, match=r"cannot be decoded"):
+            check_file(path, pixels=True)
+
+
+READ = """
+import json, resource, signal, sys
+from pipelines import make_loader
+from pipelines.folder import Split
+from pipelines.loader import LoaderSpec, Stage
+
+# No allocation of 20 GB that the system would promise, and no FIFO that is waited for.
+resource.setrlimit(resource.RLIMIT_AS, (14 << 30, 14 << 30))
+for line in sys.stdin:
+    backend, size, seconds, paths = json.loads(line)
+    print(json.dumps(paths), flush=True)
+    signal.alarm(seconds)
+    for fields in ({"training": False}, {"training": True}, {"training": True, "reflect_pad": 2}):
+        spec = LoaderSpec(
+            split=Split(paths, [0] * len(paths), ("a",)),
+            stages=(Stage(epochs=1, image_size=size, batch_size=min(4, len(paths))),),
+            num_threads=1 if backend == "dali" else 0,
+            **fields,
+        )
+        loader = make_loader(backend, spec)
+        try:
+            for images, _ in loader:
+                assert images.isfinite().all()
+        except Exception as error:
+            print(json.dumps(" ".join(str(error).split())), flush=True)
+            break
+        finally:
+            loader.close()
+    else:
+        print(json.dumps("read"), flush=True)
+"""
+
+
+def read_by(jobs: list[tuple[str, int, int, list[str]]]) -> list[str]:
+    """What a back end makes of each (name, image size, seconds, paths): "read" or why not.
+
+    In processes of their own, since some files end them.
+    """
+    results: list[str] = []
+    while len(results) < len(jobs):
+        done = subprocess.run(
+            [sys.executable, "-c", READ],
+            cwd=ROOT,
+            input="\n".join(json.dumps(job) for job in jobs[len(results) :]),
+            capture_output=True,
+            text=True,
+        )
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert lines, done.stderr[-2000:]
+        results += lines[1::2]
+        if len(lines) % 2:
+            results.append(f"the process ended with {done.returncode}")
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_every_back_end_reads_what_a_scan_calls_fine(
+    backend: str, odd: tuple[Path, dict[str, Odd]]
+) -> None:
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    root, files = odd
+    fine = [name for name in files if not is_damage(files[name]) and name != "folder.jpg"]
+    paths = [str(root / "train" / "odd" / name) for name in fine]
+    assert len(paths) > 40
+    assert read_by([(backend, 64, 500, paths)]) == ["read"]
+
+
+@pytest.mark.slow
+def test_what_a_scan_calls_damage_stops_a_back_end(odd: tuple[Path, dict[str, Odd]]) -> None:
+    """Else good images would be left out."""
+    pytest.importorskip("nvidia.dali")
+    root, files = odd
+    damaged = [name for name in files if is_damage(files[name])]
+    jobs = [
+        (backend, 288, 5 if name == "fifo.jpg" else 120, [str(root / "train" / "odd" / name)])
+        for name in damaged
+        for backend in ("torchvision", "dali")
+    ]
+    results = read_by(jobs)
+    for index, name in enumerate(damaged):
+        assert results[2 * index : 2 * index + 2] != ["read", "read"], name
+
+
+RECIPE = """
+name = "odd"
+model = "smallnet"
+phases = [{ epochs = 1, image_size = 32, batch_size = 16 }]
+max_lr = 0.01
+"""
+
+
+@pytest.mark.slow
+def test_training_ends_at_the_start_or_finishes_with_the_skip_list(
+    odd: tuple[Path, dict[str, Odd]], tmp_path: Path
+) -> None:
+    root, files = odd
+    recipe, skip_list = tmp_path / "odd.toml", tmp_path / "skip.txt"
+    recipe.write_text(RECIPE)
+    command = [sys.executable, "-m", "fastimagenet.train", "--data", str(root), "--device", "cpu"]
+    command += ["--recipe", str(recipe), "--output", str(tmp_path / "run")]
+    run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    result = run(command)
+    first = min(name for name in files if is_damage(files[name]))
+    path = " ".join(str(root / "train" / "odd" / first).split())
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith(f"error: {path} ") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    scan(root, "--decode", "--skip-list", skip_list, status=1)
+    result = run([*command, "--skip-list", str(skip_list)])
+    assert result.returncode == 0, result.stderr[-2000:]
+    fine = [name for name in files if not is_damage(files[name]) and name != "folder.jpg"]
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["num_train"] == plan["num_val"] == len(fine) + GOOD
+
+
+def test_the_skip_list_leaves_out_the_damaged_files_whatever_their_names(
+    odd: tuple[Path, dict[str, Odd]], tmp_path: Path
+) -> None:
+    root, files = odd
+    scan(root, "--decode", "--skip-list", tmp_path / "skip.txt", status=1)
+    split = read_split(root, "train", tmp_path / "skip.txt")
+    fine = {name for name in files if not is_damage(files[name]) and name != "folder.jpg"}
+    assert {Path(path).name for path in split.paths if "/odd/" in path} == fine
+    scan(root, "--skip-list", tmp_path / "skip.txt", status=1)  # its own list it may replace
+    (tmp_path / "mine.txt").write_text("train/cat/0.png\n")
+    with pytest.raises(UserError, match=r"mine\.txt was not written by a scan"):
+        scan(root, "--skip-list", tmp_path / "mine.txt")
+
+
+def test_bad_images_end_training_at_the_start_or_are_left_out(root: Path) -> None:
+    assert left_out_note(read_split(root, "train", on_bad_image="skip")) == ""
+    first, second = root / "train" / "cat" / "1.png", root / "train" / "dog" / "0.png"
+    second.write_bytes(second.read_bytes()[:50])
+    with pytest.raises(UserError) as caught:
+        read_split(root, "train")
+    assert str(caught.value).startswith(f"{second} is truncated (a PNG without its end): ")
+    first.write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        read_split(root, "train")
+    message = str(caught.value)
+    assert message.startswith(f"{first} is empty, and 1 more files are bad: --on-bad-image skip")
+    assert f"python -m pipelines.prepare scan {root} --skip-list FILE" in message
+    split = read_split(root, "train", on_bad_image="skip")
+    assert len(split) == 4 and split.labels == [0, 0, 1, 1]
+    assert split.left_out[0] == (str(first), "is empty")
+    assert left_out_note(split) == f"left out 2 bad files of 6; the first: {first} is empty"
+    for path in (root / "train" / "cat").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"class folder .*train/cat has no images that can be read"):
+        read_split(root, "train", on_bad_image="skip")
+
+
+def test_only_what_changed_is_read_again(
+    root: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read(*arguments: object, status: int = 0) -> int:
+        """Files that a scan reads."""
+        capsys.readouterr()
+        scan(root, *arguments, status=status)
+        out, err = capsys.readouterr()
+        assert not err, err
+        return int(out.split(" images, ")[1].split(" of them")[0])
+
+    assert [read(), read(), read("--decode"), read("--decode"), read()] == [12, 0, 12, 0, 0]
+    changed = root / "val" / "dog" / "2.png"
+    before = changed.stat()
+    changed.write_bytes(changed.read_bytes()[:40])
+    assert [read(status=1), read(status=1)] == [1, 0]
+    content = changed.read_bytes()
+    changed.write_bytes(content[:-1] + b"?")
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert [read(status=1), read("--decode", status=1), read("--decode", status=1)] == [1, 1, 0]
+    changed.unlink()
+    assert read("--decode") == 0
+    assert len(list(own_cache.iterdir())) == 1
+    link = root.parent / "link"
+    link.symlink_to(root)
+    scan(link)
+    assert len(list(own_cache.iterdir())) == 1, "one cache for one folder, however it is named"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format"', "\udcff"])
+def test_a_damaged_cache_is_left_aside(
+    content: str, root: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan(root)
+    (file,) = own_cache.iterdir()
+    good = file.read_text()
+    file.write_text(content, errors="surrogateescape")
+    scan(root)
+    out, err = capsys.readouterr()
+    assert err.startswith(f"note: the scan cache {file} cannot be read") and err.count("\n") == 1
+    assert "12 of them read" in out.rsplit("12 images", 1)[1]
+    assert file.read_text() == good
+    row = json.loads(good)
+    row["files"]["train/cat/0.png"][4] = [["new-kind", ""]]
+    file.write_text(json.dumps(row))
+    scan(root)
+    assert "new-kind" in capsys.readouterr().err
+    row["format"][0] += 1
+    file.write_text(json.dumps(row))
+    scan(root)
+    assert not capsys.readouterr().err, "of another version: no damage"
+
+
+def test_a_cache_that_cannot_be_written_is_noted(
+    root: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_cache.parent.parent.mkdir()
+    own_cache.parent.write_text("a file where the folder should be")
+    scan(root)
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_duplicates_between_and_within_the_splits(
+    root: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scan(root)["duplicates_between_splits"] == []
+    large = max((photographs / "train").glob("*/*.JPEG"), key=lambda path: path.stat().st_size)
+    for name in ("train/cat/a.jpg", "train/dog/b.jpg", "val/dog/c.jpg"):
+        shutil.copy(large, root / name)
+    content = bytearray(large.read_bytes())
+    content[len(content) // 2] ^= 1
+    (root / "val" / "cat" / "nearly.jpg").write_bytes(bytes(content))
+    shutil.copy(root / "val/cat/1.png", root / "train/cat/1-again.png")
+    report = scan(root)
+    assert report["duplicates_between_splits"] == [
+        {"train": ["train/cat/1-again.png"], "val": ["val/cat/1.png"]},
+        {"train": ["train/cat/a.jpg", "train/dog/b.jpg"], "val": ["val/dog/c.jpg"]},
+    ]
+    assert report["duplicates_within_splits"] == {"train": 1}
+    text = capsys.readouterr().out
+    assert "2 images of validation are in training as well" in text
+    assert "val/cat/1.png = train/cat/1-again.png" in text
+    assert scan(root) == report, "from the cache"
+
+
+def test_folders_that_training_would_stop_at(root: Path) -> None:
+    (root / "train" / "loop").symlink_to("loop")
+    (root / "train" / "ape").mkdir()
+    problems = scan(root, status=1)["problems"]
+    assert problems[0] == f"class folder {root}/train/ape has no images"
+    assert "only in training: ape" in problems[1] and len(problems) == 2
+    (root / "train" / "ape").rmdir()
+    for path in (root / "val" / "cat").iterdir():
+        path.write_bytes(b"")
+    assert scan(root, status=1)["problems"] == ["class cat has no image in val that can be read"]
+    shutil.rmtree(root / "val")
+    (problem,) = scan(root, status=1)["problems"]
+    assert "has no folder val or test/" in problem
+    with pytest.raises(UserError, match="has no folder"):
+        main(["scan", str(root / "train")])
+    with pytest.raises(UserError, match="no folder"):
+        main(["scan", str(root / "nowhere")])
+    with pytest.raises(UserError, match="--workers must be at least 1"):
+        main(["scan", str(root), "--workers", "0"])
+    with pytest.raises(UserError, match=r"--report .* is a folder"):
+        main(["scan", str(root), "--report", str(root)])
+
+
+def test_nothing_is_written_unasked(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(root.rglob("*"))
+    assert main(["scan", str(root)]) == 0
+    assert sorted(root.rglob("*")) == before
+    assert capsys.readouterr().out.endswith("nothing is damaged\n")
+
+
+def examine_or_die(root: Path, names: list[str]) -> list[tuple[str, Examined]]:
+    """A decoder with a defect: one file ends its process."""
+    if "train/dog/1.png" in names:
+        os.abort()
+    return examine_all(root, False, names)
+
+
+def test_a_file_that_ends_its_process_is_a_finding(root: Path) -> None:
+    names = sorted(str(path.relative_to(root)) for path in root.glob("*/*/*"))
+    found = dict(
+        result
+        for part in examine_files(partial(examine_or_die, root), names, 2, size=5)
+        for result in part
+    )
+    assert sorted(found) == names
+    kinds = {name: file.findings[0][0] for name, file in found.items() if file.findings}
+    assert kinds == {"train/dog/1.png": "corrupt"}
+
+
+def test_processes_are_bounded_in_memory_and_time(root: Path) -> None:
+    """The bounds hold for whatever the decoders do."""
+    code = (
+        "import signal, sys; from pathlib import Path;"
+        "from pipelines.prepare import examine;"
+        "examine.MAX_SECONDS = 1;"
+        "examine.examine_all(Path(sys.argv[1]), True, ['train/cat/0.png']);\n"
+        "try: bytearray(examine.MAX_MEMORY)\n"
+        "except MemoryError: print('refused', flush=True)\n"
+        "signal.setitimer(signal.ITIMER_PROF, 1)\n"
+        "while True: pass"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.stdout, result.returncode) == ("refused\n", -27), result.stderr
