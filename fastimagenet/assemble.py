@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastimagenet import cli, recipe_toml
-from fastimagenet.distributed import World, started_by_us
+from fastimagenet.distributed import World, gather_objects, started_by_us
 from fastimagenet.files import write_object
 from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import Recipe
 from fastimagenet.recorder import NullRecorder, Recorder, Stopwatch
 from pipelines.errors import UserError
-from pipelines.folder import Split, check_classes, read_split
+from pipelines.folder import Split, check_classes, left_out_note, read_split
 
 if TYPE_CHECKING:
     from fastimagenet.plan import Plan
@@ -47,12 +48,22 @@ def checks_flags(world: World | None) -> bool:
 
 
 def read_data(args: argparse.Namespace, world: World | None) -> tuple[Split, Split]:
-    """Both splits, their files checked once a node. Raises UserError naming the folder or file."""
+    """Both splits, with their files checked. Raises UserError naming the folder or file.
+
+    Once a node; by all processes where bad files are left out.
+    """
     data = cli.data_folder(args)
-    check_files = (world is None or world.local_rank == 0) and not started_by_us()
-    train = read_split(data, "train", args.skip_list, check_files)
-    val = read_split(data, "val", args.skip_list, check_files)
+    first = (world is None or world.local_rank == 0) and not started_by_us()
+    # What is left out has to be known to every process.
+    check_files = first or args.on_bad_image == "skip"
+    train, val = (
+        read_split(data, split, args.skip_list, check_files, args.on_bad_image)
+        for split in ("train", "val")
+    )
     check_classes(train, val)
+    for split in (train, val):
+        if split.left_out and checks_flags(world):
+            print(left_out_note(split), file=sys.stderr)  # noqa: T201
     return train, val
 
 
@@ -92,6 +103,12 @@ def make_trainer(
     if world.device != "cpu" and not torch.cuda.is_available():
         raise UserError(
             "--device cuda: this build of torch cannot use the CUDA device; --device cpu runs"
+        )
+    counts = gather_objects((len(train), len(val)), world)
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"--data: the processes see different images, {min(counts)} and {max(counts)} "
+            "(training, validation): give all of them the same files"
         )
     dtype = autocast_dtype(recipe.precision, world.device.partition(":")[0])
     torch.manual_seed(args.seed)
@@ -135,5 +152,9 @@ def make_trainer(
 
 def write_plan(folder: Path, plan: Plan, train: Split, val: Split) -> None:
     """plan.json; the first file of a run, and the mark that a folder holds one."""
-    facts = {"num_val": len(val), "num_classes": len(train.classes)}
+    facts = {
+        "num_val": len(val),
+        "num_classes": len(train.classes),
+        "left_out": len(train.left_out) + len(val.left_out),
+    }
     write_object(folder / "plan.json", plan.to_dict() | facts)

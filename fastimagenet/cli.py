@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from fastimagenet.distributed import Launch, World, plan_launch, report_to_launcher
 from fastimagenet.recipes import PRECISIONS
-from pipelines import BACKENDS
+from pipelines import BACKENDS, cli
+from pipelines.cli import Parser as Parser
+from pipelines.cli import make_parser as make_parser
 from pipelines.errors import UserError
+from pipelines.folder import ON_BAD_IMAGE
 
 if TYPE_CHECKING:
     from fastimagenet.trainer import Trainer
-
-DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
-)
-"""What the user's folders can do to us; any other OSError is a defect."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as every other error of the commands."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
-def make_parser(module: str, description: str, example: str) -> Parser:
-    """A parser whose help ends with an example."""
-    return Parser(
-        prog=f"python -m {module}",
-        description=description,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +30,12 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         help="image folder DIR/train/CLASS/*, DIR/val/CLASS/*; default: the embedded digits",
     )
     add("--skip-list", type=Path, metavar="FILE", help="paths of images to leave out, one a line")
+    add(
+        "--on-bad-image",
+        choices=ON_BAD_IMAGE,
+        default="error",
+        help="files that cannot be read: stop at the start (the default), or leave them out",
+    )
     add(
         "--backend",
         choices=BACKENDS,
@@ -102,23 +84,17 @@ def data_folder(args: argparse.Namespace) -> Path:
 
 
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """Run a command; the user's mistake is one line on standard error and status 2."""
-    try:
-        return command(argv)
-    except UserError as error:
-        if report_to_launcher(error):
-            return 2
-        message = " ".join(str(error).split())
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    """As that of `pipelines.cli`; in a process of our own launcher the error is left to it."""
+
+    def told(argv: Sequence[str] | None) -> int:
+        try:
+            return command(argv)
+        except UserError as error:
+            if report_to_launcher(error):
+                return 2
             raise
-        where = error.filename or "the --output folder"
-        message = f"cannot use {where}: {os.strerror(error.errno)}"
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)  # noqa: T201
-        return 130
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
-    return 2
+
+    return cli.exit_status(told, argv)
 
 
 def stop_on_signals(trainer: Trainer) -> list[int]:

@@ -21,7 +21,7 @@ from fastimagenet.distributed import (
 from fastimagenet.evaluation import TTA, Counts, evaluate
 from fastimagenet.recipes import Recipe
 from pipelines.errors import UserError
-from pipelines.folder import Split, read_split
+from pipelines.folder import Split, left_out_note, read_split
 from pipelines.loader import Stage
 
 
@@ -47,11 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch = cli.launch_of(args)
     if args.image_size is not None and args.image_size < 8:
         raise UserError(f"--image-size must be at least 8 pixels, not {args.image_size}")
-    val = read_split(cli.data_folder(args), "val", args.skip_list)
+    val = read_split(cli.data_folder(args), "val", args.skip_list, on_bad_image=args.on_bad_image)
     world = launched_world(launch)
     if world is None and launch.world_size > 1:
         return run_processes(launch, "fastimagenet.evaluate", argv)
     world = world or World(device="cpu" if launch.device == "cpu" else "cuda:0")
+    if val.left_out and world.is_main:
+        print(left_out_note(val), file=sys.stderr)  # noqa: T201
     with process_group(world):
         started = time.perf_counter()
         counts = evaluate_checkpoint(args, val, world)

@@ -7,6 +7,7 @@ progressive resizing needs no rebuild and a resume is exact.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Generator, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -17,13 +18,14 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]
 from nvidia.dali.pipeline import Pipeline
-from PIL import Image
 from torch import Tensor
 
 from pipelines.batch_crop import reflect_crop
 from pipelines.dali_graph import random_crop_graph, validation_graph, whole_image_graph
+from pipelines.damage import Damage
 from pipelines.errors import UserError
 from pipelines.folder import undecodable
+from pipelines.headers import check_file
 from pipelines.loader import LoaderSpec
 from pipelines.order import Batch, Draws, Order
 from pipelines.stream import StreamLoader
@@ -88,7 +90,7 @@ class Feed:
         """One batch as DALI takes it; the order is that of `kinds` in `build`."""
         batch = next(self.batches)
         self.under_way.append(batch)
-        paths = [np.frombuffer(path.encode(), np.uint8) for path in batch.paths]
+        paths = [np.frombuffer(os.fsencode(path), np.uint8) for path in batch.paths]
         size = np.full(len(paths), batch.image_size, np.float32)
         values: list[Any] = [paths, batch.labels, size]
         if batch.draws is not None and self.crops:
@@ -135,7 +137,7 @@ def build(spec: LoaderSpec, feed: Feed) -> Pipeline:
 
 
 def unreadable(feed: Feed, error: RuntimeError) -> Exception:
-    """The UserError for memory, or for the first file under way that Pillow cannot decode.
+    """The UserError for memory, or for the first file under way that a back end cannot decode.
 
     Where it is neither, `error` itself.
     """
@@ -148,10 +150,9 @@ def unreadable(feed: Feed, error: RuntimeError) -> Exception:
     for batch in feed.under_way:
         for path in batch.paths:
             try:
-                with Image.open(path) as image:
-                    image.load()
-            except Exception as reason:
-                return undecodable(path, reason)
+                check_file(path, pixels=True)
+            except Damage as damage:
+                return undecodable(path, damage)
     return error
 
 

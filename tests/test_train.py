@@ -321,9 +321,12 @@ def test_a_corrupt_jpeg_is_named(cifar10: Path, tmp_path: Path) -> None:
     message = error_of("--data", data, "--output", tmp_path / "out", *SMALL)
     assert str(broken) in message
     assert "--skip-list" in message
-    skip_list = tmp_path / "skip.txt"
-    skip_list.write_text(f"{broken}\n")
-    train("--data", data, "--output", tmp_path / "skipped", "--skip-list", skip_list, *SMALL)
+    output = tmp_path / "skipped"
+    flags = ("--on-bad-image", "skip", "--nproc-per-node", 2)
+    _, err = train("--data", data, "--output", output, *flags, *SMALL)
+    assert err.startswith(f"left out 1 bad file of 500; the first: {broken} is truncated")
+    plan = json.loads((output / "plan.json").read_text())
+    assert (plan["num_train"], plan["left_out"]) == (499, 1)
 
 
 def test_an_output_folder_with_another_run_is_left_alone(finished: Path, cifar10: Path) -> None:
