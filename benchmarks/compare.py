@@ -17,7 +17,7 @@ from fastimagenet.formats import duration, percent
 from fastimagenet.run_folder import Run, read_run
 from pipelines.errors import UserError
 
-HEADER = ("run", "peak LR", "schedule", "updates", "top-1", "train time")
+HEADER = ("run", "max_lr", "schedule", "updates", "top-1", "train time")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's --output folder")
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path(), help="default: here")
     args = parser.parse_args(argv)
-    runs = {folder.resolve().name: read_run(folder) for folder in args.runs}
+    runs = {str(folder): read_run(folder) for folder in args.runs}
     for name, run in runs.items():
         if not run.summary:
             raise UserError(f"{name} is not finished: go on with it by train --resume auto")

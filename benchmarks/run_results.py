@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from statistics import fmean
 
@@ -118,7 +117,7 @@ def read_results(trainings: list[Training], data: Data, rehearsal: str, command:
     plans = {training.run: training.plan for training in finished}
     return Result(
         command=command,
-        date=date.today().isoformat(),
+        date=max(summary["started"] for summary in summaries)[:10],
         hardware=each([summary["hardware"] for summary in summaries]),
         precision=each([summary["precision"] for summary in summaries]),
         versions={

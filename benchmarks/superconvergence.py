@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -51,7 +52,13 @@ def parser() -> cli.Parser:
     )
     add("--runs", type=int, default=1, metavar="N", help="seeds of each; default 1")
     add("--seed", type=int, default=0, metavar="S", help="the first seed; default 0")
-    add("--output", type=Path, default=Path("runs/superconvergence"), metavar="DIR")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/superconvergence"),
+        metavar="DIR",
+        help="default runs/superconvergence",
+    )
     add("--epochs", type=int, metavar="E", help="a rehearsal: stretch the recipes to E epochs")
     add(
         "--set",
@@ -60,8 +67,9 @@ def parser() -> cli.Parser:
         metavar="FIELD=VALUE",
         help="a rehearsal: change a recipe field, such as model=smallnet; repeatable",
     )
-    add("--backend", choices=BACKENDS, default="auto", help="as of train, as are the next two")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    help_text = "as of train; default memory: decoded once, so that no loader holds a GPU back"
+    add("--backend", choices=BACKENDS, default="memory", help=help_text)
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="as of train")
     add("--precision", choices=PRECISIONS, help="in place of the recipes', fp32 for the study")
     return result
 
@@ -75,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = describe(args.data)
     trainings = make_trainings(args, data.train_images)
     for training in trainings:
-        check_folder(training)
+        check_folder(training, os.path.abspath(args.data))
     status = train_all(trainings)
     if any(training.finished for training in trainings):
         command = shlex.join(["python", "-m", "benchmarks.superconvergence", *argv])
@@ -105,6 +113,8 @@ def rehearsal(args: argparse.Namespace, data: Data) -> str:
     """What the flags and the data change about the published experiment."""
     flags = [] if args.epochs is None else ["--epochs", str(args.epochs)]
     flags += [word for setting in args.set for word in ("--set", setting)]
+    if args.precision and any(RUNS[run].precision != args.precision for run in args.only):
+        flags += ["--precision", args.precision]
     if args.backend == "synthetic":
         flags += ["--backend", "synthetic"]
     reasons = [shlex.join(flags)] if flags else []
@@ -134,14 +144,15 @@ def make_trainings(args: argparse.Namespace, num_train: int) -> list[Training]:
     return trainings
 
 
-def check_folder(training: Training) -> None:
+def check_folder(training: Training, data: str) -> None:
     """Raise UserError if the folder holds a run of another recipe or of other data."""
     path = training.folder / "plan.json"
     if not path.exists():
         return
     found = read_object(path)
-    wanted = json.loads(json.dumps(training.plan.to_dict()))
-    other = [name for name in ("num_train", "world_size") if found.get(name) != wanted[name]]
+    wanted = json.loads(json.dumps(training.plan.to_dict() | {"data": data}))
+    facts = ("data", "num_train", "world_size")
+    other = [name for name in facts if found.get(name) != wanted[name]]
     recipe = found.get("recipe", {})
     other += [f"recipe field {k}" for k, v in wanted["recipe"].items() if recipe.get(k) != v]
     if other:
@@ -154,7 +165,7 @@ def check_folder(training: Training) -> None:
 def train_all(trainings: list[Training]) -> int:
     """Train what is not finished, one after the other, until one fails or a signal comes.
 
-    SIGTERM and Ctrl-C make the training save and leave. Returns the exit status.
+    SIGTERM, Ctrl-C and a closed terminal make the training save and leave. Returns the exit status.
     """
     stopped_by: list[int] = []
     child: subprocess.Popen[bytes] | None = None
@@ -164,7 +175,7 @@ def train_all(trainings: list[Training]) -> int:
         if child is not None:
             child.terminate()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
     for training in trainings:
         title = f"run {training.run}, seed {training.seed}"

@@ -67,7 +67,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.eval_loader.load_state_dict(rank_state["eval_loader"])
     trainer.losses.total.fill_(rank_state["loss_total"])
     torch.set_rng_state(rank_state["torch_rng"])
-    cuda_rng = rank_state["cuda_rng"]
+    cuda_rng = rank_state.get("cuda_rng")
     if trainer.device.type == "cuda" and cuda_rng is not None:  # None: the run began on a CPU
         torch.cuda.set_rng_state(cuda_rng, trainer.device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -127,16 +128,27 @@ class Suggestions:
     minimum_10: float
 
 
+def judged(sweep: Sweep, losses: Sequence[float]) -> bool:
+    """Whether anything can be read off the losses shown.
+
+    Not off fewer than 5, off losses that never fall, and off a sweep that was stopped while its
+    loss still fell: its lowest and steepest points are yet to come.
+    """
+    if len(losses) < FEWEST or min(losses) == losses[0]:
+        return False
+    return sweep.ended != "stopped" or losses[-1] > min(losses)
+
+
 def suggest(sweep: Sweep) -> Suggestions | None:
     """LRs by the three rules that fastai v2 has (callback/schedule.py), on the records shown.
 
     valley, its default, due to ESRI: see `valley_index`. steepest: where d loss / d log(lr) to
     the next record is most negative. minimum_10: a tenth of the LR of the lowest loss.
-    None where fewer than 5 records are shown or the first has the lowest loss.
+    None where `judged` says no.
     """
     records = shown(sweep)
     losses = [record.loss for record in records]
-    if len(records) < FEWEST or min(losses) == losses[0]:
+    if not judged(sweep, losses):
         return None
     lowest = losses.index(min(losses))
     slopes = [
@@ -158,9 +170,12 @@ def valley_index(losses: Sequence[float]) -> int:
     half of a third further, int(n / 6), is the place. Raises ValueError without losses.
     """
     lengths: list[int] = []
+    # By length, minus the highest loss that a decreasing subsequence of that length ends with.
+    ends: list[float] = []
     for loss in losses:
-        before = (length for length, other in zip(lengths, losses, strict=False) if loss < other)
-        lengths.append(1 + max(before, default=0))
+        place = bisect_left(ends, -loss)
+        ends[place : place + 1] = [-loss]
+        lengths.append(place + 1)
     longest = max(lengths)
     # A curve that only falls begins one place before its first loss.
     return max(0, lengths.index(longest) - longest + int(longest / 3) + int(longest / 6))
@@ -190,7 +205,7 @@ def plateau(sweep: Sweep) -> Plateau | None:
     """
     records = shown(sweep)
     losses = [record.loss for record in records]
-    if len(records) < FEWEST or min(losses) == losses[0]:
+    if not judged(sweep, losses):
         return None
     low = high = best = losses.index(min(losses))
     limit = nearness(losses)

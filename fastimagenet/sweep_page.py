@@ -33,9 +33,10 @@ HEADINGS = {
 GLOSSARY = {
     "valley": "Half way, in iterations, down the stretch on which the loss falls: fast progress, "
     "and far from where the loss rises again; with few epochs it can be too low.",
-    "steepest": "Where the loss falls fastest. On a noisy curve this can be a chance step at the "
-    "far left: look at the curve before using it.",
-    "minimum / 10": "A tenth of the learning rate at which the loss is lowest: it sets max_lr.",
+    "steepest": "Where the loss falls fastest: it sets max_lr. On a noisy curve this can be a "
+    "chance step at the far left: look at the curve before using it.",
+    "minimum / 10": "A tenth of the learning rate at which the loss is lowest. Where the loss "
+    "still falls at the end of a sweep it only says where that ended.",
     "plateau": "The learning rates around the lowest loss where it is at most a tenth of the whole "
     "fall above: the thick pale stretch of a curve. Its end may be where the sweep ended.",
     "best sweep": "The one of the largest weight decay that still tolerates a high learning rate: "

@@ -53,6 +53,7 @@ from fastimagenet.sweep_table import in_words, labels
 
 COLOURS = (BLUE, VERMILLION, BLACK, ORANGE, GREEN, PURPLE, SKY, GREY)
 DASHES = ("-", "--", "-.", ":")
+MARKERS = ("", "o", "^", "x")
 MARKS = {
     "valley": ("valley", "v"),
     "steepest": ("steepest", "D"),
@@ -168,8 +169,8 @@ def _looks(sweeps: Sequence[Sweep]) -> list[Row]:
         look: Row = {"linewidth": 2.6 if sweep is best else 1.5, "markersize": 3.5}
         look["color"] = COLOURS[place % len(COLOURS)]
         look["linestyle"] = DASHES[place % len(DASHES)]
-        if place // len(DASHES) % 2:
-            look |= {"marker": "o", "markevery": 0.1}
+        if place >= len(DASHES):
+            look |= {"marker": MARKERS[place // len(DASHES) % len(MARKERS)], "markevery": 0.1}
         elif len(shown(sweep)) == 1:
             look["marker"] = "o"
         looks.append(look)

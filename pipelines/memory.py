@@ -29,6 +29,9 @@ CHUNK = 64
 BATCH_BYTES = 16
 """At most, for each value of a batch of kept images: uint8, and floats before and after steps."""
 
+SHARE = 0.8
+"""Of the free memory, at most: the network and its activations need the rest."""
+
 T = TypeVar("T")
 
 
@@ -52,8 +55,9 @@ class MemoryLoader(StreamLoader):
         self.mean = 255 * torch.tensor(spec.mean, dtype=torch.float32, device=self.device)
         self.std = 255 * torch.tensor(spec.std, dtype=torch.float32, device=self.device)
         own = eval_range(len(spec.split), spec.shard_id, spec.num_shards)
+        self.first = 0 if spec.training else own.start
+        """Place in the split of the first image kept."""
         self.paths = spec.split.paths if spec.training else spec.split.paths[own.start : own.stop]
-        self.rows = {path: row for row, path in enumerate(self.paths)}
         self.shapes = np.zeros((len(self.paths), 2), np.int64)
         """(height, width) of every file's image; read for random-area crops only."""
         self.images: dict[int, Tensor] = {}
@@ -78,7 +82,7 @@ class MemoryLoader(StreamLoader):
         self.check_memory(sides)
         count = len(self.paths)
         kept = {
-            side: torch.empty((count, side, side, 3), dtype=torch.uint8, device=self.device)
+            side: torch.empty((count, side, side, 3), dtype=torch.uint8)
             for side in set(sides.values())
         }
 
@@ -87,7 +91,8 @@ class MemoryLoader(StreamLoader):
                 images[row] = self.squared(image, side).permute(1, 2, 0)
 
         self.for_each_file(decode, keep)
-        self.images = {image_size: kept[side] for image_size, side in sides.items()}
+        on_device = {side: images.to(self.device) for side, images in kept.items()}
+        self.images = {image_size: on_device[side] for image_size, side in sides.items()}
 
     def for_each_file(self, read: Callable[[str], T], keep: Callable[[int, T], None]) -> None:
         """Call keep(row, read(path)) for all, in threads. Raises UserError where `read` fails."""
@@ -132,16 +137,16 @@ class MemoryLoader(StreamLoader):
             for stage in self.spec.stages
         )
         needed, there = images + BATCH_BYTES * batch, free_memory(self.device)
-        if needed > there:
+        if needed > SHARE * there:
             raise UserError(
                 f"--backend memory needs {needed / 2**30:.1f} GiB for {count} images, "
-                f"{self.device} has {there / 2**30:.1f} GiB free: take --backend dali, or lower "
-                "image_size"
+                f"and {self.device} has {there / 2**30:.1f} GiB free, of which it takes "
+                f"{SHARE:.0%} at most: take --backend dali, or lower image_size"
             )
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch as `Loader` has it; nothing here waits for the device."""
-        rows = np.array([self.rows[path] for path in batch.paths])
+        rows = batch.indices - self.first
         images, draws, size = self.images[batch.image_size], batch.draws, batch.image_size
         if draws is None:
             labels, index = self.on_device(batch.labels, rows)

@@ -45,6 +45,8 @@ class Batch:
     image_size: int
     draws: Draws | None
     """None for validation."""
+    indices: NDArray[np.int64]
+    """The places of the images in the split."""
 
 
 class Order:
@@ -73,7 +75,7 @@ class Order:
             key = (DRAWS, self.spec.seed, epoch, step, self.spec.shard_id)
             draws = draw(self.spec, np.random.default_rng(key), len(chosen), stage.min_scale)
         paths = [self.spec.split.paths[index] for index in chosen.tolist()]
-        return Batch(paths, self.labels[chosen], stage.image_size, draws)
+        return Batch(paths, self.labels[chosen], stage.image_size, draws, chosen)
 
     def images(self, epoch: int, step: int, batch_size: int) -> NDArray[np.int64]:
         """The places in the split of a batch's images.

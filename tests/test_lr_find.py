@@ -93,10 +93,10 @@ def test_two_sweeps_leave_rows_figures_page_and_result(swept: tuple[Path, str]) 
     chosen = found["chosen"]
     best = found["sweeps"][chosen["index"]]
     assert chosen["suggestions"] == best["suggestions"]
-    assert chosen["lr"] == best["suggestions"]["minimum_10"]
+    assert chosen["lr"] == best["suggestions"]["steepest"]
     assert found["max_lr"] == pytest.approx(chosen["lr"], rel=0.005)  # three digits
     assert "sweep 2 of 2: weight decay 0.0001, momentum 0.8: 30 iterations, up to lr 6.31" in out
-    assert f", minimum / 10 {chosen['lr']:.3g}\n" in out
+    assert f", steepest {chosen['lr']:.3g}, " in out
     assert f"report: {folder / 'lr_find.html'}" in out
 
 
@@ -316,8 +316,8 @@ def test_a_curve_that_still_falls_and_one_cut_short_say_so() -> None:
     assert "still falls where the sweep ends: a higher --end-lr" in said(falling(60, 0, "finished"))
     assert "still falls" not in said(falling(60, 20, "finished"))
     assert "best sweep: weight decay 0.0001" in said(falling(60, 20, "diverged"))
-    assert "best sweep so far: " in said(falling(60, 0, "stopped"))
-    assert "still falls" not in said(falling(60, 0, "stopped"))
+    assert "best sweep so far: " in said(falling(60, 20, "stopped"))
+    assert "the sweep was stopped too early" in said(falling(60, 0, "stopped"))
 
 
 @pytest.mark.parametrize(

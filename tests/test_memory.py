@@ -238,7 +238,10 @@ def test_too_many_pixels_are_found_before_a_file_is_read(fields: dict[str, Any])
     with pytest.raises(UserError) as caught:
         make_loader("memory", spec_of(split, stages=stages, **fields))
     text = str(caught.value)
-    assert text.startswith("--backend memory needs 3241") and "GiB for 1000 images, cpu has" in text
+    assert (
+        text.startswith("--backend memory needs 3241")
+        and "GiB for 1000 images, and cpu has" in text
+    )
     assert "--backend dali" in text and "image_size" in text and "\n" not in text
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from benchmarks import compare
 from benchmarks.run_results import Data, Result, SeedResult, run_result
 from benchmarks.run_table import table
 from benchmarks.superconvergence import main
@@ -62,6 +64,21 @@ def output(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     run("--data", cifar10, "--output", folder, *SMALL)
     return folder
+
+
+@pytest.mark.slow
+def test_runs_are_compared(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(output / f"{run}-seed0") for run in ("3b", "steps")]
+    assert compare.main([*folders, "--output", str(tmp_path)]) == 0
+    header, _, *rows = (line.split(" | ") for line in capsys.readouterr().out.splitlines()[:4])
+    assert header[0].strip("| ") == "run"
+    assert [row[0].strip("| ") for row in rows] == folders
+    with Image.open(tmp_path / "comparison.png") as picture:
+        assert picture.width >= 1200
+    with pytest.raises(UserError, match="nowhere"):
+        compare.main([str(tmp_path / "nowhere")])
 
 
 @pytest.mark.slow

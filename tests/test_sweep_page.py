@@ -223,7 +223,7 @@ def test_the_page_says_the_result_and_what_it_was_measured_with(tmp_path: Path) 
     found = suggest(best)
     assert found is not None
     text = page_of(tmp_path, sweeps, ["--set max_lr=0.1 --set weight_decay=0.001"])
-    assert f"Learning rate {found.minimum_10:.3g} with weight decay {best.weight_decay:g} " in text
+    assert f"Learning rate {found.steepest:.3g} with weight decay {best.weight_decay:g} " in text
     assert "--set max_lr=0.1 --set weight_decay=0.001" in text
     assert "hardware 8x Sample GPU torch 2.15.0" in text and "left out" not in text
     for row in table(sweeps):
