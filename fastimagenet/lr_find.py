@@ -43,9 +43,9 @@ DESCRIPTION = """\
 Find the learning rate to train with: a training whose LR rises update by update
 until the loss runs away, drawn and judged. Nothing of it is kept but the curve.
 
-The sweep takes image size, batch size and data of the recipe's first phase, in
-which the LR rises to its peak; --set changes them (phases.0.batch_size=128). The
-LR found is given as the recipe's max_lr. With several values of --wd or
+The sweep takes image size, batch size and data of the recipe's first phase;
+--set changes them (phases.0.batch_size=128). The LR at which the loss falls
+fastest is given as the recipe's max_lr. With several values of --wd or
 --momentum there is one sweep for each combination; the largest weight decay
 that still tolerates a high LR is the best."""
 

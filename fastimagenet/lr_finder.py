@@ -56,6 +56,8 @@ def lr_find2(
     plan and stays in that phase, over the ends of epochs. The trainer, its model, optimizer,
     loaders and torch's random numbers are left bit for bit as they were, whatever happens; the
     seconds go into the clock's section "other".
+    Each iteration is judged on one validation batch: give the trainer a validation loader that
+    mixes the classes, since folders are listed by class (the command shuffles).
     Raises UserError for an argument out of range, named as the command's flag, for a validation
     set smaller than a batch, and for what an update can raise.
     """

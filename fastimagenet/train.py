@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.list_recipes:
         for name, make in RECIPES.items():
-            print(f"{name:26} {(make.__doc__ or '').splitlines()[0]}")  # noqa: T201
+            print(f"{name:28} {(make.__doc__ or '').splitlines()[0]}")  # noqa: T201
         return 0
     check_numbers(args)
     recipe = chosen_recipe(args)

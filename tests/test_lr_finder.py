@@ -354,7 +354,7 @@ def test_a_step_broken_off_between_scaler_and_optimizer() -> None:
     train_two_steps(trainer)
 
 
-@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+@pytest.mark.parametrize("backend", ["dali", "torchvision", "memory"])
 def test_training_goes_on_as_without_a_sweep(backend: str, cifar10: Path) -> None:
     """A sweep before the first step and one in mid-epoch change no bit of any later loss."""
     recipe = replace(

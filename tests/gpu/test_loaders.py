@@ -13,9 +13,11 @@ from pipelines.loader import LoaderSpec, Stage
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision", "memory"])
-@pytest.mark.parametrize("training, half", [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    "training, half, reflect_pad", [(True, True, 0), (True, True, 4), (False, False, 0)]
+)
 def test_batches_on_the_gpu_are_those_of_the_cpu(
-    backend: str, training: bool, half: bool, photographs: Path
+    backend: str, training: bool, half: bool, reflect_pad: int, photographs: Path
 ) -> None:
     """As near as the GPU's own JPEG decoder allows: 2 of 255 in the mean."""
     if backend == "dali":
@@ -31,6 +33,7 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(
                 training=training,
                 device=device,
                 half=half and device != "cpu",
+                reflect_pad=reflect_pad,
             ),
         )
         for device in ("cpu", "cuda:0")
