@@ -65,7 +65,7 @@ def lr_find2(
     plan = trainer.plan
     weight_decay = plan.recipe.weight_decay if wds is None else wds
     if momentum is None:
-        momentum = plan.momentum(max(range(plan.total_steps), key=plan.lr))
+        momentum = plan.momentum(plan.peak_step)
     rates = (sweep_lr(iteration, start_lr, end_lr, num_it, linear) for iteration in range(num_it))
     records: list[SweepRecord] = []
 
@@ -107,8 +107,8 @@ def check_sweep(
 
 def check_validation(plan: Plan, num_val: int) -> None:
     """Raise UserError if the validation images do not fill a batch of every process."""
-    smallest = min(plan.phases, key=lambda planned: planned.phase.batch_size)
-    batch_size = smallest.phase.batch_size  # as Plan.eval_stages has it
+    smallest = plan.smallest_phase
+    batch_size = smallest.phase.batch_size
     if num_val < batch_size * plan.world_size:
         processes = f" on each of {plan.world_size} processes" if plan.world_size > 1 else ""
         raise UserError(

@@ -87,6 +87,16 @@ class Plan:
             )
         )
 
+    @cached_property
+    def peak_step(self) -> int:
+        """The first update at which the LR is highest."""
+        return max(range(self.total_steps), key=self.lr)
+
+    @cached_property
+    def smallest_phase(self) -> PlannedPhase:
+        """The first phase of the smallest batch, which is that of all evaluations."""
+        return min(self.phases, key=lambda planned: planned.phase.batch_size)
+
     def lr(self, step: int) -> float:
         """Learning rate of update `step` (from 0)."""
         return self._schedules[0](step) * self.phase_at(step).lr_factor
@@ -131,7 +141,7 @@ class Plan:
 
         One batch size, the recipe's smallest, so that no pass costs a rebuild.
         """
-        batch_size = min(phase.batch_size for phase in self.recipe.phases)
+        batch_size = self.smallest_phase.phase.batch_size
         sizes = [self.phase_of_epoch(e).eval_size for e in range(self.epochs) if self.evaluates(e)]
         return tuple(Stage(epochs=1, image_size=size, batch_size=batch_size) for size in sizes)
 
@@ -182,7 +192,7 @@ class Plan:
                 f"{row['batch_size']:>5}  {row['global_batch']:>6}  "
                 f"{row['steps_per_epoch']:>8}  {lr:>22}  {momentum:>15}"
             )
-        peak = max(range(self.total_steps), key=self.lr)
+        peak = self.peak_step
         lines.append(f"  peak lr {self.lr(peak):.5g} at step {peak}, schedule {recipe.schedule}")
         if recipe.lr_reference_batch:
             lines.append(

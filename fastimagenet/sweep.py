@@ -119,6 +119,12 @@ def shown(sweep: Sweep) -> tuple[SweepRecord, ...]:
     return tuple(record for record in records if math.isfinite(record.loss))
 
 
+def still_falls(sweep: Sweep) -> bool:
+    """Whether a sweep that went to its end has its lowest loss there."""
+    losses = [record.loss for record in shown(sweep)]
+    return sweep.ended == "finished" and bool(losses) and losses[-1] == min(losses)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Suggestions:
     """Learning rates that other tools would read off the curve."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from fastimagenet.figures import svg
 from fastimagenet.files import write_text
@@ -18,9 +19,9 @@ from fastimagenet.sweep import (
     SKIPPED_LAST,
     Sweep,
     best_sweep,
+    still_falls,
     suggest,
 )
-from fastimagenet.sweep_plots import draw
 from fastimagenet.sweep_result import suggested_lr, why_nothing
 from fastimagenet.sweep_table import HEADER, in_words, table
 
@@ -56,22 +57,23 @@ SPAN = (
 def write_page(
     folder: Path,
     sweeps: Sequence[Sweep],
+    figures: dict[str, Figure],
     facts: Sequence[tuple[str, Any]],
     recipe_lines: Sequence[str],
 ) -> Path:
     """Write `folder/lr_find.html` and return its path.
 
+    `figures`: those of `sweep_plots.draw`.
     `facts`: name and value of what it was measured with (command, data, hardware, versions).
     `recipe_lines`: what the user pastes to train with the result, left out where no sweep is best.
     """
-    figures = {name: Markup(svg(figure, name)) for name, figure in draw(sweeps).items()}
     best = best_sweep(sweeps)
     html = render(
         "lr_find.html.jinja",
         headline=headline(sweeps),
         remarks=remarks(sweeps),
         recipe="\n".join(recipe_lines if best else ()),
-        figures=figures,
+        figures={name: Markup(svg(figure, name)) for name, figure in figures.items()},
         headings=HEADINGS,
         header=HEADER,
         rows=[(sweep is best, row) for sweep, row in zip(sweeps, table(sweeps), strict=True)],
@@ -100,6 +102,8 @@ def remarks(sweeps: Sequence[Sweep]) -> list[str]:
         reason = why_nothing(sweeps) if sweeps else "no sweep was made"
         sentences.append(f"{reason[0].upper()}{reason[1:]}.")
     for sweep in sweeps:
+        if sweep is best_sweep(sweeps) and still_falls(sweep):
+            sentences.append("The loss still falls where it ends: a higher --end-lr shows more.")
         if sweep.ended == "stopped":
             name = in_words(sweep, sweeps)
             done = f"{len(sweep.records)} of {sweep.num_it} iterations"

@@ -70,14 +70,12 @@ def draw(sweeps: Sequence[Sweep]) -> dict[str, Figure]:
     return {plot.__name__: plot(sweeps) for plot in plots}
 
 
-def write_figures(folder: Path, sweeps: Sequence[Sweep]) -> list[Path]:
-    """NAME.svg and NAME.png of each figure into `folder`; returns their paths.
+def write_figures(folder: Path, figures: dict[str, Figure]) -> list[Path]:
+    """NAME.svg and NAME.png of each figure of `draw` into `folder`; returns their paths.
 
-    Each file appears whole or not at all; there are none where no sweep has records to show.
+    Each file appears whole or not at all.
     """
-    return [
-        path for name, figure in draw(sweeps).items() for path in write_files(figure, folder, name)
-    ]
+    return [path for name, figure in figures.items() for path in write_files(figure, folder, name)]
 
 
 def loss_against_lr(sweeps: Sequence[Sweep]) -> Figure:

@@ -79,7 +79,7 @@ def recipe_max_lr(plan: Plan, lr: float) -> float:
     factor. The peak is that of all phases, not of the one swept: where a later phase has a larger
     batch and so a higher LR, no step of the run goes beyond the LR that the sweep has found.
     """
-    peak = max(plan.lr(step) for step in range(plan.total_steps))
+    peak = plan.lr(plan.peak_step)
     return float(f"{lr * plan.recipe.max_lr / peak:.3g}")
 
 

@@ -12,9 +12,9 @@ from fastimagenet.environment import versions
 from fastimagenet.files import Row, write_object, write_text
 from fastimagenet.formats import plain
 from fastimagenet.summary import hardware, precision_name
-from fastimagenet.sweep import Sweep, plateau, shown, suggest
+from fastimagenet.sweep import Sweep, plateau, still_falls, suggest
 from fastimagenet.sweep_page import write_page
-from fastimagenet.sweep_plots import write_figures
+from fastimagenet.sweep_plots import draw, write_figures
 from fastimagenet.sweep_result import Choice, choose, why_nothing
 from fastimagenet.sweep_table import sweep_table
 from pipelines.datasets import dataset_name
@@ -44,10 +44,11 @@ def write_results(
     summary = summarise(args, trainer, val, sweeps, choice)
     summary |= {"started": started, "command": command}
     write_object(folder / "lr_find.json", summary)
-    write_figures(folder, sweeps)
+    figures = draw(sweeps)
+    write_figures(folder, figures)
     facts = [(name.replace("_", " "), summary[name]) for name in FACTS]
     facts += summary["versions"].items()
-    page = write_page(folder, sweeps, facts, [] if choice is None else paste_lines(choice))
+    page = write_page(folder, sweeps, figures, facts, [] if choice is None else paste_lines(choice))
     stopped = sweeps[-1].ended == "stopped"
     lines = [sweep_table(sweeps), *verdict(sweeps, choice)]
     if args.recipe_out is not None:
@@ -80,8 +81,7 @@ def verdict(sweeps: Sequence[Sweep], choice: Choice | None) -> list[str]:
             f"  lr {lr} is max_lr {max_lr} here: the recipe's LR peaks at max_lr x "
             f"{plain(choice.lr / choice.max_lr, 3)} with this many processes"
         )
-    flat = plateau(best)
-    if best.ended == "finished" and flat is not None and flat.best_lr == shown(best)[-1].lr:
+    if still_falls(best):
         lines.append("  the loss still falls where the sweep ends: a higher --end-lr shows more")
     return [*lines, *paste_lines(choice)]
 

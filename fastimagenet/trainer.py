@@ -213,11 +213,10 @@ class Trainer:
         self, model: nn.Module, batches: Batches, image_size: int, tta: str = "none"
     ) -> Counts:
         """Exact counts over all processes, each with validation `batches` of its own."""
-        smallest = min(self.plan.phases, key=lambda planned: planned.phase.batch_size)
+        smallest = self.plan.smallest_phase
         # BN statistics are local to a process; those of the first are saved, and judged.
         broadcast(model.buffers(), self.world)
-        batch_size = smallest.phase.batch_size  # as Plan.eval_stages has it
-        with out_of_memory_advice(batch_size, image_size, smallest.index):
+        with out_of_memory_advice(smallest.phase.batch_size, image_size, smallest.index):
             counts = evaluate(
                 model, batches, device=self.device, autocast_dtype=self.dtype, tta=tta
             )

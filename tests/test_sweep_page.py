@@ -62,13 +62,19 @@ def words_of(path: Path) -> str:
 
 
 def page_of(folder: Path, sweeps: list[Sweep], lines: list[str] | None = None) -> str:
-    path = write_page(folder, sweeps, FACTS, ["--set max_lr=0.1"] if lines is None else lines)
+    path = write_page(
+        folder,
+        sweeps,
+        sweep_plots.draw(sweeps),
+        FACTS,
+        ["--set max_lr=0.1"] if lines is None else lines,
+    )
     assert path == folder / "lr_find.html"
     return check_page(path.read_text(encoding="utf-8")).text
 
 
 def test_every_figure_is_an_svg_and_a_png_with_named_axes(tmp_path: Path) -> None:
-    paths = sweep_plots.write_figures(tmp_path, grid())
+    paths = sweep_plots.write_figures(tmp_path, sweep_plots.draw(grid()))
     assert [p.name for p in paths] == [f"{n}.{kind}" for n in NAMES for kind in ("svg", "png")]
     assert sorted(tmp_path.iterdir()) == sorted(paths)  # no half-written file beside them
     for png in paths[1::2]:
@@ -126,7 +132,7 @@ def test_plateaus_are_thick_stretches() -> None:
 
 
 def test_a_single_sweep_needs_no_names_and_a_linear_one_no_log_axis(tmp_path: Path) -> None:
-    sweep_plots.write_figures(tmp_path, [make_sweep(linear=True)])
+    sweep_plots.write_figures(tmp_path, sweep_plots.draw([make_sweep(linear=True)]))
     words = words_of(tmp_path / "loss_against_lr.svg")
     assert "learning rate" in words and "log axis" not in words
     assert "suggested with weight decay 0.0001" in words
@@ -212,7 +218,7 @@ def test_odd_sweeps(tmp_path: Path, name: str) -> None:
 
 
 def test_no_figures_without_records(tmp_path: Path) -> None:
-    assert sweep_plots.write_figures(tmp_path, [EMPTY]) == []
+    assert sweep_plots.draw([EMPTY]) == {}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -233,7 +239,7 @@ def test_the_page_says_the_result_and_what_it_was_measured_with(tmp_path: Path) 
 
 
 def test_everything_is_escaped(tmp_path: Path) -> None:
-    path = write_page(tmp_path, [make_sweep()], [(HOSTILE, HOSTILE)], [HOSTILE])
+    path = write_page(tmp_path, [make_sweep()], {}, [(HOSTILE, HOSTILE)], [HOSTILE])
     html = path.read_text(encoding="utf-8")
     assert "<script" not in html and check_page(html).text.count(HOSTILE) == 3
 
