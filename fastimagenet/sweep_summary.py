@@ -126,7 +126,7 @@ def summarise(
         "sweeps": [sweep_row(sweep) for sweep in sweeps],
         "chosen": None if choice is None else asdict(choice),
         "max_lr": None if choice is None else choice.max_lr,
-        "seconds": sum(trainer.clock.read().values()),
+        "seconds": round(sum(trainer.clock.read().values()), 2),
     }
 
 
