@@ -36,8 +36,8 @@ from pipelines import make_loader
 from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.digits import digits_folder
 from pipelines.errors import UserError
-from pipelines.folder import Split, read_split
 from pipelines.loader import Loader, LoaderSpec, Stage
+from pipelines.split import Split, read_split
 
 BACKENDS = ("torchvision", "dali", "memory")
 MIN_SCALE = 0.25
@@ -102,7 +102,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with Image.open(self.split.paths[index]) as image:
+        with Image.open(self.split.files[index].path) as image:
             return self.transform(image.convert("RGB")), self.split.labels[index]
 
 

@@ -30,7 +30,7 @@ from fastimagenet.superconvergence import RUNS, STUDY
 from pipelines import BACKENDS
 from pipelines.datasets import dataset_name
 from pipelines.errors import UserError
-from pipelines.folder import check_classes, read_split
+from pipelines.split import check_classes, read_split
 
 
 def parser() -> cli.Parser:
@@ -99,7 +99,7 @@ def describe(folder: Path) -> Data:
     """Count the images. Raises UserError naming the folder."""
     train, val = (read_split(folder, split, check_files=False) for split in ("train", "val"))
     check_classes(train, val)
-    suffixes = Counter(Path(path).suffix.lower() for path in train.paths + val.paths)
+    suffixes = Counter(Path(file.path).suffix.lower() for file in (*train.files, *val.files))
     return Data(
         name=folder.resolve().name,
         dataset=dataset_name(train.classes),

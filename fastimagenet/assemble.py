@@ -15,7 +15,7 @@ from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import Recipe
 from fastimagenet.recorder import NullRecorder, Recorder, Stopwatch
 from pipelines.errors import UserError
-from pipelines.folder import Split, check_classes, left_out_note, read_split
+from pipelines.split import Split, check_classes, left_out_note, read_split
 
 if TYPE_CHECKING:
     from fastimagenet.plan import Plan
@@ -153,7 +153,7 @@ def make_trainer(
 def write_plan(folder: Path, plan: Plan, train: Split, val: Split) -> None:
     """plan.json; the first file of a run, and the mark that a folder holds one."""
     facts = {
-        "data": str(Path(train.paths[0]).parents[2]),
+        "data": str(Path(train.files[0].path).parents[2]),
         "num_val": len(val),
         "num_classes": len(train.classes),
         "left_out": len(train.left_out) + len(val.left_out),

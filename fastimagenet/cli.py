@@ -14,7 +14,7 @@ from pipelines import BACKENDS, cli
 from pipelines.cli import Parser as Parser
 from pipelines.cli import make_parser as make_parser
 from pipelines.errors import UserError
-from pipelines.folder import ON_BAD_IMAGE
+from pipelines.split import ON_BAD_IMAGE
 
 if TYPE_CHECKING:
     from fastimagenet.trainer import Trainer

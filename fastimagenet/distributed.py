@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from fastimagenet.environment import num_cores
 from pipelines.errors import UserError
+from pipelines.workers import num_cores
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from pipelines.workers import num_cores
 
 PACKAGES = (
     "torch",
@@ -16,11 +17,6 @@ PACKAGES = (
     "pillow",
     "apex",
 )
-
-
-def num_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def processor() -> str:

@@ -21,8 +21,8 @@ from fastimagenet.distributed import (
 from fastimagenet.evaluation import TTA, Counts, evaluate
 from fastimagenet.recipes import Recipe
 from pipelines.errors import UserError
-from pipelines.folder import Split, left_out_note, read_split
 from pipelines.loader import Stage
+from pipelines.split import Split, left_out_note, read_split
 
 
 def parser() -> cli.Parser:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import random
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fastimagenet import cli
 from fastimagenet.assemble import (
@@ -33,7 +33,7 @@ from fastimagenet.recorder import Stopwatch
 from fastimagenet.sweep import Sweep
 from fastimagenet.sweep_recorder import NullSweepRecorder, SweepRecorder
 from pipelines.errors import UserError
-from pipelines.folder import Split
+from pipelines.split import Split
 
 if TYPE_CHECKING:
     from fastimagenet.plan import Plan
@@ -132,9 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def shuffled(split: Split, seed: int) -> Split:
     """The same images in random order: folders are listed by class, and each iteration is
     validated on one batch, which would show a class or two."""
-    order = random.Random(seed).sample(range(len(split)), len(split))
-    paths, labels = [split.paths[i] for i in order], [split.labels[i] for i in order]
-    return replace(split, paths=paths, labels=labels)
+    return split.take(np.random.default_rng(seed).permutation(len(split)))
 
 
 def combinations(args: argparse.Namespace) -> list[tuple[float | None, float | None]]:

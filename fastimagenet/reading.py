@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fastimagenet.distributed import World
-from fastimagenet.environment import num_cores
 from fastimagenet.recipes import Recipe
 from pipelines import make_loader
-from pipelines.folder import Split
 from pipelines.loader import Loader, LoaderSpec, Stage
+from pipelines.split import Split
+from pipelines.workers import num_cores
 
 
 def open_loader(

@@ -15,8 +15,8 @@ from fastimagenet.recorder import best_record, train_seconds
 from fastimagenet.report import write_report
 from pipelines.datasets import dataset_name
 from pipelines.errors import UserError
-from pipelines.folder import Split
 from pipelines.prepare.manifest import read_manifest
+from pipelines.split import Split
 
 if TYPE_CHECKING:
     from fastimagenet.trainer import Trainer

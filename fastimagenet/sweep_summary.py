@@ -18,7 +18,7 @@ from fastimagenet.sweep_plots import draw, write_figures
 from fastimagenet.sweep_result import Choice, choose, why_nothing
 from fastimagenet.sweep_table import sweep_table
 from pipelines.datasets import dataset_name
-from pipelines.folder import Split
+from pipelines.split import Split
 
 if TYPE_CHECKING:
     from fastimagenet.trainer import Trainer

@@ -28,7 +28,7 @@ from fastimagenet.optimizer import BACKENDS as OPTIMIZER_BACKENDS
 from fastimagenet.recipe_book import RECIPES
 from fastimagenet.recorder import Recorder, Stopwatch
 from pipelines.errors import UserError
-from pipelines.folder import Split, read_split
+from pipelines.split import Split, read_split
 
 if TYPE_CHECKING:
     from fastimagenet.plan import Plan

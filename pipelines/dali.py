@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from nvidia.dali import fn, types
 from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]
 from nvidia.dali.pipeline import Pipeline
@@ -24,12 +26,13 @@ from pipelines.batch_crop import reflect_crop
 from pipelines.dali_graph import random_crop_graph, validation_graph, whole_image_graph
 from pipelines.damage import Damage
 from pipelines.errors import UserError
-from pipelines.folder import undecodable
 from pipelines.headers import check_file
 from pipelines.loader import LoaderSpec
 from pipelines.order import Batch, Draws, Order
+from pipelines.split import undecodable
 from pipelines.stream import StreamLoader
 
+Bytes = NDArray[np.uint8]
 QUEUE_DEPTH = 2
 """Batches that are made ahead; on a GPU other depths are not yet measured."""
 OUT_OF_MEMORY = ("out of memory", "bad_alloc", "cudaErrorMemoryAllocation", "allocation failed")
@@ -43,11 +46,17 @@ class DaliLoader(StreamLoader):
         check_one_dali()
         assert spec.device != "cpu" or not spec.half, "float16 is for GPUs"
         self.order = Order(spec)
+        sources = {spec.source(stage) for stage in spec.stages}
+        self.packed = any(source.in_shards for source in sources)
+        """Whether images are read here; DALI's operator reads whole files only."""
 
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
         held: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
-        feed = Feed(self.order.batches(epoch, step), crops=not self.spec.reflect_pad)
-        pipeline = build(self.spec, feed)
+        batches = self.order.batches(epoch, step)
+        threads = self.spec.num_threads
+        source = with_bytes(batches, threads) if self.packed else with_paths(batches)
+        feed = Feed(source, crops=not self.spec.reflect_pad)
+        pipeline = build(self.spec, feed, self.packed)
         try:
             while True:
                 try:
@@ -81,18 +90,17 @@ class DaliLoader(StreamLoader):
 class Feed:
     """The source of the pipeline's inputs; remembers the batches that are on their way."""
 
-    def __init__(self, batches: Iterator[Batch], crops: bool) -> None:
+    def __init__(self, batches: Iterator[tuple[Batch, list[Bytes]]], crops: bool) -> None:
         self.batches = batches
         self.crops = crops
         self.under_way: deque[Batch] = deque()
 
     def __call__(self) -> list[Any]:
         """One batch as DALI takes it; the order is that of `kinds` in `build`."""
-        batch = next(self.batches)
+        batch, files = next(self.batches)
         self.under_way.append(batch)
-        paths = [np.frombuffer(os.fsencode(path), np.uint8) for path in batch.paths]
-        size = np.full(len(paths), batch.image_size, np.float32)
-        values: list[Any] = [paths, batch.labels, size]
+        shape = np.tile(np.array(batch.shape, np.float32), (len(files), 1))
+        values: list[Any] = [files, batch.labels, shape]
         if batch.draws is not None and self.crops:
             draws = batch.draws
             values += [draws.offset, draws.mirror, draws.area, draws.ratio]
@@ -103,8 +111,38 @@ class Feed:
         return self.under_way.popleft()
 
 
-def build(spec: LoaderSpec, feed: Feed) -> Pipeline:
-    """Make the pipeline that turns what `feed` gives into (images HWC, labels)."""
+def with_paths(batches: Iterator[Batch]) -> Generator[tuple[Batch, list[Bytes]]]:
+    """Batches with the paths of their files."""
+    for batch in batches:
+        yield batch, [np.frombuffer(os.fsencode(file.path), np.uint8) for file in batch.files]
+
+
+def with_bytes(batches: Iterator[Batch], num_threads: int) -> Generator[tuple[Batch, list[Bytes]]]:
+    """Batches with their encoded images, of which those of the next one are read meanwhile.
+
+    Raises UserError naming an image that cannot be read.
+    """
+    with ThreadPoolExecutor(num_threads) as pool:
+        reading: deque[tuple[Batch, list[Future[bytes]]]] = deque()
+        for batch in batches:
+            reading.append((batch, [pool.submit(file.read) for file in batch.files]))
+            if len(reading) == 1:
+                continue
+            batch, files = reading.popleft()
+            encoded = []
+            for file, future in zip(batch.files, files, strict=True):
+                try:
+                    encoded.append(np.frombuffer(future.result(), np.uint8))
+                except (OSError, EOFError) as error:
+                    raise undecodable(file, error) from error
+            yield batch, encoded
+
+
+def build(spec: LoaderSpec, feed: Feed, packed: bool) -> Pipeline:
+    """Make the pipeline that turns what `feed` gives into (images HWC, labels).
+
+    `packed`: the feed gives encoded images, else the paths of files.
+    """
     on_gpu = spec.device != "cpu"
     pipeline = Pipeline(
         batch_size=max(stage.batch_size for stage in spec.stages),
@@ -114,23 +152,23 @@ def build(spec: LoaderSpec, feed: Feed) -> Pipeline:
         exec_dynamic=True,
     )
     with pipeline:
-        kinds = [(types.UINT8, 1), (types.INT64, 0), (types.FLOAT, 0)]
+        kinds = [(types.UINT8, 1), (types.INT64, 0), (types.FLOAT, 1)]
         if spec.training and not spec.reflect_pad:
             kinds += [(types.FLOAT, 1), (types.INT32, 0), (types.FLOAT, 1), (types.FLOAT, 1)]
-        paths, labels, size, *draws = fn.external_source(
+        files, labels, shape, *draws = fn.external_source(
             source=feed,
             num_outputs=len(kinds),
             batch=True,
             dtype=[dtype for dtype, _ in kinds],
             ndim=[ndim for _, ndim in kinds],
         )
-        encoded = fn.io.file.read(paths)
+        encoded = files if packed else fn.io.file.read(files)
         if not spec.training:
-            images = validation_graph(spec, encoded, size)
+            images = validation_graph(spec, encoded, (shape[0], shape[1]))
         elif spec.reflect_pad:
-            images = whole_image_graph(spec, encoded, size)
+            images = whole_image_graph(spec, encoded, shape[0])
         else:
-            images = random_crop_graph(spec, encoded, size, *draws)
+            images = random_crop_graph(spec, encoded, shape[0], *draws)
         pipeline.set_outputs(images, labels.gpu() if on_gpu else labels)
     pipeline.build()
     return pipeline
@@ -144,15 +182,15 @@ def unreadable(feed: Feed, error: RuntimeError) -> Exception:
     if any(words in str(error) for words in OUT_OF_MEMORY):
         batch = feed.under_way[-1]
         return UserError(
-            f"DALI is out of memory with batch_size {len(batch.paths)} at {batch.image_size} px: "
+            f"DALI is out of memory with batch_size {len(batch.files)} at {batch.shape[0]} px: "
             "--set phases.INDEX.batch_size=... lowers it for a phase"
         )
     for batch in feed.under_way:
-        for path in batch.paths:
+        for file in batch.files:
             try:
-                check_file(path, pixels=True)
+                check_file(file, pixels=True)
             except Damage as damage:
-                return undecodable(path, damage)
+                return undecodable(file, damage)
     return error
 
 

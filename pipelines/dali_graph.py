@@ -59,16 +59,18 @@ def whole_image_graph(spec: LoaderSpec, encoded: DataNode, size: DataNode) -> Da
     return normalise(spec, resize(images, size, size))
 
 
-def validation_graph(spec: LoaderSpec, encoded: DataNode, size: DataNode) -> DataNode:
-    """torchvision's Resize and CenterCrop, to the pixel: the long side is rounded down."""
+def validation_graph(
+    spec: LoaderSpec, encoded: DataNode, shape: tuple[DataNode, DataNode]
+) -> DataNode:
+    """torchvision's Resize and CenterCrop to `shape`, to the pixel: long sides are rounded down."""
     height, width = shape_of(encoded)
-    short = dali_math.floor(size * spec.resize_ratio + 0.5)
+    short = dali_math.floor(dali_math.min(*shape) * spec.resize_ratio + 0.5)
     shorter = dali_math.min(height, width)
     high = dali_math.floor(short * height / shorter)
     wide = dali_math.floor(short * width / shorter)
     images = decode_whole(spec, encoded, height)
-    rooms = (high - size, wide - size)
-    place = crop(size, (centre(rooms[0]), centre(rooms[1])), rooms)
+    rooms = (high - shape[0], wide - shape[1])
+    place = crop(shape, (centre(rooms[0]), centre(rooms[1])), rooms)
     return normalise(spec, resize(images, high, wide), **place)
 
 
@@ -127,8 +129,10 @@ def centre(room: DataNode) -> DataNode:
     return half + room_is_odd * half_is_odd
 
 
-def crop(size: DataNode, start: tuple[Any, Any], room: tuple[Any, Any]) -> dict[str, Any]:
-    """Arguments for a crop of size x size that begins `start` pixels into `room` (y, x).
+def crop(
+    shape: tuple[DataNode, DataNode], start: tuple[Any, Any], room: tuple[Any, Any]
+) -> dict[str, Any]:
+    """Arguments for a crop of `shape` that begins `start` pixels into `room` (y, x).
 
     DALI takes the place as a fraction of the room and truncates: the quarters of a pixel keep
     rounding errors from moving it, and 0 / 0 away.
@@ -137,8 +141,8 @@ def crop(size: DataNode, start: tuple[Any, Any], room: tuple[Any, Any]) -> dict[
         (begin + 0.25) / (pixels + 0.25) for begin, pixels in zip(start, room, strict=True)
     )
     return {
-        "crop_h": size,
-        "crop_w": size,
+        "crop_h": shape[0],
+        "crop_w": shape[1],
         "crop_pos_y": top,
         "crop_pos_x": left,
         "rounding": "truncate",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.errors import UserError
+from pipelines.files import cache_folder
 
 VERSION = 1
 VAL_EVERY = 5
@@ -23,7 +23,7 @@ def digits_folder() -> Path:
     1,438 images for training, 359 for validation, both with all classes in equal shares. Made on
     first use in the user's cache; two processes at once are fine.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastimagenet"
+    cache = cache_folder()
     folder = cache / f"digits-{VERSION}"
     if folder.is_dir():
         return folder

@@ -14,6 +14,11 @@ from typing import Any, BinaryIO
 from pipelines.errors import UserError
 
 
+def cache_folder() -> Path:
+    """Where this user keeps what can be made again; perhaps not there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastimagenet"
+
+
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
     """A path to write to that takes the place of `path` once all of it is on the disk.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from pipelines.containers import HEAD, jpeg_size, png_size, webp_size
 from pipelines.damage import FORMATS, Damage, check_size
+from pipelines.images import ImageFile
 
 MAGIC = {
     b"\xff\xd8\xff": "JPEG",
@@ -124,13 +125,13 @@ def size_by_pillow(file: int, name: str) -> tuple[int, int]:
         return image.size
 
 
-def check_file(path: str, pixels: bool = False) -> None:
+def check_file(image: ImageFile, pixels: bool = False) -> Header:
     """Raise Damage for a file that a back end will not read, as far as is seen at little cost.
 
     JPEG, PNG and WebP: the header and the end, and with `pixels` all of it. The other formats are
     decoded anyway.
     """
-    file, status = open_file(path)
+    file, status = open_file(image.path)
     try:
         header = read_header(file, status.st_size)
         if pixels or header.format not in WHOLE:
@@ -138,5 +139,6 @@ def check_file(path: str, pixels: bool = False) -> None:
 
             with open(file, "rb", closefd=False) as stream:
                 check_pixels(stream, header.format)
+        return header
     finally:
         os.close(file)

@@ -5,12 +5,12 @@ Plain values only: this module knows nothing of training, recipes or torch.distr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.folder import Split
+from pipelines.split import Split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,11 @@ class Stage:
     """Images a batch and shard."""
     min_scale: float = 0.25
     """Training: smallest share of the image's area that a random crop keeps, in (0, 1]."""
+    copy: str = ""
+    """Training: which of the spec's copies is read; "" is the split itself."""
+    rect: bool = False
+    """Validation: images are sorted by aspect ratio, and each batch has a shape of its own, of
+    which `image_size` is the shorter side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,8 @@ class LoaderSpec:
     reflect_pad: int = 0
     """Training, when > 0: in place of the random-area crop, resize the whole image to
     `image_size`, pad each side by this many pixels by reflection and crop back at random."""
+    copies: Mapping[str, Split] = field(default_factory=dict)
+    """The same images, one by one, in other files, such as smaller ones."""
     resize_ratio: float = DECODE_MARGIN
     """Validation: the short side becomes round(image_size * resize_ratio) before the crop."""
 
@@ -77,19 +84,31 @@ class LoaderSpec:
 
     def steps_at(self, epoch: int) -> int:
         """Batches that this shard yields in `epoch`."""
-        batch_size = self.stage_at(epoch).batch_size
+        stage, count = self.stage_at(epoch), len(self.split)
         if self.training:
-            return train_steps(len(self.split), batch_size, self.num_shards)
-        return -(-len(eval_range(len(self.split), self.shard_id, self.num_shards)) // batch_size)
+            return train_steps(count, stage.batch_size, self.num_shards)
+        if stage.rect:
+            num_batches = -(-count // stage.batch_size)
+            return len(eval_range(num_batches, self.shard_id, self.num_shards))
+        return -(-len(eval_range(count, self.shard_id, self.num_shards)) // stage.batch_size)
+
+    def resized_side(self, image_size: int) -> int:
+        """Validation: the shorter side of an image before the crop, in pixels."""
+        return int(image_size * self.resize_ratio + 0.5)
+
+    def source(self, stage: Stage) -> Split:
+        """The files that a stage reads."""
+        return self.copies[stage.copy] if stage.copy else self.split
 
 
 class Loader(Protocol):
     """Reads one epoch a pass.
 
     - `for images, labels in loader` yields what is left of the current epoch: images
-      (B, 3, S, S) float32 or float16, normalised, channels_last in memory, on the device;
-      labels (B,) int64 on the device. A finished pass moves `epoch` on by one; a pass that the
-      caller breaks off stays where it is and goes on with the very next batch.
+      (B, 3, S, S), or (B, 3, H, W) as each batch has it where the stage is `rect`, float32 or
+      float16, normalised, channels_last in memory, on the device; labels (B,) int64 on the device.
+      A finished pass moves `epoch` on by one; a pass that the caller breaks off stays where it is
+      and goes on with the very next batch.
     - Training: the same number of full batches on every shard, no image twice in an epoch,
       fewer than one global batch left out, another order each epoch. The order, the crops and
       the flips follow from the seed, the epoch, the step and the shard alone.
@@ -125,6 +144,9 @@ def train_steps(num_images: int, batch_size: int, num_shards: int) -> int:
     return num_images // (batch_size * num_shards)
 
 
-def eval_range(num_images: int, shard_id: int, num_shards: int) -> range:
-    """The images of one shard: contiguous, disjoint, together all; sizes differ by one at most."""
-    return range(num_images * shard_id // num_shards, num_images * (shard_id + 1) // num_shards)
+def eval_range(count: int, shard_id: int, num_shards: int) -> range:
+    """What one shard has of `count` images or batches.
+
+    Contiguous, disjoint, together all; the sizes differ by one at most.
+    """
+    return range(count * shard_id // num_shards, count * (shard_id + 1) // num_shards)

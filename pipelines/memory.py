@@ -18,9 +18,10 @@ from torchvision.transforms.v2 import functional
 from pipelines.batch_crop import normalise, resized_crop, window_crop
 from pipelines.crops import crop_box, place
 from pipelines.errors import UserError
-from pipelines.folder import undecodable
-from pipelines.loader import LoaderSpec, eval_range
+from pipelines.images import ImageFile
+from pipelines.loader import LoaderSpec, Stage, eval_range
 from pipelines.order import Batch, Draws, Order
+from pipelines.split import Split, undecodable
 from pipelines.stream import StreamLoader
 from pipelines.torchvision import decode, padded, validation_crop
 
@@ -33,6 +34,7 @@ SHARE = 0.8
 """Of the free memory, at most: the network and its activations need the rest."""
 
 T = TypeVar("T")
+Squares = list[tuple[int, Tensor]]
 
 
 class MemoryLoader(StreamLoader):
@@ -55,13 +57,17 @@ class MemoryLoader(StreamLoader):
         self.mean = 255 * torch.tensor(spec.mean, dtype=torch.float32, device=self.device)
         self.std = 255 * torch.tensor(spec.std, dtype=torch.float32, device=self.device)
         own = eval_range(len(spec.split), spec.shard_id, spec.num_shards)
-        self.first = 0 if spec.training else own.start
-        """Place in the split of the first image kept."""
-        self.paths = spec.split.paths if spec.training else spec.split.paths[own.start : own.stop]
-        self.shapes = np.zeros((len(self.paths), 2), np.int64)
-        """(height, width) of every file's image; read for random-area crops only."""
-        self.images: dict[int, Tensor] = {}
-        """By image size: (N, side, side, 3) uint8 on the device, in the order of `paths`."""
+        self.rows = range(len(spec.split)) if spec.training else own
+        """The places in the split of the images kept."""
+        self.shapes: dict[str, NDArray[np.int64]] = {}
+        """By copy: (N, 2), height and width of every image; for random-area crops only."""
+        self.images: dict[tuple[str, int], Tensor] = {}
+        """By copy and image size: (N, side, side, 3) uint8 on the device."""
+        if any(stage.rect for stage in spec.stages):
+            raise UserError(
+                "--backend memory keeps squares and cannot validate rectangles: "
+                "take --backend dali or torchvision, or leave rect out"
+            )
         self.fill()
 
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
@@ -76,64 +82,81 @@ class MemoryLoader(StreamLoader):
 
     def fill(self) -> None:
         """Read every file; on an error nothing is kept."""
-        if self.spec.training and not self.spec.reflect_pad:
-            self.for_each_file(shape_of, self.shapes.__setitem__)
-        sides = {stage.image_size: self.side(stage.image_size) for stage in self.spec.stages}
+        spec, count = self.spec, len(self.rows)
+        if spec.training and not spec.reflect_pad:
+            for stage in spec.stages:
+                if stage.copy not in self.shapes:
+                    shapes = self.shapes[stage.copy] = np.zeros((count, 2), np.int64)
+                    self.for_each_file(spec.source(stage), shape_of, shapes.__setitem__)
+        sides = {(stage.copy, stage.image_size): self.side(stage) for stage in spec.stages}
         self.check_memory(sides)
-        count = len(self.paths)
+        # Stages of different image sizes may need the same squares.
         kept = {
-            side: torch.empty((count, side, side, 3), dtype=torch.uint8)
-            for side in set(sides.values())
+            (copy, side): torch.empty((count, side, side, 3), dtype=torch.uint8)
+            for (copy, _), side in sides.items()
+        }
+        for stage in {stage.copy: stage for stage in spec.stages}.values():
+            squares = [(side, kept[copy, side]) for copy, side in kept if copy == stage.copy]
+
+            def keep(row: int, image: Tensor, squares: Squares = squares) -> None:
+                for side, images in squares:
+                    images[row] = self.squared(image, side).permute(1, 2, 0)
+
+            self.for_each_file(spec.source(stage), decode, keep)
+        on_device = {key: images.to(self.device) for key, images in kept.items()}
+        self.images = {
+            (copy, image_size): on_device[copy, side] for (copy, image_size), side in sides.items()
         }
 
-        def keep(row: int, image: Tensor) -> None:
-            for side, images in kept.items():
-                images[row] = self.squared(image, side).permute(1, 2, 0)
-
-        self.for_each_file(decode, keep)
-        on_device = {side: images.to(self.device) for side, images in kept.items()}
-        self.images = {image_size: on_device[side] for image_size, side in sides.items()}
-
-    def for_each_file(self, read: Callable[[str], T], keep: Callable[[int, T], None]) -> None:
-        """Call keep(row, read(path)) for all, in threads. Raises UserError where `read` fails."""
+    def for_each_file(
+        self, split: Split, read: Callable[[ImageFile], T], keep: Callable[[int, T], None]
+    ) -> None:
+        """Call keep(row, read(file)) for all rows, in threads. UserError where `read` fails."""
 
         def run(rows: range) -> None:
             for row in rows:
+                file = split.files[self.rows[row]]
                 try:
-                    value = read(self.paths[row])
+                    value = read(file)
                 except Exception as error:
-                    raise undecodable(self.paths[row], error) from error
+                    raise undecodable(file, error) from error
                 keep(row, value)
 
-        rows = range(len(self.paths))
+        rows = range(len(self.rows))
         with ThreadPoolExecutor(max(1, self.spec.num_threads)) as pool:
             list(pool.map(run, (rows[at : at + CHUNK] for at in rows[::CHUNK])))
 
-    def side(self, image_size: int) -> int:
-        """Height and width of what is kept for the stages of an image size."""
+    def side(self, stage: Stage) -> int:
+        """Height and width of what is kept for all stages that are read like this one."""
         spec = self.spec
         if not spec.training:
-            return image_size
+            return stage.image_size
         if spec.reflect_pad:
-            return image_size + 2 * spec.reflect_pad
-        scales = [stage.min_scale for stage in spec.stages if stage.image_size == image_size]
-        return min(ceil(image_size / sqrt(min(scales))), int(self.shapes.max()))
+            return stage.image_size + 2 * spec.reflect_pad
+        alike = [
+            other.min_scale
+            for other in spec.stages
+            if (other.copy, other.image_size) == (stage.copy, stage.image_size)
+        ]
+        largest = int(self.shapes[stage.copy].max())
+        return min(ceil(stage.image_size / sqrt(min(alike))), largest)
 
     def squared(self, image: Tensor, side: int) -> Tensor:
         """What is kept of an image: (3, side, side) uint8."""
         spec = self.spec
         if not spec.training:
-            return validation_crop(image, side, spec.resize_ratio)
+            return validation_crop(image, (side, side), spec.resize_ratio)
         if spec.reflect_pad:
             return padded(image, side - 2 * spec.reflect_pad, spec.reflect_pad)
         return functional.resize(image, [side, side], antialias=True)
 
-    def check_memory(self, sides: dict[int, int]) -> None:
+    def check_memory(self, sides: dict[tuple[str, int], int]) -> None:
         """Raise UserError unless the images and the largest batch of them fit."""
-        count = len(self.paths)
-        images = count * sum(3 * side**2 for side in set(sides.values()))
+        count = len(self.rows)
+        squares = {(copy, side) for (copy, _), side in sides.items()}
+        images = count * sum(3 * side**2 for _, side in squares)
         batch = max(
-            min(stage.batch_size, count) * 3 * sides[stage.image_size] ** 2
+            min(stage.batch_size, count) * 3 * sides[stage.copy, stage.image_size] ** 2
             for stage in self.spec.stages
         )
         needed, there = images + BATCH_BYTES * batch, free_memory(self.device)
@@ -146,8 +169,9 @@ class MemoryLoader(StreamLoader):
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A batch as `Loader` has it; nothing here waits for the device."""
-        rows = batch.indices - self.first
-        images, draws, size = self.images[batch.image_size], batch.draws, batch.image_size
+        rows = batch.indices - self.rows.start
+        draws, size = batch.draws, batch.shape[0]
+        images = self.images[batch.copy, size]
         if draws is None:
             labels, index = self.on_device(batch.labels, rows)
             pixels = images.index_select(0, index)
@@ -158,15 +182,17 @@ class MemoryLoader(StreamLoader):
             )
             pixels = window_crop(images, index, top, left, mirror, size)
         else:
-            box = self.on_device(*self.crops(rows, draws, images.shape[1]))
+            box = self.on_device(*self.crops(batch, rows, draws, images.shape[1]))
             labels, index, mirror = self.on_device(batch.labels, rows, draws.mirror)
             pixels = resized_crop(images, index, box, mirror, size)
         normal = normalise(pixels, self.mean, self.std)
         return normal.half() if self.spec.half else normal, labels
 
-    def crops(self, rows: NDArray[np.int64], draws: Draws, side: int) -> NDArray[np.float32]:
+    def crops(
+        self, batch: Batch, rows: NDArray[np.int64], draws: Draws, side: int
+    ) -> NDArray[np.float32]:
         """(4, B): top, left, height and width of random-area crops, on the square images."""
-        height, width = self.shapes[rows].T
+        height, width = self.shapes[batch.copy][rows].T
         box = crop_box(height, width, draws, slice(None), self.spec.aspect_ratio)
         scale = side / np.stack([height, width, height, width])
         return (np.stack(box) * scale).astype(np.float32)
@@ -179,9 +205,9 @@ class MemoryLoader(StreamLoader):
         return table.unbind()
 
 
-def shape_of(path: str) -> tuple[int, int]:
+def shape_of(file: ImageFile) -> tuple[int, int]:
     """(height, width) as the header has them. Raises what Pillow raises."""
-    with Image.open(path) as image:
+    with file.open() as stream, Image.open(stream) as image:
         return image.height, image.width
 
 

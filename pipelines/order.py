@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import UserError
+from pipelines.images import ImageFile
 from pipelines.loader import LoaderSpec, eval_range
+from pipelines.rectangles import Rectangles
 
 ATTEMPTS = 10
 """Tries for a crop that fits inside the image, as many as torchvision's RandomResizedCrop makes."""
@@ -38,15 +41,18 @@ class Draws:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch to read: whole files, in this order."""
+    """One batch to read: these images, in this order."""
 
-    paths: list[str]
+    files: list[ImageFile]
     labels: NDArray[np.int64]
-    image_size: int
+    shape: tuple[int, int]
+    """Height and width of what is handed out; the shorter side is the image size."""
     draws: Draws | None
     """None for validation."""
     indices: NDArray[np.int64]
     """The places of the images in the split."""
+    copy: str = ""
+    """Which of the spec's copies the files are of."""
 
 
 class Order:
@@ -69,13 +75,18 @@ class Order:
     def batch(self, epoch: int, step: int) -> Batch:
         """The batch at a position."""
         stage = self.spec.stage_at(epoch)
-        chosen = self.images(epoch, step, stage.batch_size)
+        if stage.rect and not self.spec.training:
+            chosen, shape = self.rectangles.batch(self.spec, stage, step)
+        else:
+            chosen = self.images(epoch, step, stage.batch_size)
+            shape = stage.image_size, stage.image_size
         draws = None
         if self.spec.training:
             key = (DRAWS, self.spec.seed, epoch, step, self.spec.shard_id)
             draws = draw(self.spec, np.random.default_rng(key), len(chosen), stage.min_scale)
-        paths = [self.spec.split.paths[index] for index in chosen.tolist()]
-        return Batch(paths, self.labels[chosen], stage.image_size, draws, chosen)
+        source = self.spec.source(stage).files
+        files = [source[index] for index in chosen.tolist()]
+        return Batch(files, self.labels[chosen], shape, draws, chosen, stage.copy)
 
     def images(self, epoch: int, step: int, batch_size: int) -> NDArray[np.int64]:
         """The places in the split of a batch's images.
@@ -88,6 +99,12 @@ class Order:
             return np.arange(own.start, own.stop)[step * batch_size : (step + 1) * batch_size]
         start = (step * spec.num_shards + spec.shard_id) * batch_size
         return self.permutation(epoch)[start : start + batch_size]
+
+    @cached_property
+    def rectangles(self) -> Rectangles:
+        """How the validation images are put together where a stage is `rect`."""
+        assert self.spec.split.shapes is not None, "a split whose files were not looked at"
+        return Rectangles(self.spec.split.shapes)
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
         """The order of an epoch, the same on every shard; the latest one is kept."""

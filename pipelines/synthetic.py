@@ -23,18 +23,18 @@ class SyntheticLoader(StreamLoader):
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
         device = torch.device(self.spec.device)
         for batch in self.order.batches(epoch, step):
-            images = self.images(len(batch.labels), batch.image_size, device)
+            images = self.images(len(batch.labels), batch.shape, device)
             labels = torch.from_numpy(batch.labels).to(device, non_blocking=True)
             yield images, labels
 
-    def images(self, count: int, size: int, device: torch.device) -> Tensor:
-        """(count, 3, size, size), a view of the noise in memory."""
+    def images(self, count: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """(count, 3, *shape), a view of the noise in memory."""
         noise = self.noise
-        if noise is None or len(noise) < count or noise.shape[2] != size:
+        if noise is None or len(noise) < count or noise.shape[2:] != shape:
             generator = torch.Generator(device).manual_seed(self.spec.seed)
             dtype = torch.float16 if self.spec.half else torch.float32
             noise = torch.randn(
-                (count, size, size, 3), generator=generator, device=device, dtype=dtype
+                (count, *shape, 3), generator=generator, device=device, dtype=dtype
             ).permute(0, 3, 1, 2)
             self.noise = noise
         return noise[:count]

@@ -17,9 +17,10 @@ from torchvision.transforms.v2 import functional
 from pipelines.batch_crop import normalise
 from pipelines.crops import crop_box, place
 from pipelines.errors import UserError
-from pipelines.folder import undecodable
+from pipelines.images import ImageFile
 from pipelines.loader import LoaderSpec
 from pipelines.order import Batch, Draws, Order
+from pipelines.split import undecodable
 from pipelines.stream import StreamLoader
 
 
@@ -71,21 +72,20 @@ class BatchReader(Dataset[tuple[Tensor, Tensor]]):
         self.std = 255 * torch.tensor(spec.std, dtype=torch.float32)
 
     def __getitems__(self, batch: Batch) -> tuple[Tensor, Tensor] | UserError:
-        """Images (B, 3, S, S) float32, channels_last, and labels (B,) int64.
+        """Images (B, 3, H, W) float32, channels_last, and labels (B,) int64.
 
         An error is returned, since the DataLoader would wrap a raised one in a long text.
         """
-        size = batch.image_size
-        pixels = torch.empty((len(batch.paths), size, size, 3), dtype=torch.uint8)
-        for index, path in enumerate(batch.paths):
+        pixels = torch.empty((len(batch.files), *batch.shape, 3), dtype=torch.uint8)
+        for index, file in enumerate(batch.files):
             try:
-                image = decode(path)
+                image = decode(file)
             except Exception as error:
-                return undecodable(path, error)
+                return undecodable(file, error)
             if batch.draws is None:
-                image = validation_crop(image, size, self.resize_ratio)
+                image = validation_crop(image, batch.shape, self.resize_ratio)
             else:
-                image = self.augment(image, size, batch.draws, index)
+                image = self.augment(image, batch.shape[0], batch.draws, index)
             pixels[index] = image.permute(1, 2, 0)
         return normalise(pixels, self.mean, self.std), torch.from_numpy(batch.labels)
 
@@ -107,9 +107,9 @@ def leave_interrupts_to_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def decode(path: str) -> Tensor:
+def decode(file: ImageFile) -> Tensor:
     """(3, H, W) uint8 RGB; EXIF orientation is not applied. Raises what Pillow raises."""
-    with Image.open(path) as image:
+    with file.open() as stream, Image.open(stream) as image:
         return functional.pil_to_tensor(image.convert("RGB"))
 
 
@@ -119,11 +119,11 @@ def padded(image: Tensor, size: int, pad: int) -> Tensor:
     return functional.pad(image, [pad], padding_mode="reflect")
 
 
-def validation_crop(image: Tensor, size: int, resize_ratio: float) -> Tensor:
-    """Resize the short side, then take the centre: (3, size, size) uint8."""
-    short = int(size * resize_ratio + 0.5)
+def validation_crop(image: Tensor, shape: tuple[int, int], resize_ratio: float) -> Tensor:
+    """Resize the short side, then take the centre: (3, *shape) uint8."""
+    short = int(min(shape) * resize_ratio + 0.5)
     image = functional.resize(image, [short], InterpolationMode.BILINEAR, antialias=True)
-    return functional.center_crop(image, [size, size])
+    return functional.center_crop(image, list(shape))
 
 
 def as_it_is(batch: Any) -> Any:

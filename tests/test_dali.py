@@ -13,8 +13,8 @@ pytest.importorskip("nvidia.dali")
 
 from pipelines.dali import DaliLoader, check_one_dali
 from pipelines.errors import UserError
-from pipelines.folder import read_split
 from pipelines.loader import LoaderSpec, Stage
+from pipelines.split import read_split
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = (
@@ -53,7 +53,7 @@ import sys
 from pathlib import Path
 from pipelines.dali import DaliLoader
 from pipelines.errors import UserError
-from pipelines.folder import read_split
+from pipelines.split import read_split
 from pipelines.loader import LoaderSpec, Stage
 
 root = Path(sys.argv[1])

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipelines.digits import digits_folder
 from pipelines.errors import UserError
-from pipelines.folder import Split, check_classes, read_split
+from pipelines.split import Split, check_classes, read_split
 
 PIXELS = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
 
@@ -31,7 +31,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def names(root: Path, split: Split) -> list[str]:
-    return [os.path.relpath(path, root) for path in split.paths]
+    return [os.path.relpath(path, root) for path, *_ in split.files]
 
 
 def test_a_split_is_sorted_by_class_and_name(root: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_split_is_sorted_by_class_and_name(root: Path) -> None:
     (root / "train" / "README.txt").write_text("not in a class folder")
     split = read_split(root, "train")
     assert names(root, split) == [f"train/{x}.png" for x in ("cat/0", "cat/1", "dog/0", "dog/1")]
-    assert split.labels == [0, 0, 1, 1] and split.classes == ("cat", "dog") and len(split) == 4
+    assert list(split.labels) == [0, 0, 1, 1] and split.classes == ("cat", "dog") and len(split) == 4
 
 
 def test_links_to_folders_are_followed(
@@ -135,7 +135,7 @@ def test_the_digits_are_scikit_learns(digits: Path) -> None:
     for split in splits:
         shares = np.bincount(split.labels) / len(split)
         assert np.abs(shares - 0.1).max() < 0.005, "every digit has about the same share"
-        for path, label in zip(split.paths, split.labels, strict=True):
+        for (path, *_), label in zip(split.files, split.labels, strict=True):
             index = int(Path(path).stem)
             seen.add(index)
             pixels = np.asarray(Image.open(path))

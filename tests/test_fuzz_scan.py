@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from odd_files import odd_files
 
-from pipelines.folder import find_bad
+from pipelines.images import whole_files
+from pipelines.index import check_images
 from pipelines.prepare.examine import Examined, examine_all
 from pipelines.prepare.findings import DAMAGE, NOTES
 from pipelines.prepare.scan import examine_files
@@ -92,6 +93,7 @@ def test_a_scan_has_a_verdict_on_every_mutated_file(mutated: Path) -> None:
         name for name, file in found.items() if any(kind in DAMAGE for kind, _ in file.findings)
     }
     assert NUM_FILES // 4 < len(damaged) < NUM_FILES, "mutants of all sorts"
-    bad = {Path(path).name for path, _ in find_bad([str(mutated / name) for name in names])}
+    _, _, found_bad = check_images((0, whole_files(str(mutated / name) for name in names)))
+    bad = {names[place] for place, _ in found_bad}
     assert bad <= damaged, "what the start of training calls bad, a scan calls damage"
     assert len(bad) > len(damaged) // 2

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pipelines import make_loader
 from pipelines.errors import UserError
-from pipelines.folder import Split
+from pipelines.images import whole_files
 from pipelines.loader import Loader, LoaderSpec, Stage
 from pipelines.prefetch import Prefetcher
+from pipelines.split import Split
 
 COUNT = 37
 Make = Callable[..., Loader]
@@ -42,7 +43,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
         coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), np.uint8))
         paths.append(str(folder / f"{index:02}.jpg"))
         coarse.resize((shape[1], shape[0]), Image.Resampling.BICUBIC).save(paths[-1], quality=95)
-    return Split(paths, list(range(COUNT)), tuple(map(str, range(COUNT))))
+    return Split(whole_files(paths), list(range(COUNT)), tuple(map(str, range(COUNT))))
 
 
 @pytest.fixture(params=["dali", "torchvision", "memory", "synthetic", "prefetched"])
@@ -118,7 +119,7 @@ def test_training_shards_together_read_each_image_at_most_once(make: Make) -> No
 
 
 def test_validation_reads_each_image_once_at_every_world_size(make: Make, split: Split) -> None:
-    few = Split(split.paths[:5], split.labels[:5], split.classes)
+    few = Split(split.files[:5], split.labels[:5], split.classes)
     for part, num_shards in [(split, n) for n in range(1, 9)] + [(few, 8)]:
         read = []
         for shard in range(num_shards):
@@ -229,11 +230,11 @@ def test_a_bad_file_is_named(
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
     bad = tmp_path / "bad one.jpg"
-    data = Path(split.paths[0]).read_bytes()
+    data = Path(split.files[0].path).read_bytes()
     damaged = {"truncated": data[: len(data) // 2], "empty": b"", "junk": data[:3] + bytes(300)}
     if damage in damaged:
         bad.write_bytes(damaged[damage])
-    broken = Split([*split.paths[:20], str(bad)], [0] * 21, ("a",))
+    broken = Split([*split.files[:20], *whole_files([str(bad)])], [0] * 21, ("a",))
     spec = LoaderSpec(split=broken, stages=one_stage(4), training=False, num_threads=number)
     with pytest.raises(UserError) as caught, closing(make_loader(backend, spec)) as loader:
         list(loader)

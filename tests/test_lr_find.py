@@ -26,7 +26,8 @@ from fastimagenet.recipes import Phase, Recipe
 from fastimagenet.sweep import Ended, Sweep, SweepRecord
 from fastimagenet.sweep_result import choose, momentum_setting, recipe_max_lr
 from fastimagenet.sweep_summary import verdict
-from pipelines.folder import Split
+from pipelines.images import whole_files
+from pipelines.split import Split
 
 MODULE = "fastimagenet.lr_find"
 SHORT = ["--device", "cpu", "--num-it", 30]
@@ -363,11 +364,13 @@ def test_the_momentum_is_set_where_the_schedule_takes_it_from(
 def test_validation_batches_hold_all_classes() -> None:
     """Folders are listed by class; a batch in that order would show one or two of them."""
     split = Split(
-        [f"{i}.jpg" for i in range(100)], [i // 10 for i in range(100)], tuple("0123456789")
+        whole_files(f"{i}.jpg" for i in range(100)),
+        [i // 10 for i in range(100)],
+        tuple("0123456789"),
     )
     mixed = shuffled(split, seed=1)
-    assert sorted(zip(mixed.paths, mixed.labels, strict=True)) == sorted(
-        zip(split.paths, split.labels, strict=True)
+    assert sorted(zip(mixed.files, mixed.labels, strict=True)) == sorted(
+        zip(split.files, split.labels, strict=True)
     )
     assert len(set(mixed.labels[:50])) == 10
-    assert mixed == shuffled(split, seed=1) != shuffled(split, seed=2)
+    assert mixed.files == shuffled(split, seed=1).files != shuffled(split, seed=2).files

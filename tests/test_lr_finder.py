@@ -27,7 +27,8 @@ from fastimagenet.recorder import NullRecorder
 from fastimagenet.sweep import SweepRecord, smoothed
 from fastimagenet.trainer import Trainer
 from pipelines.errors import UserError
-from pipelines.folder import Split, read_split
+from pipelines.images import whole_files
+from pipelines.split import Split, read_split
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -441,7 +442,7 @@ def test_arguments_out_of_range_are_named(arguments: dict[str, Any], message: st
 
 
 def test_a_validation_set_smaller_than_a_batch_is_refused() -> None:
-    val = Split([""] * 7, [index % 7 for index in range(7)], tuple("abcdefg"))
+    val = Split(whole_files([""]) * 7, [index % 7 for index in range(7)], tuple("abcdefg"))
     plan = RECIPE.plan(1, len(SPLIT))
     make = loaders(RECIPE, "synthetic", SPLIT, val)
     trainer = Trainer(plan, tiny_model(), World(), make, NullRecorder())
@@ -469,7 +470,7 @@ from fastimagenet.distributed import World, process_group
 from fastimagenet.recorder import NullRecorder
 from fastimagenet.trainer import Trainer
 from pipelines.errors import UserError
-from pipelines.folder import Split
+from pipelines.split import Split
 from test_lr_finder import TWO_RECIPE, shard, state, assert_same
 from test_trainer import SPLIT, tiny_model
 
@@ -495,7 +496,7 @@ with process_group(world):
     stopped = lr_find2(swept, on_record=stop)
     assert_same(state(swept), before | {"progress": (0, 0, [], rank == 1)})
     try:
-        lr_find2(trainer(Split([""], [0], tuple("abcdefg"))))
+        lr_find2(trainer(Split(whole_files([""]), [0], tuple("abcdefg"))))
     except UserError as error:
         text = str(error)
     result = {"whole": asdict(whole), "stopped": asdict(stopped), "error": text}

@@ -23,10 +23,11 @@ from pipelines.batch_crop import (
     window_crop,
 )
 from pipelines.errors import UserError
-from pipelines.folder import Split, read_split
+from pipelines.images import whole_files
 from pipelines.loader import LoaderSpec, Stage
 from pipelines.memory import MemoryLoader
 from pipelines.order import Order
+from pipelines.split import Split, read_split
 
 STAGES = (
     Stage(epochs=1, image_size=32, batch_size=30, min_scale=0.5),
@@ -42,12 +43,12 @@ def mixed(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Split:
     """70 parts of real photographs of 70 shapes, high and wide, below and above 32 pixels."""
     folder = tmp_path_factory.mktemp("mixed")
     paths = []
-    for index, path in enumerate(read_split(photographs, "train").paths[:70]):
+    for index, file in enumerate(read_split(photographs, "train").files[:70]):
         paths.append(str(folder / f"{index:02}.png"))
-        with Image.open(path) as image:
+        with Image.open(file.path) as image:
             small = image.convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
         small.crop((0, 0, 24 + index % 13 * 3, 60 - index % 11 * 4)).save(paths[-1])
-    return Split(paths, list(range(70)), tuple(map(str, range(70))))
+    return Split(whole_files(paths), list(range(70)), tuple(map(str, range(70))))
 
 
 @pytest.fixture(params=["cifar10", "digits", "mixed"])
@@ -56,8 +57,8 @@ def split(request: pytest.FixtureRequest) -> Split:
     value = request.getfixturevalue(request.param)
     if isinstance(value, Split):
         return value
-    paths = read_split(value, "train").paths[::2][:200]
-    return Split(paths, list(range(len(paths))), tuple(map(str, range(len(paths)))))
+    files = read_split(value, "train").files[::2][:200]
+    return Split(files, list(range(len(files))), tuple(map(str, range(len(files)))))
 
 
 def spec_of(split: Split, **fields: Any) -> LoaderSpec:
@@ -129,8 +130,8 @@ def test_the_augmentation_is_pad_crop_and_flip(cifar10: Path) -> None:
     (images, _), *_ = batches("memory", spec)
     batch = Order(spec).batch(0, 0)
     assert batch.draws is not None
-    for row, path in enumerate(batch.paths):
-        pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    for row, file in enumerate(batch.files):
+        pixels = torch.from_numpy(np.array(Image.open(file.path).convert("RGB"))).permute(2, 0, 1)
         padded = pad(pixels.float(), (4, 4, 4, 4), mode="reflect")
         top, left = (int(value * 9) for value in batch.draws.offset[row].tolist())
         expected = padded[:, top : top + 32, left : left + 32]
@@ -207,23 +208,23 @@ def test_what_is_kept(cifar10: Path, mixed: Split) -> None:
     """The shard's part, no larger than the files' own, once for sizes that need the same."""
     split = read_split(cifar10, "train")
     loader = MemoryLoader(spec_of(split))
-    kept = loader.images[32]
-    assert kept is loader.images[24] and kept.shape == (500, 32, 32, 3)
-    assert np.array_equal(kept[7].numpy(), np.array(Image.open(split.paths[7]).convert("RGB")))
+    kept = loader.images["", 32]
+    assert kept is loader.images["", 24] and kept.shape == (500, 32, 32, 3)
+    assert np.array_equal(kept[7].numpy(), np.array(Image.open(split.files[7].path).convert("RGB")))
     loader.close()
-    assert MemoryLoader(spec_of(mixed)).images[32].shape == (70, 60, 60, 3)
+    assert MemoryLoader(spec_of(mixed)).images["", 32].shape == (70, 60, 60, 3)
     small = (Stage(epochs=1, image_size=16, batch_size=20, min_scale=0.25),)
-    assert MemoryLoader(spec_of(mixed, stages=small)).images[16].shape == (70, 32, 32, 3)
+    assert MemoryLoader(spec_of(mixed, stages=small)).images["", 16].shape == (70, 32, 32, 3)
     share = MemoryLoader(spec_of(split, training=False, shard_id=1, num_shards=3))
     assert {len(images) for images in share.images.values()} == {167}
 
 
 def test_images_are_kept_until_the_loader_is_closed(cifar10: Path) -> None:
     loader = MemoryLoader(spec_of(read_split(cifar10, "train"), reflect_pad=4))
-    kept = loader.images[32]
+    kept = loader.images["", 32]
     first = next(iter(loader))
     loader.load_state_dict({"epoch": 0, "step": 0})
-    assert torch.equal(next(iter(loader))[0], first[0]) and loader.images[32] is kept
+    assert torch.equal(next(iter(loader))[0], first[0]) and loader.images["", 32] is kept
     loader.close()
     assert not loader.images
     loader.load_state_dict({"epoch": 0, "step": 0})
@@ -233,7 +234,7 @@ def test_images_are_kept_until_the_loader_is_closed(cifar10: Path) -> None:
 
 @pytest.mark.parametrize("fields", [{"reflect_pad": 4}, {"training": False}])
 def test_too_many_pixels_are_found_before_a_file_is_read(fields: dict[str, Any]) -> None:
-    split = Split(["gone.jpg"] * 1000, [0] * 1000, ("a",))
+    split = Split(whole_files(["gone.jpg"]) * 1000, [0] * 1000, ("a",))
     stages = (Stage(epochs=1, image_size=10**6, batch_size=10),)
     with pytest.raises(UserError) as caught:
         make_loader("memory", spec_of(split, stages=stages, **fields))
@@ -251,9 +252,9 @@ def test_a_bad_file_is_named_and_no_thread_is_left(
     fields: dict[str, Any], damage: str, mixed: Split, tmp_path: Path
 ) -> None:
     bad = tmp_path / "bad one.png"
-    data = Path(mixed.paths[0]).read_bytes()
+    data = Path(mixed.files[0].path).read_bytes()
     bad.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"")
-    split = Split([*mixed.paths, str(bad)], [0] * 71, ("a",))
+    split = Split([*mixed.files, *whole_files([str(bad)])], [0] * 71, ("a",))
     before = threading.active_count()
     with pytest.raises(UserError, match=r"bad one\.png cannot be decoded .*--skip-list"):
         make_loader("memory", spec_of(split, **fields))

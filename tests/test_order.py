@@ -8,14 +8,15 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 
 from pipelines.errors import UserError
-from pipelines.folder import Split
+from pipelines.images import whole_files
 from pipelines.loader import LoaderSpec, Stage
 from pipelines.order import ATTEMPTS, Order, draw
+from pipelines.split import Split
 
 
 def numbered(count: int) -> Split:
     """A split whose image i has the path and the label i."""
-    return Split([str(i) for i in range(count)], list(range(count)), ("a",))
+    return Split(whole_files(str(i) for i in range(count)), list(range(count)), ("a",))
 
 
 def orders(count: int, shards: int, batch_size: int, training: bool, seed: int = 0) -> list[Order]:

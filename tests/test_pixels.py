@@ -14,8 +14,9 @@ from torchvision.transforms import v2
 
 from pipelines import make_loader
 from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.folder import Split, read_split
+from pipelines.images import whole_files
 from pipelines.loader import LoaderSpec, Stage
+from pipelines.split import Split, read_split
 
 BACKENDS = ["dali", "torchvision", "memory"]
 
@@ -39,7 +40,7 @@ def some(photographs: Path, count: int) -> Split:
     """`count` of the photographs, from all over the list."""
     split = read_split(photographs, "val")
     chosen = range(0, len(split), len(split) // count)
-    return Split([split.paths[i] for i in chosen], [split.labels[i] for i in chosen], split.classes)
+    return split.take(np.array(chosen))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -55,7 +56,7 @@ def test_validation_is_pillows_resize_and_centre_crop(
     split = some(photographs, 40)
     transform = v2.Compose([v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)])
     images = first_batch(backend, split, 40, image_size, training=False)
-    for path, image in zip(split.paths, images, strict=False):
+    for (path, *_), image in zip(split.files, images, strict=False):
         expected = np.asarray(transform(Image.open(path).convert("RGB")), dtype=np.float32)
         difference = (image - torch.from_numpy(expected).permute(2, 0, 1)).abs()
         assert difference.mean() < 0.5 and difference.max() < 3, path
@@ -80,7 +81,7 @@ def test_training_batches_are_the_same_in_both_back_ends(
 def test_reflect_pad_is_torchs(backend: str, cifar10: Path) -> None:
     """Each batch image is one of the 2 x 81 crops of its padded original, to the pixel."""
     split = read_split(cifar10, "train")
-    split = Split(split.paths, list(range(len(split))), split.classes)
+    split = Split(split.files, list(range(len(split))), split.classes)
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
     spec = LoaderSpec(
@@ -98,7 +99,7 @@ def test_reflect_pad_is_torchs(backend: str, cifar10: Path) -> None:
     loader.close()
     places = []
     for image, index in zip(images, labels, strict=True):
-        pixels = np.array(Image.open(split.paths[index]).convert("RGB"))
+        pixels = np.array(Image.open(split.files[index].path).convert("RGB"))
         padded = torch.nn.functional.pad(
             torch.from_numpy(pixels).permute(2, 0, 1).float(), (4, 4, 4, 4), mode="reflect"
         )
@@ -126,14 +127,14 @@ def test_other_kinds_of_files_decode_as_pillow_does(
     backend: str, kind: str, photographs: Path, tmp_path: Path
 ) -> None:
     """Bit-equal to convert("RGB"), and lying on their side where EXIF says so."""
-    photograph = Image.open(read_split(photographs, "val").paths[0]).convert("RGB")
+    photograph = Image.open(read_split(photographs, "val").files[0].path).convert("RGB")
     photograph = photograph.resize((64, 64))
     modes = {"grey.jpg": "L", "cmyk.jpg": "CMYK", "alpha.png": "RGBA", "palette.png": "P"}
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turned by 90 degrees
     path = str(tmp_path / kind)
     photograph.convert(modes.get(kind, "RGB")).save(path, exif=exif if "exif" in kind else b"")
-    split = Split([path], [0], ("a",))
+    split = Split(whole_files([path]), [0], ("a",))
     (image,) = first_batch(backend, split, 1, 64, training=False, resize_ratio=1.0)
     expected = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32)
     assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() < 0.01

@@ -16,8 +16,8 @@ from PIL import Image
 
 from pipelines.datasets import CIFAR10_CLASSES
 from pipelines.errors import UserError
-from pipelines.folder import check_classes, read_split
 from pipelines.prepare.__main__ import main
+from pipelines.split import check_classes, read_split
 
 COUNT = 20
 NAMES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.folder import Split, read_split
+from pipelines.images import whole_files
 from pipelines.prepare.__main__ import main
 from pipelines.prepare.tar import read_bytes, read_members
+from pipelines.split import Split, read_split
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -244,7 +245,7 @@ def test_the_blacklist_is_a_choice_that_is_written_down(
     assert manifest["used_blacklist"] is False
     assert manifest["splits"]["val"]["left_out"] == [val_name(2), val_name(7)]
     classes = ("n01440764", *(f"n1{index:07}" for index in range(999)))
-    some = Split(["some"], [0], classes)
+    some = Split(whole_files(["some"]), [0], classes)
     assert used_blacklist(dst, some) is False
 
     prepare(archives, dst)
@@ -252,7 +253,7 @@ def test_the_blacklist_is_a_choice_that_is_written_down(
     assert used_blacklist(dst, some) is True
     (dst / "dataset.json").unlink()
     assert used_blacklist(dst, some) is False, "one image is not all 50,000"
-    assert used_blacklist(dst, Split(["same"] * 50_000, [0] * 50_000, classes)) is True
+    assert used_blacklist(dst, Split(whole_files(["same"]) * 50_000, [0] * 50_000, classes)) is True
     assert used_blacklist(dst, read_split(dst, "val")) is None
     assert "is blacklisted but there" in error_of(archives, dst, "--blacklist", blacklist)
 

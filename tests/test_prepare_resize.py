@@ -16,9 +16,9 @@ import pytest
 from PIL import Image, ImageCms, JpegImagePlugin
 
 from pipelines.errors import UserError
-from pipelines.folder import read_split
 from pipelines.prepare.__main__ import main
 from pipelines.prepare.shrink import shrink, target_size
+from pipelines.split import read_split
 
 ROOT = Path(__file__).resolve().parent.parent
 LANCZOS = Image.Resampling.LANCZOS

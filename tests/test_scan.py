@@ -16,12 +16,14 @@ from odd_files import Odd, write_odd_files
 from PIL import Image
 
 from pipelines.errors import UserError
-from pipelines.folder import find_bad, left_out_note, read_split
 from pipelines.headers import check_file
+from pipelines.images import ImageFile, whole_files
+from pipelines.index import check_images
 from pipelines.prepare.__main__ import main
 from pipelines.prepare.examine import Examined, examine_all
 from pipelines.prepare.findings import DAMAGE, NOTES
 from pipelines.prepare.scan import examine_files
+from pipelines.split import left_out_note, read_split
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = 12
@@ -105,18 +107,21 @@ def test_the_start_of_training_sees_what_a_scan_of_headers_sees(
     paths = [str(root / "train" / "odd" / name) for name in files if name != "folder.jpg"]
     expected = {path for path in paths if is_damage(files[os.path.basename(path)])}
     hidden = {path for path in expected if files[os.path.basename(path)].hidden}
-    found = find_bad(paths)
-    assert [path for path, _ in found] == [path for path in paths if path in expected - hidden]
-    assert all(text and "\n" not in text for _, text in found)
+    _, _, bad = check_images((0, whole_files(paths)))
+    assert [paths[place] for place, _ in bad] == [
+        path for path in paths if path in expected - hidden
+    ]
+    assert all(text and "\n" not in text for _, text in bad)
     for path in hidden:
         with pytest.raises(Exception, match=r"cannot be decoded"):
-            check_file(path, pixels=True)
+            check_file(ImageFile(path), pixels=True)
 
 
 READ = """
 import json, resource, signal, sys
 from pipelines import make_loader
-from pipelines.folder import Split
+from pipelines.images import whole_files
+from pipelines.split import Split
 from pipelines.loader import LoaderSpec, Stage
 
 # No allocation of 20 GB that the system would promise, and no FIFO that is waited for.
@@ -127,7 +132,7 @@ for line in sys.stdin:
     signal.alarm(seconds)
     for fields in ({"training": False}, {"training": True}, {"training": True, "reflect_pad": 2}):
         spec = LoaderSpec(
-            split=Split(paths, [0] * len(paths), ("a",)),
+            split=Split(whole_files(paths), [0] * len(paths), ("a",)),
             stages=(Stage(epochs=1, image_size=size, batch_size=min(4, len(paths))),),
             num_threads=1 if backend == "dali" else 0,
             **fields,
@@ -237,7 +242,7 @@ def test_the_skip_list_leaves_out_the_damaged_files_whatever_their_names(
     scan(root, "--decode", "--skip-list", tmp_path / "skip.txt", status=1)
     split = read_split(root, "train", tmp_path / "skip.txt")
     fine = {name for name in files if not is_damage(files[name]) and name != "folder.jpg"}
-    assert {Path(path).name for path in split.paths if "/odd/" in path} == fine
+    assert {Path(path).name for path, *_ in split.files if "/odd/" in path} == fine
     scan(root, "--skip-list", tmp_path / "skip.txt", status=1)  # its own list it may replace
     (tmp_path / "mine.txt").write_text("train/cat/0.png\n")
     with pytest.raises(UserError, match=r"mine\.txt was not written by a scan"):
@@ -258,7 +263,7 @@ def test_bad_images_end_training_at_the_start_or_are_left_out(root: Path) -> Non
     assert message.startswith(f"{first} is empty, and 1 more files are bad: --on-bad-image skip")
     assert f"python -m pipelines.prepare scan {root} --skip-list FILE" in message
     split = read_split(root, "train", on_bad_image="skip")
-    assert len(split) == 4 and split.labels == [0, 0, 1, 1]
+    assert len(split) == 4 and list(split.labels) == [0, 0, 1, 1]
     assert split.left_out[0] == (str(first), "is empty")
     assert left_out_note(split) == f"left out 2 bad files of 6; the first: {first} is empty"
     for path in (root / "train" / "cat").iterdir():

@@ -21,8 +21,9 @@ from fastimagenet.resume import restore, resume, state_of
 from fastimagenet.trainer import Stopped, Trainer
 from pipelines import make_loader
 from pipelines.errors import UserError
-from pipelines.folder import Split, read_split
+from pipelines.images import whole_files
 from pipelines.loader import Loader, LoaderSpec
+from pipelines.split import Split, read_split
 
 RECIPE = Recipe(
     name="test",
@@ -36,7 +37,7 @@ RECIPE = Recipe(
     weight_decay=1e-3,
     nesterov=True,
 )
-SPLIT = Split([""] * 50, [index % 7 for index in range(50)], tuple("abcdefg"))
+SPLIT = Split(whole_files([""]) * 50, [index % 7 for index in range(50)], tuple("abcdefg"))
 
 
 def tiny_model() -> nn.Module:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.prepare.examine import ENDS, Examined, hash_files
 from pipelines.prepare.findings import Duplicates
-from pipelines.prepare.workers import in_processes
+from pipelines.workers import in_processes
 
 CHUNK = 64
 

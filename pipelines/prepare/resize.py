@@ -22,9 +22,10 @@ from pipelines.errors import UserError
 from pipelines.files import scratch_folder, written_in
 from pipelines.folder import class_names, is_folder, visible
 from pipelines.headers import check_file
+from pipelines.images import ImageFile
 from pipelines.prepare.manifest import read_manifest, write_manifest
 from pipelines.prepare.shrink import shrink
-from pipelines.prepare.workers import in_processes, num_cores
+from pipelines.workers import in_processes, num_cores
 
 SPLITS = ("train", "val", "test")
 CHUNK = 16
@@ -184,7 +185,7 @@ def copy_image(
     if all(there):
         return Copied(name, before.st_size, tuple(("there", size) for size in there))
     try:
-        check_file(str(source))
+        check_file(ImageFile(str(source)))
         made = shrink(source, sides, quality)
     except Exception as error:
         return Copied(name, error=damage(error).text)

@@ -14,13 +14,15 @@ from tqdm import tqdm
 
 from pipelines.errors import UserError
 from pipelines.files import write_object, write_text
-from pipelines.folder import Split, check_classes, find_split, is_folder, skip_line, visible
+from pipelines.folder import find_split, is_folder, visible
 from pipelines.prepare.duplicates import between_splits, equal_files
 from pipelines.prepare.examine import MAX_SECONDS, Examined, examine_all
 from pipelines.prepare.findings import Findings
 from pipelines.prepare.scan_cache import ScanCache
 from pipelines.prepare.scan_report import describe
-from pipelines.prepare.workers import in_processes, num_cores
+from pipelines.skip_list import skip_line
+from pipelines.split import Split, check_classes
+from pipelines.workers import in_processes, num_cores
 
 HEADERS, PIXELS = 128, 16
 """Files in a job, where headers are read and where pixels are: Ctrl-C waits for those in hand."""

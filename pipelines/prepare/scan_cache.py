@@ -11,7 +11,7 @@ from typing import Any
 
 import PIL
 
-from pipelines.files import write_text
+from pipelines.files import cache_folder, write_text
 from pipelines.prepare.examine import Examined
 from pipelines.prepare.findings import DAMAGE, NOTES
 
@@ -27,9 +27,8 @@ class ScanCache:
 
     def __init__(self, root: Path) -> None:
         """Load what there is; a damaged cache is left aside with a note on standard error."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:20]
-        self.path = cache / "fastimagenet" / "scan" / f"{name}.json"
+        self.path = cache_folder() / "scan" / f"{name}.json"
         self.files: dict[str, Examined] = {}
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipelines import make_loader
-from pipelines.folder import read_split
 from pipelines.loader import LoaderSpec, Stage
+from pipelines.split import read_split
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision", "memory"])

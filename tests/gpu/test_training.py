@@ -24,11 +24,12 @@ from fastimagenet.sweep import SweepRecord
 from fastimagenet.trainer import Trainer
 from pipelines import make_loader
 from pipelines.errors import UserError
-from pipelines.folder import Split
+from pipelines.images import whole_files
 from pipelines.loader import Loader, LoaderSpec
+from pipelines.split import Split
 
 ROOT = Path(__file__).resolve().parents[2]
-SPLIT = Split([""] * 256, [index % 10 for index in range(256)], tuple("abcdefghij"))
+SPLIT = Split(whole_files([""]) * 256, [index % 10 for index in range(256)], tuple("abcdefghij"))
 RECIPE = Recipe(
     name="test",
     model="resnet18",

@@ -1,0 +1,170 @@
+"""One split of the data as training takes it: images, labels, classes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.damage import Damage
+from pipelines.errors import UserError
+from pipelines.folder import find_split, folder_stamps, list_folder
+from pipelines.images import ImageFile, Images
+from pipelines.index import Index, Listing, cached_index
+from pipelines.skip_list import read_skip_list
+
+ON_BAD_IMAGE = ("error", "skip")
+SCAN = "python -m pipelines.prepare scan"
+Bad = tuple[str, str]
+"""An image as errors name it, and what is wrong with it in words that go on after the name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The images of one split, sorted by class and name."""
+
+    files: Sequence[ImageFile]
+    labels: Sequence[int] | NDArray[np.int32]
+    """Per image, the place of its class in `classes`."""
+    classes: tuple[str, ...]
+    left_out: tuple[Bad, ...] = ()
+    """What `on_bad_image="skip"` has left out."""
+    shapes: NDArray[np.int32] | None = None
+    """(N, 2): height and width as the headers have them; None: not looked at."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether images are parts of larger files."""
+        return bool(self.files) and self.files[0].size is not None
+
+    def take(self, places: NDArray[np.int64]) -> Split:
+        """The images at these places, in this order."""
+        files = self.files
+        return replace(
+            self,
+            files=files.take(places) if isinstance(files, Images) else [files[i] for i in places],
+            labels=np.asarray(self.labels)[places],
+            shapes=None if self.shapes is None else self.shapes[places],
+        )
+
+
+def read_split(
+    root: Path | str,
+    split: str,
+    skip_list: Path | str | None = None,
+    check_files: bool = True,
+    on_bad_image: str = "error",
+) -> Split:
+    """List the images of `root/split/CLASS/`, sorted; links to folders are followed.
+
+    `split` is "train" or "val"; "test" is taken where "val" is missing. Hidden files are left out.
+    `skip_list` names files to leave out, see `read_skip_list`. `check_files` looks at the header
+    and the end of each file, and keeps what it finds in the user's cache for as long as the folders
+    do not change; `on_bad_image` says what becomes of those that would stop a back end: "error"
+    raises, "skip" leaves them out and names them in `left_out`.
+
+    Raises UserError for a missing folder, no classes, an empty class or a bad file.
+    """
+    assert on_bad_image in ON_BAD_IMAGE, on_bad_image
+    root = Path(os.path.abspath(root))
+    skipped = read_skip_list(root, skip_list) if skip_list is not None else frozenset()
+    folder = find_split(root, split)
+    if not check_files:
+        return chosen(list_folder(folder), None, folder, skipped, on_bad_image)
+    index = cached_index(folder, partial(folder_stamps, folder), partial(list_folder, folder))
+    return chosen(index.listing, index, folder, skipped, on_bad_image)
+
+
+def chosen(
+    listing: Listing,
+    index: Index | None,
+    folder: Path,
+    skipped: frozenset[str],
+    on_bad_image: str,
+) -> Split:
+    """The images of a split `folder` that are neither skipped nor bad, as far as is known."""
+    images = listing.images
+    shapes, bad_places = (None, []) if index is None else (index.shapes, index.bad)
+    keep = np.ones(len(images), bool)
+    keep[places(images, skipped)] = False
+    bad = [(str(images[place]), text) for place, text in bad_places if keep[place]]
+    if bad and on_bad_image == "error":
+        raise bad_images(folder.parent, bad)
+    there = np.bincount(listing.labels[keep], minlength=len(listing.classes))
+    keep[[place for place, _ in bad_places]] = False
+    good = np.bincount(listing.labels[keep], minlength=len(listing.classes))
+    for name, any_left, any_good in zip(listing.classes, there, good, strict=True):
+        if not any_good:
+            what = "images that can be read" if any_left else "images"
+            raise UserError(f"class folder {folder / name} has no {what}: add some or remove it")
+    split = Split(images, listing.labels, listing.classes, tuple(bad), shapes)
+    return split.take(np.flatnonzero(keep))
+
+
+def places(images: Images, skipped: frozenset[str]) -> list[int]:
+    """Where the skipped files are among the images."""
+    folders = {os.path.dirname(path) for path in skipped}
+    found = []
+    for holder, path in enumerate(images.holders):
+        if path in folders:
+            members = np.flatnonzero(images.holder == holder).tolist()
+            found += [place for place in members if str(images[place]) in skipped]
+    return found
+
+
+def bad_images(root: Path, bad: list[Bad]) -> UserError:
+    """The error that names the first bad file and says what to type."""
+    path, reason = bad[0]
+    others = f", and {len(bad) - 1:,} more files are bad" if len(bad) > 1 else ""
+    return UserError(
+        f"{path} {reason}{others}: --on-bad-image skip leaves such files out, or name them in "
+        f"--skip-list FILE, which {SCAN} {shlex.quote(str(root))} --skip-list FILE writes"
+    )
+
+
+def left_out_note(split: Split) -> str:
+    """One line on what `on_bad_image="skip"` has left out; empty where it is nothing."""
+    if not split.left_out:
+        return ""
+    path, reason = split.left_out[0]
+    number = len(split.left_out)
+    files = "1 bad file" if number == 1 else f"{number:,} bad files"
+    return f"left out {files} of {number + len(split):,}; the first: {path} {reason}"
+
+
+def check_classes(train: Split, val: Split) -> None:
+    """Raise UserError, naming the first few that differ, unless both have the same classes."""
+    if train.classes == val.classes:
+        return
+    parts = []
+    for text, names in (
+        ("only in training", sorted(set(train.classes) - set(val.classes))),
+        ("only in validation", sorted(set(val.classes) - set(train.classes))),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{text}: {', '.join(names[:3])}{more}")
+    raise UserError(
+        f"the class folders of training and validation differ ({'; '.join(parts)}): "
+        "both need the same ones"
+    )
+
+
+def undecodable(file: ImageFile, reason: Exception) -> UserError:
+    """The error for a file that looks like an image but cannot be decoded."""
+    text = " ".join(str(reason).split())
+    if not isinstance(reason, Damage):
+        text = f"cannot be decoded ({text})"
+    return UserError(
+        f"{file} {text}: remove it or name it in --skip-list; "
+        f"{SCAN} DIR --decode finds all such files"
+    )
