@@ -40,7 +40,8 @@ def test_a_split_is_sorted_by_class_and_name(root: Path) -> None:
     (root / "train" / "README.txt").write_text("not in a class folder")
     split = read_split(root, "train")
     assert names(root, split) == [f"train/{x}.png" for x in ("cat/0", "cat/1", "dog/0", "dog/1")]
-    assert list(split.labels) == [0, 0, 1, 1] and split.classes == ("cat", "dog") and len(split) == 4
+    assert list(split.labels) == [0, 0, 1, 1] and split.classes == ("cat", "dog")
+    assert len(split) == 4
 
 
 def test_links_to_folders_are_followed(
