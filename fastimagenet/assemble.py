@@ -14,6 +14,7 @@ from fastimagenet.files import write_object
 from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import Recipe
 from fastimagenet.recorder import NullRecorder, Recorder, Stopwatch
+from pipelines.copies import AUTO, ORIGINAL, best_copy, find_copies, read_copy
 from pipelines.errors import UserError
 from pipelines.split import Split, check_classes, left_out_note, read_split
 
@@ -39,6 +40,25 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
     return recipe if args.precision is None else replace(recipe, precision=args.precision)
 
 
+def with_copies(recipe: Recipe, root: Path) -> Recipe:
+    """The recipe with the copies in the data folder that its phases train on.
+
+    Raises UserError where a phase names one that is not there, or not finished.
+    """
+    copies = find_copies(root)
+    phases = []
+    for index, phase in enumerate(recipe.phases):
+        data = best_copy(copies, phase.image_size) if phase.data == AUTO else phase.data
+        if data not in (*copies, ORIGINAL):
+            there = f"has {', '.join(copies)}" if copies else "has no finished copies"
+            raise UserError(
+                f"recipe field phases.{index}.data = {data!r}: {root} {there}; "
+                f"python -m pipelines.prepare resize {root} {root} --short-side {data} makes one"
+            )
+        phases.append(replace(phase, data=data))
+    return replace(recipe, phases=tuple(phases))
+
+
 def checks_flags(world: World | None) -> bool:
     """Whether this process is the one that looks at the run's folder before anything is written.
 
@@ -48,16 +68,10 @@ def checks_flags(world: World | None) -> bool:
 
 
 def read_data(args: argparse.Namespace, world: World | None) -> tuple[Split, Split]:
-    """Both splits, with their files checked. Raises UserError naming the folder or file.
-
-    Once a node; by all processes where bad files are left out.
-    """
+    """Both splits, with their files checked. Raises UserError naming the folder or file."""
     data = cli.data_folder(args)
-    first = (world is None or world.local_rank == 0) and not started_by_us()
-    # What is left out has to be known to every process.
-    check_files = first or args.on_bad_image == "skip"
     train, val = (
-        read_split(data, split, args.skip_list, check_files, args.on_bad_image)
+        read_split(data, split, args.skip_list, on_bad_image=args.on_bad_image)
         for split in ("train", "val")
     )
     check_classes(train, val)
@@ -120,6 +134,12 @@ def make_trainer(
         small_stem=recipe.small_stem,
     )
 
+    copies = {
+        planned.copy: read_copy(cli.data_folder(args), planned.copy, train)
+        for planned in plan.phases
+        if planned.copy
+    }
+
     def loader(training: bool) -> Loader:
         return open_loader(
             args.backend,
@@ -130,6 +150,7 @@ def make_trainer(
             training=training,
             half=dtype is not None,
             seed=args.seed,
+            copies=copies if training else {},
         )
 
     return Trainer(

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ def parser() -> cli.Parser:
     cli.add_machine_flags(result)
     result.add_argument("--tta", choices=TTA, default="none", help="reported beside the plain one")
     result.add_argument("--image-size", type=int, metavar="S", help="in place of the recipe's last")
+    result.add_argument(
+        "--rect", action="store_true", help="also on rectangles of the images' own aspect ratios"
+    )
     result.add_argument("--json", action="store_true", help="print one JSON object")
     return result
 
@@ -56,16 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(left_out_note(val), file=sys.stderr)  # noqa: T201
     with process_group(world):
         started = time.perf_counter()
-        counts = evaluate_checkpoint(args, val, world)
+        counts, *rect = evaluate_checkpoint(args, val, world)
         seconds = time.perf_counter() - started
         result = {"images": counts.images, **counts.accuracies(), "loss": counts.loss}
+        for other in rect:
+            result |= {f"rect_{name}": value for name, value in other.accuracies().items()}
         result["seconds"] = seconds
     cli.say(world, json.dumps(result) if args.json else describe(result))
     return 0
 
 
-def evaluate_checkpoint(args: argparse.Namespace, val: Split, world: World) -> Counts:
-    """Counts over all processes. Raises UserError naming the checkpoint, flag or folder."""
+def evaluate_checkpoint(args: argparse.Namespace, val: Split, world: World) -> list[Counts]:
+    """Counts over all processes: of squares and, with --rect, of rectangles.
+
+    Raises UserError naming the checkpoint, flag or folder.
+    """
     import torch
 
     from fastimagenet import checkpoint
@@ -87,17 +96,23 @@ def evaluate_checkpoint(args: argparse.Namespace, val: Split, world: World) -> C
         image_size=args.image_size or last.eval_size or last.image_size,
         batch_size=min(phase.batch_size for phase in recipe.phases),
     )
+    stages = (stage, replace(stage, rect=True)) if args.rect else (stage,)
     model = trained_model(recipe, state, len(val.classes))
     model = model.to(world.device, memory_format=torch.channels_last)
     loader = open_loader(
-        args.backend, recipe, val, (stage,), world, training=False, half=dtype is not None
+        args.backend, recipe, val, stages, world, training=False, half=dtype is not None
     )
     try:
         device = torch.device(world.device)
-        counts = evaluate(model, loader, device=device, autocast_dtype=dtype, tta=args.tta)
+        passes = [
+            evaluate(model, loader, device=device, autocast_dtype=dtype, tta=args.tta)
+            for _ in stages
+        ]
     finally:
         loader.close()
-    return Counts.from_tensor(all_reduce_sum(counts.tensor().to(device), world))
+    return [
+        Counts.from_tensor(all_reduce_sum(counts.tensor().to(device), world)) for counts in passes
+    ]
 
 
 def trained_model(recipe: Recipe, state: dict[str, Any], num_classes: int) -> Any:
@@ -120,13 +135,17 @@ def trained_model(recipe: Recipe, state: dict[str, Any], num_classes: int) -> An
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The figures as text, TTA beside the plain ones."""
+    """The figures as text, TTA and rectangles beside the plain ones."""
     text = (
         f"{result['images']:,} images in {result['seconds']:.1f} s: top-1 {result['top1']:.2%}, "
         f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
     )
-    if result["tta_top1"] is not None:
-        text += f"\nwith TTA: top-1 {result['tta_top1']:.2%}, top-5 {result['tta_top5']:.2%}"
+    for title, prefix in (("with TTA", "tta_"), ("on rectangles", "rect_")):
+        if result.get(f"{prefix}top1") is not None:
+            top1, top5 = result[f"{prefix}top1"], result[f"{prefix}top5"]
+            text += f"\n{title}: top-1 {top1:.2%}, top-5 {top5:.2%}"
+    if result.get("rect_tta_top1") is not None:
+        text += f"; with TTA {result['rect_tta_top1']:.2%}, {result['rect_tta_top5']:.2%}"
     return text
 
 

@@ -25,6 +25,7 @@ from fastimagenet.assemble import (
     chosen_recipe,
     make_trainer,
     read_data,
+    with_copies,
     write_plan,
 )
 from fastimagenet.distributed import World, launched_world, process_group, run_processes
@@ -118,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_output(args.output)
         check_recipe_out(args.recipe_out)
     train, val = read_data(args, world)
+    recipe = with_copies(recipe, cli.data_folder(args))
     plan = recipe.plan(launch.world_size if world is None else world.world_size, len(train))
     check_validation(plan, len(val))
     val = shuffled(val, args.seed)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fastimagenet import schedule
+from pipelines.copies import AUTO, ORIGINAL
 from pipelines.errors import UserError
 from pipelines.loader import Stage, train_steps
 
@@ -33,6 +34,11 @@ class PlannedPhase:
     def last_step(self) -> int:
         """One past the phase's last step."""
         return self.first_step + self.phase.epochs * self.steps_per_epoch
+
+    @property
+    def copy(self) -> str:
+        """The copy that is trained on, "" for none."""
+        return "" if self.phase.data in (AUTO, ORIGINAL) else self.phase.data
 
     @property
     def eval_size(self) -> int:
@@ -132,6 +138,7 @@ class Plan:
                 image_size=planned.phase.image_size,
                 batch_size=planned.phase.batch_size,
                 min_scale=planned.phase.min_scale,
+                copy=planned.copy,
             )
             for planned in self.phases
         )
@@ -139,11 +146,18 @@ class Plan:
     def eval_stages(self) -> tuple[Stage, ...]:
         """What the validation loader reads: a pass counts as an epoch.
 
-        One batch size, the recipe's smallest, so that no pass costs a rebuild.
+        One batch size, the recipe's smallest, so that no pass costs a rebuild. Where the last pass
+        reads rectangles, one more reads squares.
         """
         batch_size = self.smallest_phase.phase.batch_size
-        sizes = [self.phase_of_epoch(e).eval_size for e in range(self.epochs) if self.evaluates(e)]
-        return tuple(Stage(epochs=1, image_size=size, batch_size=batch_size) for size in sizes)
+        phases = [self.phase_of_epoch(e) for e in range(self.epochs) if self.evaluates(e)]
+        passes = [(planned.eval_size, planned.phase.rect) for planned in phases]
+        if phases[-1].phase.rect:
+            passes.append((phases[-1].eval_size, False))
+        return tuple(
+            Stage(epochs=1, image_size=size, batch_size=batch_size, rect=rect)
+            for size, rect in passes
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for plan.json."""
@@ -162,7 +176,9 @@ class Plan:
             "first_epoch": planned.first_epoch,
             "epochs": phase.epochs,
             "image_size": phase.image_size,
+            "data": planned.phase.data,
             "eval_size": planned.eval_size,
+            "rect": phase.rect,
             "batch_size": phase.batch_size,
             "global_batch": planned.global_batch,
             "steps_per_epoch": planned.steps_per_epoch,
@@ -192,6 +208,14 @@ class Plan:
                 f"{row['batch_size']:>5}  {row['global_batch']:>6}  "
                 f"{row['steps_per_epoch']:>8}  {lr:>22}  {momentum:>15}"
             )
+        for planned in self.phases:
+            if planned.copy:
+                lines.append(
+                    f"  phases.{planned.index} trains on the copies in {planned.copy}; "
+                    "validation reads the originals"
+                )
+            if planned.phase.rect:
+                lines.append(f"  phases.{planned.index} is evaluated on rectangles")
         peak = self.peak_step
         lines.append(f"  peak lr {self.lr(peak):.5g} at step {peak}, schedule {recipe.schedule}")
         if recipe.lr_reference_batch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastimagenet.distributed import World
 from fastimagenet.recipes import Recipe
 from pipelines import make_loader
@@ -20,6 +22,7 @@ def open_loader(
     training: bool,
     half: bool,
     seed: int = 0,
+    copies: Mapping[str, Split] | None = None,
 ) -> Loader:
     """This process's share of `split`, read as the recipe says; `half` holds on a GPU only.
 
@@ -28,6 +31,7 @@ def open_loader(
     on_gpu = world.device != "cpu"
     spec = LoaderSpec(
         split=split,
+        copies=copies or {},
         stages=stages,
         training=training,
         shard_id=world.rank,

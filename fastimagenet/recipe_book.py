@@ -109,7 +109,7 @@ def _imagenet_2018(
     machines: int, phases: tuple[Phase, ...], *spans: tuple[float, float, float, float]
 ) -> Recipe:
     """What the 2018 runs share. Their static loss scale, 1,024, diverged on one machine: ours is
-    dynamic, or bf16. Their rectangular validation at 288 px is here a square centre crop."""
+    dynamic, or bf16. At 288 px they, too, were validated on rectangles."""
     return Recipe(
         name=f"imagenet-2018-{machines}",
         phases=phases,
@@ -131,7 +131,7 @@ def imagenet_2018_1(nodes: int = 1) -> Recipe:
         (
             Phase(epochs=13, image_size=128, batch_size=512),
             Phase(epochs=12, image_size=224, batch_size=224, min_scale=0.087),
-            Phase(epochs=3, image_size=288, batch_size=128, min_scale=0.5),
+            Phase(epochs=3, image_size=288, batch_size=128, min_scale=0.5, rect=True),
         ),
         (0, 7, 1.0, 2.0),
         (7, 13, 2.0, 0.25),
@@ -152,7 +152,7 @@ def imagenet_2018_4(nodes: int = 4) -> Recipe:
             Phase(epochs=6, image_size=128, batch_size=256),
             Phase(epochs=7, image_size=128, batch_size=512),
             Phase(epochs=15, image_size=224, batch_size=224, min_scale=0.087),
-            Phase(epochs=2, image_size=288, batch_size=128, min_scale=0.5),
+            Phase(epochs=2, image_size=288, batch_size=128, min_scale=0.5, rect=True),
         ),
         (0, 6, 2.0, 4.0),
         (6, 11, 4.0, 4.0),
@@ -176,7 +176,7 @@ def imagenet_2018_8(nodes: int = 8) -> Recipe:
             Phase(epochs=8, image_size=128, batch_size=256),
             Phase(epochs=3, image_size=224, batch_size=128, min_scale=0.087),
             Phase(epochs=12, image_size=224, batch_size=224, min_scale=0.087),
-            Phase(epochs=7, image_size=288, batch_size=128, min_scale=0.5),
+            Phase(epochs=7, image_size=288, batch_size=128, min_scale=0.5, rect=True),
         ),
         (0, 6, 1.92, 3.84),
         (6, 11, 3.84, 3.84),
@@ -200,7 +200,7 @@ def imagenet_2018_16(nodes: int = 16) -> Recipe:
             Phase(epochs=10, image_size=128, batch_size=128),
             Phase(epochs=3, image_size=224, batch_size=64, min_scale=0.08),
             Phase(epochs=18, image_size=224, batch_size=192, min_scale=0.08),
-            Phase(epochs=13, image_size=288, batch_size=128, min_scale=0.5),
+            Phase(epochs=13, image_size=288, batch_size=128, min_scale=0.5, rect=True),
         ),
         (0, 6, 1.88, 3.76),
         (6, 16, 3.76, 3.76),

@@ -39,6 +39,11 @@ class Phase:
     """Smallest share of the image's area that a random crop keeps."""
     eval_size: int = 0
     """Size at which this phase is evaluated; 0 means image_size."""
+    data: str = "auto"
+    """The copy in the data folder that is trained on, such as "160"; "original" for none, "auto"
+    for the smallest that serves image_size."""
+    rect: bool = False
+    """Evaluate rectangles, of which eval_size is the shorter side, in place of squares."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "phases.epochs", "at least 1", self.epochs)
@@ -47,6 +52,7 @@ class Phase:
         _require(0 < self.min_scale <= 1, "phases.min_scale", "in (0, 1]", self.min_scale)
         valid = self.eval_size == 0 or self.eval_size >= 8
         _require(valid, "phases.eval_size", "0 or at least 8 pixels", self.eval_size)
+        _require(bool(self.data), "phases.data", 'a copy, "original" or "auto"', self.data)
 
 
 @dataclass(frozen=True, kw_only=True)

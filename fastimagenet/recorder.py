@@ -136,6 +136,9 @@ class EpochRecord:
     top5: float | None = None
     tta_top1: float | None = None
     tta_top5: float | None = None
+    square_top1: float | None = None
+    """Beside those of the last evaluation, where that is of rectangles."""
+    square_top5: float | None = None
 
 
 def best_record(records: list[EpochRecord], recipe: Recipe) -> EpochRecord | None:

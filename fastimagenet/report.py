@@ -113,6 +113,10 @@ def _headline(run: Run) -> list[str]:
         sentences.append(f"{goal} {reached}.")
     if results["tta_top1"] is not None:
         sentences.append(f"With test-time augmentation: {percent(results['tta_top1'])} top-1.")
+    if results["square_top1"] is not None:
+        sentences.append(
+            f"That is on rectangles; on square crops: {percent(results['square_top1'])} top-1."
+        )
     lost = plots.lost_epoch(run.epochs)
     if lost:
         sentences.append(f"The training loss is not a finite number from epoch {lost} on.")

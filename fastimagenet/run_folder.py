@@ -34,13 +34,13 @@ class Run:
 
     @property
     def results(self) -> Row:
-        """top1, top5, tta_top1, tta_top5, train_seconds: the summary's, or the last rows'."""
+        """Accuracies as fractions and train_seconds: the summary's, or the last rows'."""
         rows = self.epochs
         evaluated = [row for row in rows if row.get("top1") is not None]
         last = {**(rows[-1] if rows else {}), **(evaluated[-1] if evaluated else {})}
         if rows:
             last["train_seconds"] = rows[-1]["train_seconds"]
-        keys = ("top1", "top5", "tta_top1", "tta_top5", "train_seconds")
+        keys = ("top1", "top5", "tta_top1", "tta_top5", "square_top1", "train_seconds")
         return {key: self.summary[key] if key in self.summary else last.get(key) for key in keys}
 
 

@@ -76,6 +76,8 @@ def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[st
         "top5": last.top5,
         "tta_top1": last.tta_top1,
         "tta_top5": last.tta_top5,
+        "square_top1": last.square_top1,
+        "square_top5": last.square_top5,
         "best_epoch": best.epoch,
         "train_seconds": train_seconds(seconds),
         "eval_seconds": seconds["evaluation"],

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fastimagenet import recipe_toml
+from fastimagenet.assemble import chosen_recipe
 from fastimagenet.environment import versions
 from fastimagenet.files import Row, write_object, write_text
 from fastimagenet.formats import plain
@@ -56,7 +57,7 @@ def write_results(
             why = "the sweep was stopped" if stopped else "nothing was found"
             lines.append(f"--recipe-out {args.recipe_out} is not written: {why}")
         else:
-            recipe = recipe_toml.with_settings(plan.recipe, list(choice.settings))
+            recipe = recipe_toml.with_settings(chosen_recipe(args), list(choice.settings))
             write_text(args.recipe_out, recipe_toml.dumps(recipe))
             lines.append(f"recipe with these values: {args.recipe_out}")
     lines.append(f"{'stopped; what was recorded' if stopped else 'report'}: {page}")

@@ -21,6 +21,7 @@ from fastimagenet.assemble import (
     chosen_recipe,
     make_trainer,
     read_data,
+    with_copies,
     write_plan,
 )
 from fastimagenet.distributed import World, launched_world, process_group, run_processes
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.print_recipe:
         print(recipe_toml.dumps(recipe), end="")  # noqa: T201
         return 0
+    recipe = with_copies(recipe, cli.data_folder(args))
     launch = cli.launch_of(args)
     world = launched_world(launch)
     world_size = launch.world_size if world is None else world.world_size

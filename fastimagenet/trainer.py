@@ -209,6 +209,14 @@ class Trainer:
         with self.clock.section("evaluation"):
             return self.count(self.evaluated_model, self.eval_loader, phase.eval_size, tta)
 
+    def _squares(self, phase: PlannedPhase) -> dict[str, float]:
+        """At the end of a run that is evaluated on rectangles: the accuracies on squares."""
+        if self.epoch + 1 < self.plan.epochs or not phase.phase.rect:
+            return {}
+        with self.clock.section("evaluation"):
+            counts = self.count(self.evaluated_model, self.eval_loader, phase.eval_size)
+        return {"square_top1": counts.top1, "square_top5": counts.top5}
+
     def count(
         self, model: nn.Module, batches: Batches, image_size: int, tta: str = "none"
     ) -> Counts:
@@ -229,6 +237,7 @@ class Trainer:
         return self.model if self.ema is None else self.ema.module
 
     def _record_epoch(self, phase: PlannedPhase, counts: Counts | None, rate: float) -> None:
+        squares = self._squares(phase)
         total = all_reduce_sum(self.losses.total.clone(), self.world).item()  # the epoch is over
         seconds = self.clock.read()
         record = EpochRecord(
@@ -244,6 +253,7 @@ class Trainer:
             train_loss=total / (phase.steps_per_epoch * self.world.world_size),
             val_loss=None if counts is None else counts.loss,
             **({} if counts is None else counts.accuracies()),
+            **squares,
         )
         self.records.append(record)
         self.recorder.epoch(record)
