@@ -1,0 +1,186 @@
+"""The index of a split: what it holds, when it is made anew, who makes it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import index as index_module
+from pipelines.errors import UserError
+from pipelines.files import cache_folder
+from pipelines.folder import folder_stamps, list_folder
+from pipelines.images import ImageFile
+from pipelines.index import Index, cached_index, load, make_index, save
+from pipelines.split import read_split
+
+SIZES = {"ant": [(8, 9), (20, 10)], "bee": [(30, 31), (7, 8), (5, 6)]}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two classes of real PNGs of known sizes, in folders that changed an hour ago."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for split in ("train", "val"):
+        for name, sizes in SIZES.items():
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for number, size in enumerate(sizes):
+                Image.new("RGB", size).save(folder / f"{number} \u00e9.png")
+    settle(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def settle(root: Path) -> None:
+    """Make the folders look as if they had last changed an hour ago."""
+    hour_ago = time.time() - 3600
+    for folder, _, _ in os.walk(root):
+        os.utime(folder, (hour_ago, hour_ago))
+
+
+def caches() -> list[Path]:
+    return sorted((cache_folder() / "index").glob("*.npz"))
+
+
+def index_of(folder: Path) -> Index:
+    return cached_index(folder, partial(folder_stamps, folder), partial(list_folder, folder))
+
+
+def test_files_labels_and_shapes(root: Path) -> None:
+    for _ in range(2):  # made, then from the cache
+        split = read_split(root, "train")
+        paths = [file.path for file in split.files]
+        assert paths == [
+            str(root / "train" / name / f"{number} \u00e9.png")
+            for name, sizes in SIZES.items()
+            for number in range(len(sizes))
+        ]
+        assert all(Path(path).is_file() for path in paths)
+        assert list(split.labels) == [0, 0, 1, 1, 1] and split.classes == ("ant", "bee")
+        assert split.shapes is not None
+        assert split.shapes.tolist() == [
+            [height, width] for sizes in SIZES.values() for width, height in sizes
+        ]
+        assert split.files[-1] == split.files[4] == split.files[2:][2]
+        assert len(caches()) == 1
+
+
+def test_an_index_holds_until_a_folder_changes(root: Path) -> None:
+    read_split(root, "train")
+    image = root / "train" / "bee" / "1 \u00e9.png"
+    image.write_bytes(b"junk")
+    assert len(read_split(root, "train")) == 5, "files are not looked at again"
+    os.utime(image.parent)
+    with pytest.raises(UserError, match="is no image"):
+        read_split(root, "train")
+    image.unlink()
+    settle(root)
+    os.utime(image.parent, (1, 1))
+    assert len(read_split(root, "train")) == 4
+    (root / "train" / "cat").mkdir()
+    shutil.copy(root / "train" / "ant" / "0 \u00e9.png", root / "train" / "cat")
+    assert read_split(root, "train").classes == ("ant", "bee", "cat")
+
+
+def test_a_bad_image_that_was_mended_in_place_is_good_again(root: Path) -> None:
+    image = root / "train" / "ant" / "0 \u00e9.png"
+    good = image.read_bytes()
+    image.write_bytes(good[:40])
+    settle(root)
+    for _ in range(2):
+        with pytest.raises(UserError, match="is truncated"):
+            read_split(root, "train")
+    assert len(caches()) == 1
+    split = read_split(root, "train", on_bad_image="skip")
+    assert len(split) == 4 and split.left_out[0][0] == str(image)
+    image.write_bytes(good)
+    split = read_split(root, "train")
+    assert len(split) == 5 and split.shapes is not None and split.shapes[0].tolist() == [9, 8]
+
+
+def test_what_has_just_changed_is_not_kept(root: Path) -> None:
+    os.utime(root / "train" / "ant")
+    read_split(root, "train")
+    assert not caches()
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\3\4 no zip", None])
+def test_a_damaged_cache_is_made_anew(root: Path, damage: bytes | None) -> None:
+    read_split(root, "train")
+    (path,) = caches()
+    path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
+    assert len(read_split(root, "train")) == 5
+    assert load(path, folder_stamps(root / "train")) is not None
+
+
+def test_without_a_cache_folder_it_works_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert len(read_split(root, "train")) == 5
+
+
+def test_many_files_are_looked_at_by_processes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "train" / "bee" / "bad.jpg").write_bytes(b"")
+    listing = list_folder(root / "train")
+    few = make_index(listing)
+    monkeypatch.setattr(index_module, "MANY", 1)
+    monkeypatch.setattr(index_module, "CHUNK", 2)
+    many = make_index(listing)
+    assert np.array_equal(many.shapes, few.shapes) and many.bad == few.bad == [(5, "is empty")]
+
+
+def test_one_process_makes_it_and_the_others_wait(root: Path) -> None:
+    folder = root / "train"
+    found: list[Index] = []
+    index_of(folder)
+    (path,) = caches()
+    made = load(path, folder_stamps(folder))
+    assert made is not None
+    path.unlink()
+    lock = os.open(path.with_suffix(".lock"), os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    thread = threading.Thread(target=lambda: found.append(index_of(folder)))
+    thread.start()
+    time.sleep(0.2)
+    assert not found, "it waits"
+    marked = Index(made.listing, made.shapes + 1000, [])
+    save(path, marked, folder_stamps(folder))
+    os.close(lock)
+    thread.join()
+    assert np.array_equal(found[0].shapes, marked.shapes), "it took what the other one had made"
+
+
+def test_tens_of_bytes_an_image(tmp_path: Path) -> None:
+    folder = tmp_path / "train" / "n01440764"
+    folder.mkdir(parents=True)
+    for number in range(2000):
+        (folder / f"n01440764_{number:05}.JPEG").touch()
+    listing = list_folder(tmp_path / "train")
+    images = listing.images
+    arrays = (images.holder, images.names, images.name_start, images.name_size, listing.labels)
+    assert len(images) == 2000 and sum(array.nbytes for array in arrays) < 50 * 2000
+
+
+@pytest.mark.parametrize("skip", ["train/ant/1 \u00e9.png\nval/bee/0 \u00e9.png\nno/such.png\n"])
+def test_a_skip_list_holds_for_an_index_from_the_cache(root: Path, skip: str) -> None:
+    skip_list = root / "skip.txt"
+    skip_list.write_text(skip, encoding="utf-8")
+    counts: Callable[[str], int] = lambda split: len(read_split(root, split, skip_list))  # noqa: E731
+    assert [counts("train"), counts("val"), counts("train")] == [4, 4, 4]
+
+
+def test_parts_of_files_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    path.write_bytes(b"0123456789")
+    assert ImageFile(str(path), 3, 4, "a/b.jpg").read() == b"3456"
+    assert ImageFile(str(path)).read() == b"0123456789"
+    with pytest.raises(EOFError, match=r"shard ends within a/b.jpg"):
+        ImageFile(str(path), 8, 4, "a/b.jpg").read()
