@@ -13,7 +13,7 @@ from fastimagenet.files import Row, read_rows, rows_of, write_object, write_text
 from fastimagenet.formats import NO_BREAK, duration, number, percent
 
 HEADER = (
-    *("run", "peak LR", "epochs", "use_clr_beta", "iterations", "published", "ours (n)"),
+    *("run", "peak LR", "epochs", "schedule", "iterations", "published", "ours (n)"),
     *("difference", "train time", "images/s"),
 )
 
@@ -85,7 +85,7 @@ def table_row(run: RunResult) -> list[str]:
 def schedule_text(recipe: Row) -> str:
     """use_clr_beta, or what there is in its place."""
     if recipe["schedule"] == "use_clr_beta":
-        return f"({', '.join(f'{value:g}' for value in recipe['use_clr_beta'])})"
+        return f"1cycle ({', '.join(f'{value:g}' for value in recipe['use_clr_beta'])})"
     if recipe["schedule"] != "piecewise":
         return str(recipe["schedule"])
     end = recipe["lr_spans"][-1][1]

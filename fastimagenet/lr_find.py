@@ -178,10 +178,13 @@ def find(
     cli.say(world, describe(args, plan))
     if world.is_main:
         write_plan(args.output, plan, train, val)
-    sweeps = run_sweeps(args, trainer)
-    if world.is_main:
-        command = shlex.join(["python", "-m", "fastimagenet.lr_find", *argv])
-        cli.say(world, write_results(args, trainer, val, sweeps, started, command))
+    sweeps: list[Sweep] = []
+    try:
+        run_sweeps(args, trainer, sweeps)
+    finally:  # what fails in a later sweep leaves the earlier ones
+        if world.is_main and sweeps:
+            command = shlex.join(["python", "-m", "fastimagenet.lr_find", *argv])
+            cli.say(world, write_results(args, trainer, val, sweeps, started, command))
     return cli.stopped_status(stopped_by) if sweeps[-1].ended == "stopped" else 0
 
 
@@ -197,13 +200,12 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
     )
 
 
-def run_sweeps(args: argparse.Namespace, trainer: Trainer) -> list[Sweep]:
-    """One for each combination, all on the same batches; a stopped one is the last."""
+def run_sweeps(args: argparse.Namespace, trainer: Trainer, sweeps: list[Sweep]) -> None:
+    """One for each combination, all on the same batches, to `sweeps`; a stopped one is the last."""
     planned = combinations(args)
     recorder: SweepRecorder = NullSweepRecorder()
     if trainer.world.is_main:
         recorder = SweepRecorder(args.output, len(planned) * args.num_it)
-    sweeps: list[Sweep] = []
     recorder.start(0, [])
     try:
         for index, (weight_decay, momentum) in enumerate(planned):
@@ -218,7 +220,7 @@ def run_sweeps(args: argparse.Namespace, trainer: Trainer) -> list[Sweep]:
                 args.linear,
                 not args.no_stop_dv,
                 momentum=momentum,
-                on_record=partial(recorder.record, index, weight_decay),
+                on_record=partial(recorder.record, index, weight_decay, trainer.clock),
             )
             sweeps.append(sweep)
             recorder.end_of_sweep(index, len(planned), sweep)
@@ -228,7 +230,6 @@ def run_sweeps(args: argparse.Namespace, trainer: Trainer) -> list[Sweep]:
         trainer.train_loader.close()
         trainer.eval_loader.close()
         recorder.close()
-    return sweeps
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from fastimagenet.environment import processor, versions
 from fastimagenet.files import write_object
 from fastimagenet.recorder import best_record, train_seconds
 from fastimagenet.report import write_report
+from pipelines import chosen_backend
 from pipelines.datasets import dataset_name
 from pipelines.errors import UserError
 from pipelines.prepare.manifest import read_manifest
@@ -64,7 +65,7 @@ def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[st
         "world_size": trainer.world.world_size,
         "device": trainer.world.device.partition(":")[0],
         "precision": precision_name(trainer.dtype),
-        "backend": args.backend,
+        "backend": chosen_backend(args.backend),
         "hardware": args.hardware or hardware(trainer),
         "framework": f"PyTorch {torch.__version__.partition('+')[0]}",
         "versions": versions(),

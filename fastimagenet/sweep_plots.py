@@ -121,7 +121,7 @@ def stacked(sweeps: Sequence[Sweep]) -> Figure:
 
 
 def rates(sweeps: Sequence[Sweep]) -> Figure:
-    """LR and momentum of all records against iterations, side by side; what is alike once."""
+    """LR and momentum of all records against iterations, side by side; grey: of several sweeps."""
     figure, axes = new_figure(columns=2, size=(WIDTH, 2.8))
     longest_first = sorted(
         zip(sweeps, _looks(sweeps), strict=True), key=lambda pair: -len(pair[0].records)
@@ -130,9 +130,13 @@ def rates(sweeps: Sequence[Sweep]) -> Figure:
         drawn: list[Points] = []
         for sweep, look in longest_first:
             points = _points(sweep.records, "iteration", key)
-            if not any(points == other[: len(points)] for other in drawn):
-                draw_line(place, points, **look)
-                drawn.append(points)
+            if any(points == other[: len(points)] for other in drawn):
+                continue
+            alike = [_points(other.records, "iteration", key) for other in sweeps]
+            if sum(other == points[: len(other)] for other in alike) > 1:
+                look = look | {"color": GREY, "linestyle": "-"}
+            draw_line(place, points, **look)
+            drawn.append(points)
         _iteration_axis(place, 4)
         place.set_ylabel("momentum" if key == "momentum" else _lr_name(sweeps))
     if not sweeps[0].linear:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from fastimagenet.formats import plain
-from fastimagenet.recorder import NullRecorder, Recorder
+from fastimagenet.recorder import NullRecorder, Recorder, Stopwatch
 from fastimagenet.sweep import Sweep, SweepRecord
 
 
 class SweepRecorder(Recorder):
     """One bar over the iterations of all sweeps on a terminal, else one line for each sweep."""
 
-    def record(self, index: int, weight_decay: float, record: SweepRecord) -> None:
-        """One iteration of sweep `index` (from 0)."""
-        row = {"sweep": index, "weight_decay": weight_decay}
-        self._write("sweep", row | asdict(record))
+    def record(
+        self, index: int, weight_decay: float, clock: Stopwatch, record: SweepRecord
+    ) -> None:
+        """One iteration of sweep `index` (from 0); `step` counts the updates of the sweep."""
+        row = {"step": record.iteration, "epoch": 0, "time_seconds": sum(clock.read().values())}
+        self._write("sweep", row | {"sweep": index, "weight_decay": weight_decay} | asdict(record))
         if self._bar is not None:
             text = f"lr {record.lr:.2e}, loss {record.loss:.3f}"
             self._bar.set_postfix_str(text, refresh=False)

@@ -18,6 +18,7 @@ from fastimagenet.sweep_page import write_page
 from fastimagenet.sweep_plots import draw, write_figures
 from fastimagenet.sweep_result import Choice, choose, why_nothing
 from fastimagenet.sweep_table import sweep_table
+from pipelines import chosen_backend
 from pipelines.datasets import dataset_name
 from pipelines.split import Split
 
@@ -113,7 +114,7 @@ def summarise(
         "world_size": world.world_size,
         "device": world.device.partition(":")[0],
         "precision": precision_name(trainer.dtype),
-        "backend": args.backend,
+        "backend": chosen_backend(args.backend),
         "hardware": hardware(trainer),
         "versions": versions(),
         "image_size": first.phase.image_size,

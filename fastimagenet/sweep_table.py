@@ -8,8 +8,8 @@ from fastimagenet.formats import plain
 from fastimagenet.sweep import Sweep, plateau, suggest
 
 HEADER = (
-    *("weight decay", "momentum", "iterations recorded", "ended", "lowest loss", "at LR"),
-    *("plateau", "valley", "steepest", "minimum / 10"),
+    *("weight decay", "momentum", "steepest", "valley", "minimum / 10", "plateau"),
+    *("lowest loss", "at LR", "iterations recorded", "ended"),
 )
 FIELDS = {"weight decay": "weight_decay", "momentum": "momentum"}
 """What sweeps can differ in."""
@@ -61,14 +61,14 @@ def _row(sweep: Sweep) -> list[str]:
     return [
         plain(sweep.weight_decay),
         plain(sweep.momentum, 4),
-        f"{len(sweep.records)} of {sweep.num_it}",
-        sweep.ended,
+        "-" if found is None else plain(found.steepest, 3),
+        "-" if found is None else plain(found.valley, 3),
+        "-" if found is None else plain(found.minimum_10, 3),
+        "-" if low is None else f"{plain(low.low_lr, 3)} to {plain(low.high_lr, 3)}",
         "-" if low is None else plain(low.best_loss, 4),
         "-" if low is None else plain(low.best_lr, 3),
-        "-" if low is None else f"{plain(low.low_lr, 3)} to {plain(low.high_lr, 3)}",
-        "-" if found is None else plain(found.valley, 3),
-        "-" if found is None else plain(found.steepest, 3),
-        "-" if found is None else plain(found.minimum_10, 3),
+        f"{len(sweep.records)} of {sweep.num_it}",
+        sweep.ended,
     ]
 
 

@@ -15,12 +15,11 @@ BACKENDS = ("auto", "dali", "torchvision", "memory", "synthetic")
 
 
 def make_loader(backend: str, spec: LoaderSpec) -> Loader:
-    """A loader of `spec` by one of BACKENDS; "auto" is dali where installed, else torchvision.
+    """A loader of `spec` by one of BACKENDS.
 
     Raises UserError for an unknown or missing back end and for what the spec asks wrongly.
     """
-    if backend == "auto":
-        backend = "dali" if has_dali() else "torchvision"
+    backend = chosen_backend(backend)
     if backend == "dali":
         if not has_dali():
             raise UserError(
@@ -46,6 +45,13 @@ def make_loader(backend: str, spec: LoaderSpec) -> Loader:
 
         return SyntheticLoader(spec)
     raise UserError(f"backend {backend!r} is unknown: one of {', '.join(BACKENDS)}")
+
+
+def chosen_backend(backend: str) -> str:
+    """What "auto" stands for here: dali where it is installed, else torchvision."""
+    if backend != "auto":
+        return backend
+    return "dali" if has_dali() else "torchvision"
 
 
 def has_dali() -> bool:
