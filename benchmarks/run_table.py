@@ -11,6 +11,7 @@ from benchmarks.run_results import Data, Result, RunResult
 from fastimagenet.figures import Points, write_files
 from fastimagenet.files import Row, read_rows, rows_of, write_object, write_text
 from fastimagenet.formats import NO_BREAK, duration, number, percent
+from fastimagenet.superconvergence import COMPARISON, IMAGES_PER_CLASS
 
 HEADER = (
     *("run", "peak LR", "epochs", "schedule", "iterations", "published", "ours (n)"),
@@ -41,6 +42,9 @@ def table(result: Result) -> str:
         lines += [changes + "so without differences to published figures.", ""]
     lines += [markdown([HEADER, *map(table_row, result.runs)]), ""]
     lines += [f"Ours: {result.accuracy}. Train time and images/s are means over the seeds."]
+    if not COMPARISON.keys().isdisjoint(run.run for run in result.runs):
+        names = " and ".join(run.run for run in result.runs if run.run in COMPARISON)
+        lines += [f"{names}: the first {IMAGES_PER_CLASS:,} training images of each class."]
     if any(run.published for run in result.runs):
         lines += ["Published: one training each, on CIFAR-10's original pixels." + pixels(data)]
     return "\n".join(lines).replace(NO_BREAK, " ") + "\n"

@@ -20,16 +20,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.run_results import Data, Training, read_results
 from benchmarks.run_table import table, write_results
 from fastimagenet import cli, recipe_toml
-from fastimagenet.files import read_object
+from fastimagenet.files import read_object, write_text
 from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import PRECISIONS
-from fastimagenet.superconvergence import RUNS, STUDY
+from fastimagenet.superconvergence import COMPARISON, IMAGES_PER_CLASS, RUNS, STUDY
 from pipelines import BACKENDS
 from pipelines.datasets import dataset_name
 from pipelines.errors import UserError
+from pipelines.skip_list import skip_line
 from pipelines.split import check_classes, read_split
 
 
@@ -81,9 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.runs < 1:
         raise UserError(f"--runs must be at least 1, not {args.runs}")
     data = describe(args.data)
-    trainings = make_trainings(args, data.train_images)
+    left_out = beyond_the_first(args.data, IMAGES_PER_CLASS)
+    trainings = make_trainings(args, data.train_images, len(left_out))
     for training in trainings:
         check_folder(training, os.path.abspath(args.data))
+    if not COMPARISON.keys().isdisjoint(args.only):
+        write_text(skip_list(args), "".join(f"{skip_line(path)}\n" for path in left_out))
     status = train_all(trainings)
     if any(training.finished for training in trainings):
         command = shlex.join(["python", "-m", "benchmarks.superconvergence", *argv])
@@ -109,6 +115,20 @@ def describe(folder: Path) -> Data:
     )
 
 
+def beyond_the_first(folder: Path, count: int) -> list[str]:
+    """The training images of each class but for its first ones: what the comparison leaves out."""
+    split = read_split(folder, "train", check_files=False)
+    labels = np.asarray(split.labels)
+    starts = np.searchsorted(labels, np.arange(len(split.classes)))
+    places = np.flatnonzero(np.arange(len(split)) - starts[labels] >= count)
+    return [split.files[place].path for place in places.tolist()]
+
+
+def skip_list(args: argparse.Namespace) -> Path:
+    """Where what the comparison leaves out is written."""
+    return Path(args.output) / f"beyond-{IMAGES_PER_CLASS}-per-class.txt"
+
+
 def rehearsal(args: argparse.Namespace, data: Data) -> str:
     """What the flags and the data change about the published experiment."""
     flags = [] if args.epochs is None else ["--epochs", str(args.epochs)]
@@ -121,7 +141,7 @@ def rehearsal(args: argparse.Namespace, data: Data) -> str:
     return ", ".join(reasons if data.is_cifar10 else [*reasons, "not all of CIFAR-10"])
 
 
-def make_trainings(args: argparse.Namespace, num_train: int) -> list[Training]:
+def make_trainings(args: argparse.Namespace, num_train: int, left_out: int) -> list[Training]:
     """All that was asked for, seed by seed, so that a stopped study has something of each run."""
     passed_on = ["--backend", args.backend, "--device", args.device]
     passed_on += [word for setting in args.set for word in ("--set", setting)]
@@ -137,7 +157,9 @@ def make_trainings(args: argparse.Namespace, num_train: int) -> list[Training]:
             # One process: the batch of the recipes is that of all.
             command = ["--data", str(args.data), "--recipe", name, "--seed", str(seed)]
             command += ["--output", str(folder), "--resume", "auto", "--nproc-per-node", "1"]
-            plan = recipe.plan(1, num_train)
+            if run in COMPARISON:
+                command += ["--skip-list", str(skip_list(args))]
+            plan = recipe.plan(1, num_train - left_out if run in COMPARISON else num_train)
             trainings.append(
                 Training(run=run, seed=seed, plan=plan, folder=folder, flags=[*command, *passed_on])
             )

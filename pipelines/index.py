@@ -72,13 +72,14 @@ class Index:
 def cached_index(
     source: Path, stamps: Callable[[], list[int]], make_listing: Callable[[], Listing]
 ) -> Index:
-    """The index of `source`: the one in the user's cache if `stamps` are still its stamps.
+    """The index of `source`, an absolute path: the one in the user's cache if `stamps` are still its stamps.
 
     `stamps` gives modification times in ns, of all that would change if images came or went. One
     process of a node makes the index, the others wait for it. Images that were bad are looked at
     again.
     """
-    name = hashlib.sha256(os.fsencode(os.path.realpath(source))).hexdigest()[:20]
+    # Not the real path: an index holds the paths that it was asked for.
+    name = hashlib.sha256(os.fsencode(source)).hexdigest()[:20]
     path = cache_folder() / "index" / f"{name}.npz"
     with locked(path):
         now = stamps()

@@ -184,3 +184,12 @@ def test_parts_of_files_are_read(tmp_path: Path) -> None:
     assert ImageFile(str(path)).read() == b"0123456789"
     with pytest.raises(EOFError, match=r"shard ends within a/b.jpg"):
         ImageFile(str(path), 8, 4, "a/b.jpg").read()
+
+
+def test_another_way_to_the_same_folder_has_its_own_paths(root: Path) -> None:
+    read_split(root, "train")
+    other = root.parent / "other"
+    other.symlink_to(root)
+    assert {file.path.partition("/train/")[0] for file in read_split(other, "train").files} == {
+        str(other)
+    }
