@@ -1,13 +1,25 @@
-"""Checkpoints: written beside and renamed, read without running any code from the file."""
+"""Checkpoints: written beside and renamed, sealed by a checksum, read without running any code.
+
+The checksum is the comment of the zip archive that `torch.save` writes, so the file stays one that
+`torch.load` reads; torch itself overlooks a flipped bit.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pickle
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastimagenet.files import written_beside
 from pipelines.errors import UserError
+
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+DIGEST = "sha256"
+SEAL_SIZE = 64
+"""Bytes of the digest as ASCII."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -15,13 +27,73 @@ def save(path: Path, state: dict[str, Any]) -> None:
     import torch
 
     try:
-        with written_beside(path) as beside, beside.open("wb") as file:
+        with written_beside(path) as beside, beside.open("w+b") as file:
             torch.save(state, file)
+            seal(file)
     except RuntimeError as error:
         # torch's zip writer, closing a file that is already short, hides why it is.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
+
+
+def save_last(folder: Path, state: dict[str, Any], best: bool) -> None:
+    """Write `folder`/last.pt and keep the one before as previous.pt; `best`: it is best.pt, too.
+
+    At any moment last.pt is whole. Raises OSError, and then all three are as they were.
+    """
+    fresh = folder / f".{LAST}.new"
+    try:
+        save(fresh, state)
+        if (folder / LAST).exists():
+            stand_in(folder / LAST, folder / PREVIOUS)
+        fresh.replace(folder / LAST)
+    finally:
+        fresh.unlink(missing_ok=True)
+    if best:
+        stand_in(folder / LAST, folder / BEST)
+
+
+def stand_in(source: Path, path: Path) -> None:
+    """Make `path` another name of the same file, which is never written to again, or a copy."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            os.link(source, beside)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def seal(file: BinaryIO) -> None:
+    """Append the digest of a zip archive that has no comment, as its comment."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    digest = digest_of(file, end - 2)
+    file.seek(end - 2)  # where the length of the comment is
+    file.write(SEAL_SIZE.to_bytes(2, "little") + digest)
+
+
+def digest_of(file: BinaryIO, size: int) -> bytes:
+    """Of the first `size` bytes, as ASCII."""
+    digest = hashlib.new(DIGEST)
+    while size and (data := file.read(min(size, 1 << 20))):
+        digest.update(data)
+        size -= len(data)
+    return digest.hexdigest().encode()
+
+
+def check_seal(file: BinaryIO) -> None:
+    """Raise ValueError unless the file ends with its digest; go to its start."""
+    end = file.seek(0, os.SEEK_END)
+    body = max(0, end - SEAL_SIZE - 2)
+    file.seek(0)
+    digest = digest_of(file, body)
+    if file.read() != SEAL_SIZE.to_bytes(2, "little") + digest:
+        raise ValueError("it is truncated or altered (its checksum does not hold)")
+    file.seek(0)
 
 
 def load(path: Path, *entries: str) -> dict[str, Any]:
@@ -32,7 +104,9 @@ def load(path: Path, *entries: str) -> dict[str, Any]:
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            check_seal(file)
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from fastimagenet.trainer import Trainer
+
+
+ENTRIES = ("recipe", "classes", "num_train", "seed", "model", "ranks")
+"""What a checkpoint that a run goes on from holds at least."""
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -72,19 +77,36 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(cuda_rng, trainer.device)
 
 
+def newest_intact(trainer: Trainer, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The last checkpoint, or, with a word about it, the one before where that is damaged."""
+    path = folder / checkpoint.LAST
+    try:
+        return path, checkpoint.load(path, *ENTRIES)
+    except UserError as error:
+        path = folder / checkpoint.PREVIOUS
+        if not path.exists():
+            raise
+        if trainer.world.is_main:
+            print(f"note: {error}; going on from {path}", file=sys.stderr)  # noqa: T201
+    return path, checkpoint.load(path, *ENTRIES)
+
+
 def resume(trainer: Trainer, output: Path, flag: str) -> None:
     """Restore from the checkpoint that --resume names; "auto": from the one in `output`, if any.
 
     Raises UserError for a checkpoint of another run and for one that not all nodes see.
     """
-    path = output / "checkpoints" / "last.pt" if flag == "auto" else Path(flag)
     if flag == "auto":
-        found = gather_objects(path.exists(), trainer.world)
+        folder = output / "checkpoints"
+        found = gather_objects((folder / checkpoint.LAST).exists(), trainer.world)
         if not any(found):
             return
         if not all(found):
             raise UserError(f"--output {output} must be a folder that all nodes see")
-    state = checkpoint.load(path, *trainer.about, "model", "ranks")
+        path, state = newest_intact(trainer, folder)
+    else:
+        path = Path(flag)
+        state = checkpoint.load(path, *ENTRIES)
     remedies = {
         "recipe": "give the --recipe, --set, --epochs and --precision that it began with",
         "classes": "name the --data that it began with",

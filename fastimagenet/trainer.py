@@ -306,6 +306,4 @@ class Trainer:
         with self.clock.section("checkpoint"):
             state = state_of(self)
             if self.world.is_main and self.folder is not None:
-                folder = self.folder / "checkpoints"
-                for name in ("last.pt", "best.pt") if best else ("last.pt",):
-                    checkpoint.save(folder / name, state)
+                checkpoint.save_last(self.folder / "checkpoints", state, best)

@@ -72,7 +72,7 @@ class Index:
 def cached_index(
     source: Path, stamps: Callable[[], list[int]], make_listing: Callable[[], Listing]
 ) -> Index:
-    """The index of `source`, an absolute path: the one in the user's cache if `stamps` are still its stamps.
+    """The index of `source`, an absolute path: that of the user's cache while `stamps` hold.
 
     `stamps` gives modification times in ns, of all that would change if images came or went. One
     process of a node makes the index, the others wait for it. Images that were bad are looked at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,40 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         checkpoint.load(path)
 
 
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """torch.load itself takes most of them for other weights."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"model": torch.randn(300), "step": 7})
+    torch.load(path, weights_only=True)
+    content = path.read_bytes()
+    generator = random.Random(0)
+    bits = [8 * len(content) - 1 - bit for bit in range(8 * 90)]  # the end with the checksum
+    bits += [generator.randrange(8 * len(content)) for _ in range(1000)]
+    for bit in bits:
+        altered = bytearray(content)
+        altered[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(altered)
+        with pytest.raises(UserError, match=r"last\.pt cannot be read.*checksum"):
+            checkpoint.load(path)
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step, best in enumerate((True, True, False, False)):
+        checkpoint.save_last(tmp_path, {"step": step}, best)
+    steps = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
+    assert steps == {"last.pt": 3, "previous.pt": 2, "best.pt": 1}
+    with pytest.raises(TypeError, match="cannot pickle"):
+        checkpoint.save_last(tmp_path, {"step": (item for item in ())}, True)
+    assert {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()} == steps
+
+
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     path = tmp_path / "hostile.pt"
     torch.save({"model": RunsCode(tmp_path / "ran")}, path)
+    with pytest.raises(UserError, match=r"hostile\.pt cannot be read.*checksum"):
+        checkpoint.load(path)
+    with path.open("r+b") as file:
+        checkpoint.seal(file)
     with pytest.raises(UserError, match=r"hostile\.pt cannot be read"):
         checkpoint.load(path)
     assert not (tmp_path / "ran").exists()
@@ -64,7 +96,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
 def test_a_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.pt does not exist"):
         checkpoint.load(tmp_path / "none.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
+    checkpoint.save(tmp_path / "list.pt", [1, 2])  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"list\.pt was not written by fastimagenet\.train"):
         checkpoint.load(tmp_path / "list.pt", "model")
     checkpoint.save(tmp_path / "weights.pt", {"model": {}})
