@@ -20,8 +20,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["fastimagenet", "pipelines", "pipelines.prepare"],
-    package_data={"fastimagenet": ["*.jinja"]},
+    packages=["fastimagenet", "pipelines", "pipelines.parity", "pipelines.prepare"],
+    package_data={"": ["*.jinja"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

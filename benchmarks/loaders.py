@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
-from fastimagenet.environment import processor, versions
 from pipelines import make_loader
 from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.digits import digits_folder
+from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 from pipelines.loader import Loader, LoaderSpec, Stage
 from pipelines.split import Split, read_split

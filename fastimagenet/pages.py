@@ -1,23 +1,16 @@
-"""The HTML pages: templates that extend base.html.jinja, one self-contained file each."""
+"""The pages of runs and sweeps: their templates lie in this folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from fastimagenet.formats import duration, number, percent
+from pipelines.pages import page_templates
 
 
 def render(template: str, **values: Any) -> str:
     """The page; every value is escaped unless it is Markup, and each has to be given."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "duration": duration, "number": number}
-    return environment.get_template(template).render(values)
+    templates = page_templates(Path(__file__).parent)
+    templates.filters |= {"percent": percent, "duration": duration, "number": number}
+    return templates.get_template(template).render(values)

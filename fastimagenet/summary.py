@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastimagenet import dawnbench
-from fastimagenet.environment import processor, versions
 from fastimagenet.files import write_object
 from fastimagenet.recorder import best_record, train_seconds
 from fastimagenet.report import write_report
 from pipelines import chosen_backend
 from pipelines.datasets import dataset_name
+from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 from pipelines.prepare.manifest import read_manifest
 from pipelines.split import Split

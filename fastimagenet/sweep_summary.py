@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastimagenet import recipe_toml
 from fastimagenet.assemble import chosen_recipe
-from fastimagenet.environment import versions
 from fastimagenet.files import Row, write_object, write_text
 from fastimagenet.formats import plain
 from fastimagenet.summary import hardware, precision_name
@@ -20,6 +19,7 @@ from fastimagenet.sweep_result import Choice, choose, why_nothing
 from fastimagenet.sweep_table import sweep_table
 from pipelines import chosen_backend
 from pipelines.datasets import dataset_name
+from pipelines.environment import versions
 from pipelines.split import Split
 
 if TYPE_CHECKING:

@@ -72,7 +72,7 @@ def test_only_the_trainer_wraps_in_ddp() -> None:
         "from fastimagenet.train import main; main(['--list-recipes'])",
         "from fastimagenet.train import main; main(['--print-recipe', '--recipe', 'imagenet'])",
         "from fastimagenet.train import main; main(['--dry-run', '--device', 'cpu'])",
-        "import fastimagenet.evaluate, fastimagenet.lr_find",
+        "import fastimagenet.evaluate, fastimagenet.lr_find, pipelines.parity.__main__",
     ],
 )
 def test_quick_answers_import_neither_torch_nor_dali(code: str) -> None:

@@ -1,0 +1,1 @@
+"""`python -m pipelines.parity`: does DALI give the pixels that torchvision gives?"""
