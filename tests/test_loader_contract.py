@@ -22,6 +22,7 @@ from pipelines.images import whole_files
 from pipelines.loader import Loader, LoaderSpec, Stage
 from pipelines.prefetch import Prefetcher
 from pipelines.split import Split
+from pipelines.torchvision import TorchvisionLoader
 
 COUNT = 37
 Make = Callable[..., Loader]
@@ -60,7 +61,7 @@ def make(request: pytest.FixtureRequest, split: Split) -> Iterator[Make]:
         fields.setdefault("num_threads", 1 if backend == "dali" else 0)
         spec = LoaderSpec(**fields)
         if backend == "prefetched":
-            loader: Loader = Prefetcher(make_loader("torchvision", spec), spec)
+            loader: Loader = Prefetcher(TorchvisionLoader(spec), spec)
         else:
             loader = make_loader(backend, spec)
         loaders.append(loader)
