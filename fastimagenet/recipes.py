@@ -170,7 +170,8 @@ class Recipe:
         for field in ("color_jitter", "random_erasing"):
             _require(0 <= getattr(self, field) <= 1, field, "in [0, 1]", getattr(self, field))
         for field in ("mixup", "cutmix"):
-            _require(0 <= getattr(self, field) < inf, field, "0 or more", getattr(self, field))
+            valid = 0 <= getattr(self, field) < inf
+            _require(valid, field, "0 or more, and finite", getattr(self, field))
         num_ops, magnitude = self.rand_augment
         valid = num_ops >= 1 and 0 <= magnitude < MAGNITUDES
         rule = f"[1 or more operations, magnitude 0 to {MAGNITUDES - 1}]"

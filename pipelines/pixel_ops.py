@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample
 
 GREY = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue (ITU-R BT.601)."""
+"""Weights of red, green and blue: ITU-R BT.601, with torchvision's digits."""
 
 
 def brightness(pixels: Tensor, level: Tensor) -> Tensor:
