@@ -22,7 +22,7 @@ from pipelines.crops import place
 from pipelines.loader import LoaderSpec
 from pipelines.order import ATTEMPTS
 
-AUTO_AUGMENT, JITTER, ERASE, MIX = 3, 4, 5, 6
+AUTO, JITTER, ERASE, MIX = 3, 4, 5, 6
 """First words of the keys, beside those of `pipelines.order`."""
 ERASED_AREA = (0.02, 0.33)
 """Share of the image; this and the ratio are the defaults of torchvision's RandomErasing."""
@@ -53,7 +53,7 @@ def augment(
         mean, std = on_device(images.device, *statistics)
         pixels = pixels_of(images, mean, std)
         if wanted.auto_augment != "none":
-            operations = draw_operations(wanted, generator(AUTO_AUGMENT), count, size)
+            operations = draw_operations(wanted, generator(AUTO), count, size)
             pixels = auto_augment(pixels, *operations)
         if wanted.color_jitter:
             pixels = jitter(pixels, *draw_jitter(wanted.color_jitter, generator(JITTER), count))
@@ -89,8 +89,8 @@ def jitter(pixels: Tensor, order: list[int], factors: NDArray[np.float32]) -> Te
     Not rounded in between, and the order is the batch's where torchvision draws it by image.
     """
     levels = on_device(pixels.device, *factors)
-    for place_in in order:
-        pixels = COLOURS[place_in](pixels, levels[place_in])
+    for colour in order:
+        pixels = COLOURS[colour](pixels, levels[colour])
     return pixels
 
 
