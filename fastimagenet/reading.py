@@ -45,6 +45,7 @@ def open_loader(
         mirror=recipe.mirror,
         aspect_ratio=recipe.aspect_ratio,
         reflect_pad=recipe.reflect_pad,
+        augmentation=recipe.augmentation,
         resize_ratio=recipe.resize_ratio,
     )
     return make_loader(backend, spec)

@@ -7,11 +7,13 @@ the named ones, `recipe_toml.py` reads and writes them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Literal
 
 from fastimagenet.evaluation import TTA
 from fastimagenet.model import MODELS, RESNETS
 from fastimagenet.plan import Plan, make_plan
+from pipelines.augmentation import AUTO_AUGMENT, MAGNITUDES, Augmentation
 from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.errors import UserError
 from pipelines.loader import DECODE_MARGIN
@@ -106,6 +108,20 @@ class Recipe:
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     reflect_pad: int = 0
     """When > 0: pad by reflection and crop back, in place of the random-area crop."""
+    auto_augment: str = "none"
+    """"trivial": one random operation an image, at any strength (TrivialAugment, arXiv 2103.10158).
+    "rand": several at one strength (RandAugment, arXiv 1909.13719)."""
+    rand_augment: tuple[int, int] = (2, 9)
+    """(operations an image, magnitude of 0 to 30) for auto_augment "rand"."""
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation times 1 - this to 1 + this (Howard, arXiv 1312.5402)."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle of an image is erased (Random Erasing, arXiv 1708.04896)."""
+    mixup: float = 0.0
+    """Above 0: alpha of blending pairs of images and their labels (mixup, arXiv 1710.09412)."""
+    cutmix: float = 0.0
+    """Above 0: alpha of pasting a part of one image into another (CutMix, arXiv 1905.04899); with
+    mixup, too, each batch gets one of the two."""
     resize_ratio: float = DECODE_MARGIN
     """Validation: short side / crop size."""
     tta: str = "none"
@@ -124,7 +140,13 @@ class Recipe:
             _require(valid, "target", 'such as "top1=0.94" or "top5=0.93"', self.target)
 
     def _check_choices(self) -> None:
-        choices = {"model": MODELS, "schedule": SCHEDULES, "precision": PRECISIONS, "tta": TTA}
+        choices = {
+            "model": MODELS,
+            "schedule": SCHEDULES,
+            "precision": PRECISIONS,
+            "tta": TTA,
+            "auto_augment": AUTO_AUGMENT,
+        }
         for field, names in choices.items():
             value = getattr(self, field)
             _require(value in names, field, f"one of {', '.join(names)}", value)
@@ -145,6 +167,15 @@ class Recipe:
             _require(0 <= getattr(self, field) < 1, field, "in [0, 1)", getattr(self, field))
         for field in ("weight_decay", "lr_reference_batch", "reflect_pad"):
             _require(getattr(self, field) >= 0, field, "0 or more", getattr(self, field))
+        for field in ("color_jitter", "random_erasing"):
+            _require(0 <= getattr(self, field) <= 1, field, "in [0, 1]", getattr(self, field))
+        for field in ("mixup", "cutmix"):
+            valid = 0 <= getattr(self, field) < inf
+            _require(valid, field, "0 or more, and finite", getattr(self, field))
+        num_ops, magnitude = self.rand_augment
+        valid = num_ops >= 1 and 0 <= magnitude < MAGNITUDES
+        rule = f"[1 or more operations, magnitude 0 to {MAGNITUDES - 1}]"
+        _require(valid, "rand_augment", rule, self.rand_augment)
         _require(self.resize_ratio >= 1, "resize_ratio", "at least 1", self.resize_ratio)
         _require(min(self.std) > 0, "std", "above 0 for every channel", self.std)
         low, high = self.aspect_ratio
@@ -158,6 +189,18 @@ class Recipe:
     def epochs(self) -> int:
         """Of all phases together."""
         return sum(phase.epochs for phase in self.phases)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What the training loader does beyond crop and flip."""
+        return Augmentation(
+            auto_augment=self.auto_augment,
+            rand_augment=self.rand_augment,
+            color_jitter=self.color_jitter,
+            random_erasing=self.random_erasing,
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+        )
 
     @property
     def target_metric(self) -> tuple[str, float] | None:

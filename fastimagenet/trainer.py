@@ -47,8 +47,8 @@ class Trainer:
     """Trains `model` as `plan` says, on the device of `world`.
 
     `make_loader(training)` gives the loaders, which yield images (B, 3, S, S) channels_last and
-    labels (B,) int64 on that device. With a `folder`, the first process leaves checkpoints there,
-    with the plain values `about` in them.
+    labels on that device: (B,) int64, or (B, classes) float32 for a recipe that mixes images. With
+    a `folder`, the first process leaves checkpoints there, with the plain values `about` in them.
     Raises UserError for what the user can mend: memory, precision, a diverging loss.
     """
 
@@ -274,6 +274,7 @@ class Trainer:
                 images = images.to(memory_format=torch.channels_last)
                 if self.device.type == "cuda" and self.dtype is not None:
                     images = images.half()
+                # Of any kind, since the loss is not compiled.
                 labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
                 with out_of_memory_advice(batch_size, image_size, planned.index):
                     self._forward_backward(images, labels)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from math import ceil
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -122,6 +125,14 @@ def mix_rows(
         per_sample_weights=weights.flatten(0, 1),
     )
     return mixed.view(count, size, width, channels)
+
+
+def on_device(device: torch.device, *rows: NDArray[Any]) -> tuple[Tensor, ...]:
+    """Arrays of one kind and length, sent to the device as one, which is not waited for."""
+    table = torch.from_numpy(np.stack(rows))
+    if device.type == "cuda":
+        table = table.pin_memory().to(device, non_blocking=True)
+    return table.unbind()
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pipelines.augmentation import Augmentation
 from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.split import Split
 
@@ -71,6 +72,8 @@ class LoaderSpec:
     `image_size`, pad each side by this many pixels by reflection and crop back at random."""
     copies: Mapping[str, Split] = field(default_factory=dict)
     """The same images, one by one, in other files, such as smaller ones."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """Training: what comes after crop and flip."""
     resize_ratio: float = DECODE_MARGIN
     """Validation: the short side becomes round(image_size * resize_ratio) before the crop."""
 
@@ -106,12 +109,13 @@ class Loader(Protocol):
 
     - `for images, labels in loader` yields what is left of the current epoch: images
       (B, 3, S, S), or (B, 3, H, W) as each batch has it where the stage is `rect`, float32 or
-      float16, normalised, channels_last in memory, on the device; labels (B,) int64 on the device.
-      A finished pass moves `epoch` on by one; a pass that the caller breaks off stays where it is
-      and goes on with the very next batch.
+      float16, normalised, channels_last in memory, on the device; labels (B,) int64 on the device,
+      but with mixup or cutmix, in training, (B, classes) float32 probabilities: torch's
+      cross_entropy takes both. A finished pass moves `epoch` on by one; a pass that the caller
+      breaks off stays where it is and goes on with the very next batch.
     - Training: the same number of full batches on every shard, no image twice in an epoch,
-      fewer than one global batch left out, another order each epoch. The order, the crops and
-      the flips follow from the seed, the epoch, the step and the shard alone.
+      fewer than one global batch left out, another order each epoch. The order, the crops, the
+      flips and what else augments follow from the seed, the epoch, the step and the shard alone.
     - Validation: each image exactly once over all shards, the last batch may be smaller.
     - A batch that cannot be decoded raises `UserError` with the file's path.
     """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil, sqrt
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from pipelines.batch_crop import normalise, resized_crop, window_crop
+from pipelines.batch_crop import normalise, on_device, resized_crop, window_crop
 from pipelines.crops import crop_box, place
 from pipelines.errors import UserError
 from pipelines.images import ImageFile
@@ -173,17 +173,17 @@ class MemoryLoader(StreamLoader):
         draws, size = batch.draws, batch.shape[0]
         images = self.images[batch.copy, size]
         if draws is None:
-            labels, index = self.on_device(batch.labels, rows)
+            labels, index = on_device(self.device, batch.labels, rows)
             pixels = images.index_select(0, index)
         elif self.spec.reflect_pad:
             starts = place(draws.offset, 2 * self.spec.reflect_pad + 1).T
-            labels, index, top, left, mirror = self.on_device(
-                batch.labels, rows, *starts, draws.mirror
+            labels, index, top, left, mirror = on_device(
+                self.device, batch.labels, rows, *starts, draws.mirror
             )
             pixels = window_crop(images, index, top, left, mirror, size)
         else:
-            box = self.on_device(*self.crops(batch, rows, draws, images.shape[1]))
-            labels, index, mirror = self.on_device(batch.labels, rows, draws.mirror)
+            box = on_device(self.device, *self.crops(batch, rows, draws, images.shape[1]))
+            labels, index, mirror = on_device(self.device, batch.labels, rows, draws.mirror)
             pixels = resized_crop(images, index, box, mirror, size)
         normal = normalise(pixels, self.mean, self.std)
         return normal.half() if self.spec.half else normal, labels
@@ -196,13 +196,6 @@ class MemoryLoader(StreamLoader):
         box = crop_box(height, width, draws, slice(None), self.spec.aspect_ratio)
         scale = side / np.stack([height, width, height, width])
         return (np.stack(box) * scale).astype(np.float32)
-
-    def on_device(self, *rows: NDArray[Any]) -> tuple[Tensor, ...]:
-        """Arrays of one kind and length, sent to the device as one."""
-        table = torch.from_numpy(np.stack(rows))
-        if self.device.type == "cuda":
-            table = table.pin_memory().to(self.device, non_blocking=True)
-        return table.unbind()
 
 
 def shape_of(file: ImageFile) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """What is read when: the images of every batch and the random numbers that augment them.
 
-All randomness of the data layer is drawn here, from (seed, epoch, step, shard) alone. So batches do
-not depend on the back end, its threads or its past; a position in a run is two integers; and every
-back end cuts the same crops.
+All randomness of the data layer is drawn here and, for what augments whole batches, in
+`batch_augment.py`, from (seed, epoch, step, shard) alone. So batches do not depend on the back end,
+its threads or its past; a position in a run is two integers; and every back end cuts the same
+crops.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from pipelines.loader import Loader, LoaderSpec
+from pipelines.loader import LoaderSpec
 from pipelines.stream import StreamLoader
 
 
@@ -15,28 +15,27 @@ class Prefetcher(StreamLoader):
     """A `Loader` over another one of the same spec that hands out batches on `spec.device`.
 
     To a GPU each batch is copied on a stream of its own, from pinned memory, and made half there
-    if the spec asks for it; on the CPU batches pass through.
+    if the spec asks for it; on the CPU batches pass through. They are augmented where they arrive.
     """
 
-    def __init__(self, loader: Loader, spec: LoaderSpec) -> None:
+    def __init__(self, loader: StreamLoader, spec: LoaderSpec) -> None:
         super().__init__(spec)
         self.loader = loader
         self.device = torch.device(spec.device)
 
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
-        self.loader.load_state_dict({"epoch": epoch, "step": step})
+        batches = self.loader.open(epoch, step)
         side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         try:
-            while True:
-                for batch in self.loader:
-                    if side is not None:
-                        # The caller has only queued its work on the batch before: this copy runs
-                        # beside it.
-                        batch = self.copy(batch, side)
-                        self.hand_over(batch, side)
-                    yield batch
+            for batch in batches:
+                if side is not None:
+                    # The caller has only queued its work on the batch before: this copy runs
+                    # beside it.
+                    batch = self.copy(batch, side)
+                    self.hand_over(batch, side)
+                yield batch
         finally:
-            self.loader.close()
+            batches.close()
 
     def copy(self, batch: tuple[Tensor, Tensor], side: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
         images, labels = (part if part.is_pinned() else part.pin_memory() for part in batch)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
+from pipelines.batch_augment import augment
 from pipelines.loader import LoaderSpec
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class StreamLoader(ABC):
 
     @abstractmethod
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
-        """All batches from a position on; closing the generator frees what it holds."""
+        """All batches from a position on, cropped and flipped; closing frees what it holds."""
 
     def __len__(self) -> int:
         return self.spec.steps_at(self.epoch)
@@ -42,7 +43,7 @@ class StreamLoader(ABC):
         self.step = 0
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """The batch at the position; what was read ahead is lost if that has been moved."""
+        """The batch at the position, augmented; what was read ahead is lost if that was moved."""
         epoch, step = self.epoch, self.step
         if self.stream is not None and self.stream_at != (epoch, step):
             self.close_stream()
@@ -54,7 +55,7 @@ class StreamLoader(ABC):
             self.close_stream()
             raise
         self.stream_at = (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
-        return batch
+        return augment(*batch, self.spec, epoch, step) if self.spec.training else batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "step": self.step}

@@ -17,13 +17,19 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines import make_loader
+from pipelines.augmentation import Augmentation
 from pipelines.errors import UserError
 from pipelines.images import whole_files
 from pipelines.loader import Loader, LoaderSpec, Stage
 from pipelines.prefetch import Prefetcher
 from pipelines.split import Split
+from pipelines.torchvision import TorchvisionLoader
 
 COUNT = 37
+NOTHING = Augmentation()
+EVERYTHING = Augmentation(
+    auto_augment="trivial", color_jitter=0.4, random_erasing=0.5, mixup=0.2, cutmix=1.0
+)
 Make = Callable[..., Loader]
 TWO_SIZES = (
     Stage(epochs=2, image_size=16, batch_size=5, min_scale=0.5),
@@ -60,7 +66,7 @@ def make(request: pytest.FixtureRequest, split: Split) -> Iterator[Make]:
         fields.setdefault("num_threads", 1 if backend == "dali" else 0)
         spec = LoaderSpec(**fields)
         if backend == "prefetched":
-            loader: Loader = Prefetcher(make_loader("torchvision", spec), spec)
+            loader: Loader = Prefetcher(TorchvisionLoader(spec), spec)
         else:
             loader = make_loader(backend, spec)
         loaders.append(loader)
@@ -188,6 +194,50 @@ def test_a_resumed_run_is_bit_equal(make: Make, passes: int, batches: int) -> No
     while loader.epoch < 5:
         assert same(list(resumed), list(loader))
         assert resumed.epoch == loader.epoch
+
+
+@pytest.mark.parametrize("passes, batches", [(0, 3), (1, 7), (2, 5)])
+def test_a_resumed_run_is_augmented_alike(make: Make, passes: int, batches: int) -> None:
+    loader, resumed = make(augmentation=EVERYTHING), make(augmentation=EVERYTHING)
+    for _ in range(passes):
+        list(loader)
+    for step, _ in enumerate(loader, start=1):
+        if step == batches:
+            break
+    resumed.load_state_dict(loader.state_dict())
+    while loader.epoch < 4:
+        assert same(list(resumed), list(loader))
+
+
+def test_augmented_batches_have_probabilities_for_labels(make: Make) -> None:
+    plain, augmented = list(make()), list(make(augmentation=EVERYTHING))
+    for (images, own), (changed, mixed) in zip(plain, augmented, strict=True):
+        assert changed.shape == images.shape and changed.dtype == images.dtype
+        assert changed.is_contiguous(memory_format=torch.channels_last)
+        assert not torch.equal(changed, images) and changed.isfinite().all()
+        assert mixed.shape == (len(own), COUNT) and mixed.dtype == torch.float32
+        assert torch.allclose(mixed.sum(1), torch.ones(len(own)))
+        chosen = torch.nn.functional.one_hot(own, COUNT).bool()
+        assert not mixed[~(chosen | chosen.roll(1, 0))].any(), "of the own and the partner's class"
+
+
+def test_augmentation_that_is_off_changes_no_bit(make: Make) -> None:
+    loader = make(augmentation=Augmentation(rand_augment=(3, 30)))
+    read = list(loader)
+    raw = loader.open(0, 0)  # type: ignore[attr-defined]
+    assert same(read, [next(raw) for _ in read])
+    raw.close()
+
+
+def test_validation_is_not_augmented(make: Make) -> None:
+    assert same(*(list(make(training=False, augmentation=a)) for a in (EVERYTHING, NOTHING)))
+
+
+def test_copied_batches_are_augmented_once(split: Split) -> None:
+    spec = LoaderSpec(
+        split=split, stages=TWO_SIZES, training=True, num_threads=0, augmentation=EVERYTHING
+    )
+    assert same(list(Prefetcher(TorchvisionLoader(spec), spec)), list(TorchvisionLoader(spec)))
 
 
 def test_a_loader_that_has_read_can_go_back(make: Make) -> None:

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from pipelines import make_loader
+from pipelines.augmentation import Augmentation
+from pipelines.batch_augment import augment
+from pipelines.images import whole_files
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.split import read_split
+from pipelines.split import Split, read_split
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision", "memory"])
@@ -51,6 +54,32 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(
             break
     on_cpu.close()
     on_gpu.close()
+
+
+def test_augmentation_is_that_of_the_cpu_and_waits_for_nothing() -> None:
+    wanted = Augmentation(
+        auto_augment="rand", color_jitter=0.4, random_erasing=0.5, mixup=0.2, cutmix=1.0
+    )
+    spec = LoaderSpec(
+        split=Split(whole_files([""]) * 64, [0] * 64, tuple("abcdefg")),
+        stages=(Stage(epochs=1, image_size=64, batch_size=64),),
+        training=True,
+        augmentation=wanted,
+    )
+    images = torch.randn(64, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(64) % 7
+    fast, target = images.to("cuda:0"), labels.to("cuda:0")
+    augment(fast, target, spec, 0, 0)
+    for step in range(5):
+        expected, expected_labels = augment(images, labels, spec, 0, step)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ours, mixed = augment(fast, target, spec, 0, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(mixed.cpu(), expected_labels)
+        assert 255 * 0.226 * (ours.cpu() - expected).abs().mean() < 0.1
 
 
 def test_float16_batches_are_handed_over_without_a_copy(photographs: Path) -> None:

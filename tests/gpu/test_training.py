@@ -53,6 +53,7 @@ def make_trainer(recipe: Recipe, model: nn.Module | None = None) -> Trainer:
             training=training,
             device="cuda:0",
             half=recipe.precision in ("bf16", "fp16"),
+            augmentation=recipe.augmentation,
         )
         return make_loader("synthetic", spec)
 
@@ -104,13 +105,15 @@ def test_a_sweep_in_mixed_precision_stays_near_fp32_and_leaves_no_trace(precisio
     trainer.fit()
 
 
-def test_a_compiled_run_changes_phase_without_compiling_again() -> None:
-    trainer = make_trainer(replace(RECIPE, precision="bf16", compile=True))
+@pytest.mark.parametrize("mixup", [0.0, 0.2])
+def test_a_compiled_run_changes_phase_without_compiling_again(mixup: float) -> None:
+    recipe = replace(RECIPE, precision="bf16", mixup=mixup)
+    trainer = make_trainer(replace(recipe, compile=True))
     trainer.warm_up()
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     trainer.fit()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
-    eager = make_trainer(replace(RECIPE, precision="bf16"))
+    eager = make_trainer(recipe)
     eager.fit()
     assert trainer.records[0].train_loss == pytest.approx(eager.records[0].train_loss, rel=0.05)
 
