@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import re
+import struct
+import tarfile
 from collections.abc import Iterable, Sequence
 from urllib.parse import quote
 
@@ -26,6 +28,8 @@ SUFFIX = re.compile(r"[A-Za-z0-9]{1,8}")
 NO_SUFFIX = "img"
 """Stands for suffixes that are none."""
 INDEX_VERSION = "v1.2"
+HEADER = struct.Struct("100s24x12s20xc188x155s12x")
+"""Of a tar member: base name, size in octal digits, type, and what comes before the base name."""
 
 
 def encoded(name: str) -> str:
@@ -67,9 +71,7 @@ def footprint(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     return -(-sizes // BLOCK) * BLOCK + 3 * BLOCK
 
 
-def layout(
-    sizes: NDArray[np.int64], labels: NDArray[np.int32]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+def layout(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
     """Where the images and their labels begin, (N,) each, and the bytes of the whole shard."""
     room = footprint(sizes)
     ends = np.cumsum(room)
@@ -78,9 +80,18 @@ def layout(
     return starts, label_starts, -(-total // RECORD) * RECORD
 
 
+def is_member(header: bytes, name: str, size: int) -> bool:
+    """Whether a block is the tar header of a plain file of this name and size."""
+    if len(header) < BLOCK:
+        return False
+    base, digits, kind, folder = HEADER.unpack(header)
+    found = (folder.rstrip(b"\0") + b"/" if folder[0] else b"") + base.rstrip(b"\0")
+    return (found, digits, kind) == (name.encode(), b"%011o\0" % size, tarfile.REGTYPE)
+
+
 def index_text(names: Sequence[str], sizes: NDArray[np.int64], labels: NDArray[np.int32]) -> str:
     """The index of a shard, as DALI's wds2idx writes it."""
-    starts, label_starts, _ = layout(sizes, labels)
+    starts, label_starts, _ = layout(sizes)
     lines = [f"{INDEX_VERSION} {len(names)}\n"]
     rows = zip(
         names, starts.tolist(), sizes.tolist(), label_starts.tolist(), labels.tolist(), strict=True

@@ -81,7 +81,7 @@ def checksum_if_whole(path: Path, plan: Plan) -> str | None:
         newest = max(os.stat(image).st_mtime_ns for image in plan.paths)
     except FileNotFoundError:
         return None
-    if status.st_size != layout(plan.sizes, plan.labels)[2] or status.st_mtime_ns < newest:
+    if status.st_size != layout(plan.sizes)[2] or status.st_mtime_ns < newest:
         return None
     return checksum(path)
 
@@ -101,9 +101,9 @@ def write_tar(file: BinaryIO, plan: Plan) -> None:
             with image:
                 if found != size:
                     raise UserError(f"{path} has changed since it was looked at: call again")
-                tar.addfile(member(name, size), image)
+                tar.addfile(member_info(name, size), image)
             digits = str(label).encode()
-            tar.addfile(member(f"{name.rpartition('.')[0]}.cls", len(digits)), BytesIO(digits))
+            tar.addfile(member_info(f"{name.rpartition('.')[0]}.cls", len(digits)), BytesIO(digits))
 
 
 def open_image(path: str) -> tuple[BinaryIO, int]:
@@ -115,7 +115,7 @@ def open_image(path: str) -> tuple[BinaryIO, int]:
     return open(file, "rb"), status.st_size
 
 
-def member(name: str, size: int) -> tarfile.TarInfo:
+def member_info(name: str, size: int) -> tarfile.TarInfo:
     """A plain file of nobody's, from no time."""
     info = tarfile.TarInfo(name)
     info.size = size

@@ -195,7 +195,7 @@ def planned(plan: Plan) -> Shard:
             f"--shard-size: the index of {plan.file} would have {len(index):,} bytes, more than "
             f"{MAX_BYTES:,}: take a smaller size"
         )
-    size = layout(plan.sizes, plan.labels)[2]
+    size = layout(plan.sizes)[2]
     return Shard(plan.file, len(plan.paths), size, hashlib.sha256(index).hexdigest())
 
 
