@@ -123,15 +123,20 @@ def read_bounded(path: Path) -> bytes:
     try:
         file, status = open_file(str(path))
         with open(file, "rb") as stream:
-            if status.st_size > MAX_BYTES:
-                raise UserError(f"{path} has more than {MAX_BYTES:,} bytes: {AGAIN}")
+            check_length(status.st_size, str(path))
             return stream.read(MAX_BYTES)
     except Damage as damage:
         raise UserError(f"{path} {damage}: {AGAIN}") from None
 
 
+def check_length(length: int, name: str) -> None:
+    if length > MAX_BYTES:
+        raise UserError(f"{name} has more than {MAX_BYTES:,} bytes: {AGAIN}")
+
+
 def parse_manifest(data: bytes, name: str) -> Manifest:
     """The manifest in `data`; raises UserError, which calls it `name`, for all that is none."""
+    check_length(len(data), name)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
