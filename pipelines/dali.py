@@ -78,6 +78,7 @@ class DaliLoader(StreamLoader):
                         held.popleft()[-1].synchronize()
         finally:
             del pipeline  # the last reference: its threads end
+            source.close()
             ReleaseUnusedMemory()
 
     def reflect_crop(self, images: Tensor, draws: Draws) -> Tensor:

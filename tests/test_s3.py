@@ -215,3 +215,24 @@ def test_objects_are_read_a_few_at_a_time() -> None:
     files = [Wanted(str(place), size, "") for place, size in enumerate(sizes)]
     groups = [[int(file.name) for file in group] for group in in_groups(files)]
     assert groups == [[0, 1], [2], [3], [4, 5, 6, 7], [8]]
+
+
+def test_a_command_takes_the_address_as_its_data(bucket: Bucket, shards: Path) -> None:
+    bucket.put_folder("for/training", shards)
+
+    def train(url: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fastimagenet.train", "--dry-run", "--data", url]
+        command += ["--recipe", "digits", "--set", "phases.0.batch_size=5"]
+        command += ["--set", "phases.1.batch_size=5"]
+        return subprocess.run(
+            command, cwd=ROOT, env=bucket.environment, capture_output=True, text=True, timeout=120
+        )
+
+    done = train("s3://bucket/for/training")
+    assert done.returncode == 0 and "30 training images" in done.stdout, done
+    failed = train("s3://bucket/nowhere")
+    # DALI prints a line of its own.
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith(
+        "error: argument --data: s3://bucket/nowhere/shards.json cannot be read"
+    )
