@@ -224,7 +224,8 @@ def report(
     for name, split in splits.items():
         shards = manifest.splits[name]
         size = sum(shard.bytes for shard in shards) / 1e6
-        lines.append(f"{name}: {len(split):,} images, {len(shards):,} tar files, {size:,.1f} MB")
+        files = "1 tar file" if len(shards) == 1 else f"{len(shards):,} tar files"
+        lines.append(f"{name}: {len(split):,} images, {files}, {size:,.1f} MB")
     lines.append(
         f"{args.dst}: {written:,} written, {len(packed) - written:,} were there, {seconds:,.1f} s"
     )
