@@ -4,9 +4,9 @@
 
 Reads the training images for some epochs, with as many image sizes one after the other, and looks
 at the memory at the end of each epoch, while the next one is read ahead. *Allocated*: the pages of
-this process and its workers that are not those of files, each counted once. *Resident*: this process
-alone, with the program files that it maps. FILE.json gets the figures, FILE.svg and FILE.png show
-them.
+this process and its workers that are not those of files, each counted once. *Resident*: this
+process alone, with the program files that it maps. FILE.json gets the figures, FILE.svg and
+FILE.png show them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from benchmarks.run_table import markdown
-from fastimagenet.environment import processor, versions
 from fastimagenet.figures import (
     BLUE,
     ORANGE,
@@ -39,9 +38,10 @@ from fastimagenet.figures import (
 )
 from fastimagenet.files import write_object
 from pipelines import BACKENDS, cli, make_loader
+from pipelines.environment import processor, versions
 from pipelines.errors import UserError
-from pipelines.folder import read_split
 from pipelines.loader import LoaderSpec, Stage
+from pipelines.split import read_split
 
 BAND = 0.05
 """The share within which memory counts as flat."""
