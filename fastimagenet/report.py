@@ -91,7 +91,8 @@ def _status(run: Run) -> str:
     planned = run.plan.get("epochs", 0)
     if run.epochs_done >= planned:
         return ""
-    return f"stopped or still running: {run.epochs_done} of {planned} epochs done"
+    ended = "ended at its target" if run.summary else "stopped or still running"
+    return f"{ended}: {run.epochs_done} of {planned} epochs done"
 
 
 def _headline(run: Run) -> list[str]:
