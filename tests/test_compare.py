@@ -69,7 +69,8 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path: Path) -> None:
 def test_the_contests_entries_are_those_of_its_lists() -> None:
     imagenet = {(e.hardware, e.seconds, e.usd) for e in published({"ImageNet"}, "top5")}
     minutes = {("8 x V100", 177.45, 72.40), ("32 x V100", 29.71, 48.48),
-               ("64 x V100", 18.88, 61.63), ("128 x V100", 18.09, 118.07), ("8 x V100", 21.63, 7.43)}  # fmt: skip
+               ("64 x V100", 18.88, 61.63), ("128 x V100", 18.09, 118.07),
+               ("8 x V100", 21.63, 7.43)}  # fmt: skip
     assert {(name, round(60 * time, 6), usd) for name, time, usd in minutes} <= imagenet
     assert ("128 x V100", 157.6, 14.43) in imagenet
     cifar = {(e.hardware, e.seconds, e.usd) for e in published({"CIFAR10"}, "top1")}
