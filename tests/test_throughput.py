@@ -29,9 +29,7 @@ def test_every_phase_of_a_recipe_is_measured(tmp_path: Path) -> None:
         stalls = [
             1 - both / alone for both, alone in zip(rates["both"], rates["model"], strict=True)
         ]
-        assert phase["stall"]["mean"] == pytest.approx(
-            sum(1 - both / alone for both, alone in pairs) / 2
-        )
+        assert phase["stall"]["mean"] == pytest.approx(sum(stalls) / 2)
         assert 0 <= phase["data_wait_share"]["mean"] <= 1
         assert rates["memory_bytes"] > 2**20
     # A convolution costs as much as its image has pixels.
