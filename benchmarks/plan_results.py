@@ -1,0 +1,110 @@
+"""What a plan leaves: the table, the picture, the data, and the recipe to train with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.planner import Candidate
+from benchmarks.run_table import markdown
+from fastimagenet import recipe_toml
+from fastimagenet.figures import LEGEND, SMALL, new_figure, write_files
+from fastimagenet.files import Row, write_object, write_text
+from fastimagenet.formats import NO_BREAK, duration, percent, time_unit
+from fastimagenet.time_plots import TIME_COLOURS
+
+NOT_MEASURED = (
+    "All times and costs are predicted from the probe, not measured: processes and nodes are taken "
+    "to scale perfectly, and to be like the device probed."
+)
+
+
+def write_results(result: Row, found: list[Candidate], folder: Path) -> None:
+    """plan.json, table.md, plan.svg and .png, and recipe.toml: the first candidate."""
+    rows = [
+        asdict(each)
+        | {
+            "predicted_wall_seconds": each.wall_seconds,
+            "predicted_train_seconds": each.train_seconds,
+        }
+        for each in found
+    ]
+    probe = result["probe"]
+    # Names in a JSON object are text.
+    rates = {str(size): rate for size, rate in probe["eval_images_per_sec"].items()}
+    probe = probe | {"eval_images_per_sec": rates}
+    write_object(folder / "plan.json", result | {"probe": probe, "predicted": rows})
+    write_text(folder / "table.md", table(result, found))
+    write_text(folder / "recipe.toml", recipe_toml.dumps(found[0].recipe))
+    write_files(picture(found, result["minutes"]), folder, "plan")
+
+
+def table(result: Row, found: list[Candidate]) -> str:
+    """Markdown."""
+    header = (
+        *("predicted", "epochs", "sizes", "global batch", "updates", "train", "wall", "cost"),
+        *("expected top-1", "top-5"),
+    )
+    rows = [row(each) for each in found]
+    sources = dict.fromkeys(each.accuracy_source for each in found)
+    price = result["node_usd_per_hour"]
+    machines = f"{result['nodes']} x {result['gpus_per_node']} processes"
+    lines = [
+        f"# {found[0].recipe.name} on {result['data']} within {result['minutes']:g} minutes: "
+        "predicted",
+        "",
+        f"{machines} like the one probed: {result['hardware_probed']}; {result['precision']}; "
+        f"torch {result['versions']['torch']}; {result['date']}"
+        + ("." if price is None else f"; ${price:g} an hour and node."),
+        "",
+        markdown([header, *rows]),
+        "",
+        NOT_MEASURED,
+        f"Accuracies are expected, not measured: {'; '.join(sources)}.",
+    ]
+    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
+
+
+def row(each: Candidate) -> tuple[str, ...]:
+    """The cells of one candidate."""
+    recipe, accuracy = each.recipe, each.accuracy or {}
+    return (
+        each.name,
+        str(recipe.epochs),
+        ", ".join(f"{phase.image_size} px x {phase.epochs}" for phase in recipe.phases),
+        ", ".join(dict.fromkeys(f"{batch:,}" for batch in each.global_batches)),
+        f"{each.steps:,}",
+        duration(each.train_seconds),
+        duration(each.wall_seconds),
+        "-" if each.cost_usd is None else f"${each.cost_usd:,.2f}",
+        percent(accuracy.get("top1"), 1),
+        percent(accuracy.get("top5"), 1),
+    )
+
+
+def picture(found: list[Candidate], minutes: float) -> Figure:
+    """The predicted wall time of every candidate by its parts, and the budget."""
+    unit, length = time_unit(60 * minutes)
+    figure, (axes,) = new_figure(size=(6.6, 1.6 + 0.45 * len(found)))
+    left = [0.0] * len(found)
+    for part, colour in TIME_COLOURS.items():
+        values = [each.seconds.get(part, 0.0) / length for each in found]
+        if any(values):
+            label = part.replace("_", " ")
+            axes.barh(range(len(found)), values, 0.6, left, color=colour, label=label)
+        left = [start + value for start, value in zip(left, values, strict=True)]
+    for place, each in enumerate(found):
+        known = each.accuracy or {}
+        text = [f"{each.recipe.epochs} epochs"]
+        text += [f"expected {percent(known['top1'], 1)} top-1"] if known else []
+        words = ", ".join(text).replace(NO_BREAK, " ")
+        axes.text(left[place], place, f"  {words}", va="center", fontsize=SMALL)
+    axes.axvline(60 * minutes / length, color="#333333", linestyle="--", linewidth=1.2)
+    axes.set_yticks(range(len(found)), [each.name for each in found])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel=f"predicted wall time ({unit}); dashed: the budget", xlim=(0, 1.45 * max(left)))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), **(LEGEND | {"ncols": 5}))
+    return figure
