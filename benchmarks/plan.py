@@ -100,11 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     write_results(result, found, args.output)
     print(f"\n{table(result, found)}\nall of it: {args.output}", flush=True)
-    flags = f"--data {shlex.quote(str(args.data))} " if args.data else ""
-    nodes = f" --nodes {args.nodes}" if args.nodes > 1 else ""
-    print(
-        f"train it: python -m fastimagenet.train {flags}--recipe {args.output}/recipe.toml{nodes}"
-    )
+    flags = ["--data", str(args.data)] if args.data else []
+    flags += ["--recipe", str(args.output / "recipe.toml")]
+    flags += ["--nodes", str(args.nodes)] if args.nodes > 1 else []
+    print(f"train it: {shlex.join(['python', '-m', 'fastimagenet.train', *flags])}")
     return 0
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.planner import Candidate
 from benchmarks.run_table import markdown
 from fastimagenet import recipe_toml
-from fastimagenet.figures import LEGEND, SMALL, new_figure, write_files
+from fastimagenet.figures import new_figure, with_legend, write_files
 from fastimagenet.files import Row, write_object, write_text
 from fastimagenet.formats import NO_BREAK, duration, percent, time_unit
 from fastimagenet.time_plots import TIME_COLOURS
@@ -49,6 +49,7 @@ def table(result: Row, found: list[Candidate]) -> str:
     )
     rows = [row(each) for each in found]
     sources = dict.fromkeys(each.accuracy_source for each in found)
+    known = any(each.accuracy for each in found)
     price = result["node_usd_per_hour"]
     machines = f"{result['nodes']} x {result['gpus_per_node']} processes"
     lines = [
@@ -62,7 +63,8 @@ def table(result: Row, found: list[Candidate]) -> str:
         markdown([header, *rows]),
         "",
         NOT_MEASURED,
-        f"Accuracies are expected, not measured: {'; '.join(sources)}.",
+        ("Accuracies are expected, not measured" if known else "No accuracy is expected")
+        + f": {'; '.join(sources)}.",
     ]
     return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
 
@@ -87,24 +89,25 @@ def row(each: Candidate) -> tuple[str, ...]:
 def picture(found: list[Candidate], minutes: float) -> Figure:
     """The predicted wall time of every candidate by its parts, and the budget."""
     unit, length = time_unit(60 * minutes)
-    figure, (axes,) = new_figure(size=(6.6, 1.6 + 0.45 * len(found)))
-    left = [0.0] * len(found)
+    figure, (axes,) = new_figure(size=(6.6, 1.6 + 0.55 * len(found)))
+    places, left = range(len(found)), [0.0] * len(found)
     for part, colour in TIME_COLOURS.items():
         values = [each.seconds.get(part, 0.0) / length for each in found]
         if any(values):
             label = part.replace("_", " ")
-            axes.barh(range(len(found)), values, 0.6, left, color=colour, label=label)
+            axes.barh(places, values, 0.6, left, color=colour, label=label)
         left = [start + value for start, value in zip(left, values, strict=True)]
-    for place, each in enumerate(found):
-        known = each.accuracy or {}
-        text = [f"{each.recipe.epochs} epochs"]
-        text += [f"expected {percent(known['top1'], 1)} top-1"] if known else []
-        words = ", ".join(text).replace(NO_BREAK, " ")
-        axes.text(left[place], place, f"  {words}", va="center", fontsize=SMALL)
     axes.axvline(60 * minutes / length, color="#333333", linestyle="--", linewidth=1.2)
-    axes.set_yticks(range(len(found)), [each.name for each in found])
+    axes.set_yticks(places, [in_picture(each) for each in found])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set(xlabel=f"predicted wall time ({unit}); dashed: the budget", xlim=(0, 1.45 * max(left)))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), **(LEGEND | {"ncols": 5}))
-    return figure
+    axes.set(xlabel=f"predicted wall time ({unit}); dashed: the budget")
+    return with_legend(figure, ncols=3)
+
+
+def in_picture(each: Candidate) -> str:
+    """Name, epochs, and what is expected of them."""
+    text = f"{each.name}\n{each.recipe.epochs} epochs"
+    if each.accuracy:
+        text += f", expected {percent(each.accuracy['top1'], 1)} top-1"
+    return text.replace(NO_BREAK, " ")

@@ -217,7 +217,7 @@ def accuracy_table(model: str, dataset: str | None) -> tuple[dict[int, dict[str,
             for entry in entries
             if entry.epochs and entry.top1 and entry.top5
         }
-        return rows, "ffcv-imagenet's table, with image sizes of its own"
+        return rows, "ffcv-imagenet's table (image sizes of its own)"
     if (model, dataset) == ("resnet56", "CIFAR10"):
         runs = (STUDY[run] for run in ("3a", "3b", "1"))
         return {run.epochs: {"top1": run.top1} for run in runs}, "the super-convergence study"
@@ -234,7 +234,8 @@ def candidates(
     budget_seconds: float,
     node_price: float | None,
 ) -> list[Candidate]:
-    """What to choose from, the recipe within the budget first.
+    """What to choose from: the recipe and its variants within the budget; then, beyond it or not,
+    the recipe over its own epochs and over those that published tables give for its target.
 
     `node_price` in US dollars an hour of one node. Raises UserError where not one epoch fits.
     """
@@ -259,17 +260,17 @@ def candidates(
     for name, variant in sizes_of(recipe).items():
         made = longest_within(variant, probe, world_size, budget_seconds)
         if made is not None:
-            found.append(candidate(f"{name}, within the budget", made))
+            found.append(candidate(name, made))
         elif name == "recipe":
             one = candidate(name, variant.stretched(1))
             raise UserError(
                 f"--minutes {budget_seconds / 60:g}: one epoch of {recipe.name} is predicted to "
                 f"take {one.wall_seconds / 60:.3g} minutes; give more minutes or nodes"
             )
-    others = {"recipe, its own epochs": recipe.epochs}
+    others = {"own epochs": recipe.epochs}
     if recipe.target_metric:
         needed = epochs_for(recipe.model, dataset, *recipe.target_metric)
-        others |= {} if needed is None else {"recipe, published epochs to target": needed}
+        others |= {} if needed is None else {"epochs to target": needed}
     for name, epochs in others.items():
         if epochs not in [each.recipe.epochs for each in found[:1]]:
             found.append(candidate(name, recipe.stretched(epochs)))
