@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.plan_results import table, write_results
+from benchmarks.plan_results import check, table, write_results
 from benchmarks.planner import candidates, with_fitting_batch
 from fastimagenet import cli
 from fastimagenet.assemble import chosen_recipe, read_data, with_copies
@@ -38,7 +38,9 @@ def parser() -> cli.Parser:
     cli.add_machine_flags(result)
     cli.add_run_flags(result, "runs/plan-RECIPE-TIME")
     add = result.add_argument
-    add("--minutes", type=float, required=True, metavar="M", help="wall time that the run may take")
+    help_text = "no probe: set this finished run of --output/recipe.toml beside its prediction"
+    add("--check", type=Path, metavar="RUN", help=help_text)
+    add("--minutes", type=float, metavar="M", help="wall time that the run may take")
     add("--gpus", type=int, metavar="K", help="of a node; default: those of this machine, or 1")
     add("--price", type=float, metavar="USD", help="of one node for an hour, on demand")
     add("--target", metavar="METRIC=VALUE", help="top5=0.93, top1=0.94; default: the recipe's")
@@ -57,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     clock = Stopwatch()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
+    if args.check is not None:
+        if args.output is None:
+            raise UserError("--check needs --output: the folder that the plan was written to")
+        print(check(args.output, args.check))
+        return 0
     check_numbers(args)
     recipe = chosen_recipe(args)
     if args.target is not None:
@@ -109,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Raise UserError naming the flag."""
-    if not 0 < args.minutes < 1e6:
-        raise UserError(f"--minutes must be above 0, not {args.minutes}")
+    if args.minutes is None or not 0 < args.minutes < 1e6:
+        raise UserError(f"--minutes must be a number above 0, not {args.minutes}")
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"--gpus must be at least 1, not {args.gpus}")
     if args.price is not None and not 0 <= args.price < 1e9:

@@ -11,9 +11,10 @@ from benchmarks.planner import Candidate
 from benchmarks.run_table import markdown
 from fastimagenet import recipe_toml
 from fastimagenet.figures import new_figure, with_legend, write_files
-from fastimagenet.files import Row, write_object, write_text
+from fastimagenet.files import Row, read_object, write_object, write_text
 from fastimagenet.formats import NO_BREAK, duration, percent, time_unit
 from fastimagenet.time_plots import TIME_COLOURS
+from pipelines.errors import UserError
 
 NOT_MEASURED = (
     "All times and costs are predicted from the probe, not measured: processes and nodes are taken "
@@ -111,3 +112,44 @@ def in_picture(each: Candidate) -> str:
     if each.accuracy:
         text += f", expected {percent(each.accuracy['top1'], 1)} top-1"
     return text.replace(NO_BREAK, " ")
+
+
+def check(plan_dir: Path, run_dir: Path) -> str:
+    """What the run of `plan_dir`/recipe.toml took, beside its prediction: check.json and a table.
+
+    Raises UserError for a run of another recipe.
+    """
+    predicted = read_object(plan_dir / "plan.json")["predicted"][0]
+    summary = read_object(run_dir / "summary.json")
+    recipe = read_object(run_dir / "plan.json")["recipe"]
+    wanted = predicted["recipe"]
+    for name, value in wanted.items():
+        found = recipe.get(name)
+        if name == "phases":  # the copies that were read are chosen when the run starts
+            value, found = ([row | {"data": ""} for row in rows] for rows in (value, found))
+        if found != value:
+            raise UserError(f"{run_dir} is a run of another recipe than {plan_dir}: {name} differs")
+    parts = {
+        part: (seconds, summary["time_split_seconds"].get(part, 0.0))
+        for part, seconds in predicted["seconds"].items()
+    }
+    parts["train"] = predicted["predicted_train_seconds"], summary["train_seconds"]
+    parts["wall"] = predicted["predicted_wall_seconds"], summary["wall_seconds"]
+    rows = {
+        part: {"predicted_seconds": ours, "measured_seconds": real, "error": error(ours, real)}
+        for part, (ours, real) in parts.items()
+    }
+    about = {key: summary[key] for key in ("hardware", "versions", "started", "command")}
+    write_object(plan_dir / "check.json", about | {"parts": rows})
+    header = ("part", "predicted", "measured", "predicted / measured - 1")
+    cells = [
+        (part, f"{row['predicted_seconds']:.2f} s", f"{row['measured_seconds']:.2f} s",
+         percent(row["error"], 1))
+        for part, row in rows.items()
+    ]  # fmt: skip
+    return markdown([header, *cells])
+
+
+def error(predicted: float, measured: float) -> float | None:
+    """Relative to what was measured; None where that is nothing."""
+    return predicted / measured - 1 if measured else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from test_dawnbench import write_run
 
 from benchmarks.plan import main
+from benchmarks.plan_results import check, write_results
 from benchmarks.planner import (
     Probe,
     SizeRates,
@@ -20,7 +22,7 @@ from benchmarks.planner import (
     with_fitting_batch,
 )
 from fastimagenet import recipe_toml
-from fastimagenet.files import read_object
+from fastimagenet.files import read_object, write_object
 from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import Phase, Recipe
 from pipelines.errors import UserError
@@ -147,6 +149,34 @@ def test_a_batch_too_large_for_the_data_is_halved_with_its_lr() -> None:
     assert with_fitting_batch(ruled, 8, 1437).max_lr == 0.2
 
 
+def test_a_run_is_set_beside_its_prediction(tmp_path: Path) -> None:
+    """Predicted: 3 s of start-up, 5.5 s of waiting, 10 s of computing, 10 s of evaluation, 1 s of saving."""
+    (chosen,) = candidates(
+        RECIPE, PROBE, dataset=None, nodes=1, world_size=1, budget_seconds=33, node_price=None
+    )[:1]
+    result = {"minutes": 0.55, "node_usd_per_hour": None, "nodes": 1, "gpus_per_node": 1,
+              "hardware_probed": "-", "precision": "fp32", "versions": {"torch": "-"}, "date": "-",
+              "data": "-", "probe": asdict(PROBE)}  # fmt: skip
+    write_results(result, [chosen], tmp_path / "plan")
+    assert chosen.recipe == RECIPE
+    split = {"start_up": 4.0, "compile": 0.0, "data_wait": 5.5, "compute": 8.0,
+             "communication": 0.0, "evaluation": 10.0, "checkpoint": 0.5, "other": 0.0}  # fmt: skip
+    run = write_run(
+        tmp_path / "run", time_split_seconds=split, train_seconds=17.5, wall_seconds=28.0
+    )
+    write_object(run / "plan.json", RECIPE.plan(1, 1020).to_dict())
+    text = check(tmp_path / "plan", run)
+    parts = read_object(tmp_path / "plan" / "check.json")["parts"]
+    assert parts["start_up"]["error"] == pytest.approx(3 / 4 - 1)
+    assert parts["wall"]["predicted_seconds"] == pytest.approx(29.5)
+    assert parts["wall"]["error"] == pytest.approx(29.5 / 28 - 1)
+    assert parts["compile"]["error"] is None
+    assert "-25.0 %" in text
+    write_object(run / "plan.json", replace(RECIPE, max_lr=2.0).plan(1, 1020).to_dict())
+    with pytest.raises(UserError, match=r"another recipe .* max_lr differs"):
+        check(tmp_path / "plan", run)
+
+
 @pytest.mark.slow
 def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path) -> None:
     flags = ["--device", "cpu", "--minutes", "20", "--probe-seconds", "2", "--nodes", "2"]
@@ -170,7 +200,8 @@ def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--minutes", "0"], "--minutes must be above 0"),
+        (["--minutes", "0"], "--minutes must be a number above 0"),
+        (["--price", "1"], "--minutes must be a number above 0"),
         (["--minutes", "1", "--gpus", "0"], "--gpus must be at least 1"),
         (["--minutes", "1", "--price", "-1"], "--price must be"),
         (["--minutes", "1", "--target", "93"], "target must be such as"),
