@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
 
+from benchmarks.trainings import Training
 from fastimagenet.files import Row, read_object, read_rows, rows_of
 from fastimagenet.plan import Plan
 from fastimagenet.superconvergence import STUDY
@@ -38,23 +38,6 @@ class Data:
     def is_jpeg(self) -> bool:
         """Whether any image is compressed with loss, by its name."""
         return not {".jpg", ".jpeg"}.isdisjoint(self.suffixes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """One run with one seed, in its own folder."""
-
-    run: str
-    seed: int
-    plan: Plan
-    folder: Path
-    flags: list[str]
-    """Of `python -m fastimagenet.train`."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether all of it is there."""
-        return (self.folder / "summary.json").exists()
 
 
 @dataclass(frozen=True, kw_only=True)

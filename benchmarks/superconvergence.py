@@ -9,11 +9,8 @@ goes on where it was stopped, and repeats no run that is finished.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -22,11 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.run_results import Data, Training, read_results
+from benchmarks.run_results import Data, read_results
 from benchmarks.run_table import table, write_results
+from benchmarks.trainings import Training, check_folder, train_all
 from fastimagenet import cli, recipe_toml
 from fastimagenet.assemble import with_copies
-from fastimagenet.files import read_object, write_text
+from fastimagenet.files import write_text
 from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import PRECISIONS
 from fastimagenet.superconvergence import COMPARISON, IMAGES_PER_CLASS, RUNS, STUDY
@@ -166,60 +164,6 @@ def make_trainings(args: argparse.Namespace, num_train: int, left_out: int) -> l
                 Training(run=run, seed=seed, plan=plan, folder=folder, flags=[*command, *passed_on])
             )
     return trainings
-
-
-def check_folder(training: Training, data: str) -> None:
-    """Raise UserError if the folder holds a run of another recipe or of other data."""
-    path = training.folder / "plan.json"
-    if not path.exists():
-        return
-    found = read_object(path)
-    wanted = json.loads(json.dumps(training.plan.to_dict() | {"data": data}))
-    facts = ("data", "num_train", "world_size")
-    other = [name for name in facts if found.get(name) != wanted[name]]
-    recipe = found.get("recipe", {})
-    other += [f"recipe field {k}" for k, v in wanted["recipe"].items() if recipe.get(k) != v]
-    if other:
-        raise UserError(
-            f"--output: {training.folder} holds a run with another {', '.join(other)}: give the "
-            "--data, --set, --epochs and --precision that it began with, or name another folder"
-        )
-
-
-def train_all(trainings: list[Training]) -> int:
-    """Train what is not finished, one after the other, until one fails or a signal comes.
-
-    SIGTERM, Ctrl-C and a closed terminal make the training save and leave. Returns the exit status.
-    """
-    stopped_by: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
-
-    def stop(number: int, _frame: object) -> None:
-        stopped_by.append(number)
-        if child is not None:
-            child.terminate()
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, stop)
-    for training in trainings:
-        title = f"run {training.run}, seed {training.seed}"
-        if training.finished:
-            print(f"{title}: finished before, in {training.folder}", flush=True)
-            continue
-        command = ["-m", "fastimagenet.train", *training.flags]
-        print(f"\n{title}: {shlex.join(['python', *command])}", flush=True)
-        # In a session of its own: Ctrl-C reaches it by us alone, as SIGTERM, at any moment.
-        child = subprocess.Popen([sys.executable, *command], start_new_session=True)
-        if stopped_by:  # before there was a child to stop
-            child.terminate()
-        status = child.wait()
-        if stopped_by:
-            print(f"{title}: stopped; the same command goes on", flush=True)
-            return 128 + stopped_by[0]
-        if status:
-            print(f"{title}: ended with status {status}", file=sys.stderr)
-            return status if status > 0 else 128 - status
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ those of https://github.com/stanford-futuredata/dawn-bench-entries.
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 import unicodedata
@@ -20,6 +21,14 @@ TRAIN_CLOCK = (
     "Training time runs from before the data are opened and the model is built to the end of the "
     "epoch. It leaves out evaluation, checkpoints and the warm-up of the compiler."
 )
+CLOCKS = {
+    "train": TRAIN_CLOCK,
+    "train_eval": "The training clock and all evaluations up to there, the last one included.",
+    "train_compile": "The training clock and the warm-up of the compiler.",
+    "train_eval_compile": "The training clock, evaluations and the warm-up of the compiler.",
+    "wall": "Everything from the start of the process on, checkpoints included.",
+}
+"""What the time to a target may be read from, and what each clock counts."""
 
 
 def time_to_target(rows: list[Row], metric: str, value: float) -> float | None:
@@ -30,6 +39,26 @@ def time_to_target(rows: list[Row], metric: str, value: float) -> float | None:
     for row in rows:
         if row.get(metric) is not None and row[metric] >= value:
             return float(row["train_seconds"])
+    return None
+
+
+def clocks_at_target(
+    rows: list[Row], metric: str, value: float, compile_seconds: float
+) -> dict[str, float] | None:
+    """Seconds to the target by each of CLOCKS, from epoch rows in order; None: not reached.
+
+    `compile_seconds` is what summary.json has: compilation comes before the first epoch.
+    """
+    for row in rows:
+        if row.get(metric) is not None and row[metric] >= value:
+            train, evaluation = float(row["train_seconds"]), float(row["eval_seconds"])
+            return {
+                "train": train,
+                "train_eval": train + evaluation,
+                "train_compile": train + compile_seconds,
+                "train_eval_compile": train + evaluation + compile_seconds,
+                "wall": float(row["time_seconds"]),
+            }
     return None
 
 
@@ -124,6 +153,24 @@ def check_entry(json_path: Path, tsv_path: Path) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{tsv_path}: cannot be read as text: {error}") from None
     _check_table(table, str(tsv_path), "usedBlacklist" in entry)
+
+
+def result_hours(json_path: Path, tsv_path: Path, metric: str, value: float) -> float:
+    """The result of an entry as the contest reads it: hours of the first row with `metric`
+    ("top1" or "top5") of at least `value`, a fraction.
+
+    Raises UserError with what is wrong with the entry, or that it does not reach the target.
+    """
+    check_entry(json_path, tsv_path)
+    column = f"{metric}Accuracy"
+    with tsv_path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    if column not in rows[0]:
+        raise UserError(f"{tsv_path}: one column {column} is required for the target")
+    for row in rows:
+        if float(row[column]) / 100 >= value:
+            return float(row["hours"])
+    raise UserError(f"{tsv_path}: no row has {column} of {100 * value:g} or more")
 
 
 def _check_json(entry: Row, where: str) -> None:

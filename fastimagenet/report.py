@@ -33,7 +33,13 @@ DEFINITIONS = {
     "not part of the training time.",
     "waiting for data": "Time in which a training step had to wait for its next batch; part of "
     "the training time.",
-    "wall time": "From the start of the process to the end of the run, everything included.",
+    "start-up, compute": "Reading the data folder and building model and loaders; forward and "
+    "backward passes and updates. Both are part of the training time.",
+    "communication": "Time in which an update had to wait for other processes after its own "
+    "gradients were ready; part of the training time.",
+    "checkpoint": "Saving the state of the run; not part of the training time.",
+    "wall time": "From the start of the process to the end of the run: the sum of all parts, of "
+    "which exactly one runs at any time.",
     "time to target": "Training time at the end of the first evaluated epoch whose plain accuracy "
     "reaches the target.",
     "top-1, top-5": "Share of all validation images, one plain view each. Figures with test-time "
@@ -91,7 +97,8 @@ def _status(run: Run) -> str:
     planned = run.plan.get("epochs", 0)
     if run.epochs_done >= planned:
         return ""
-    return f"stopped or still running: {run.epochs_done} of {planned} epochs done"
+    ended = "ended at its target" if run.summary else "stopped or still running"
+    return f"{ended}: {run.epochs_done} of {planned} epochs done"
 
 
 def _headline(run: Run) -> list[str]:

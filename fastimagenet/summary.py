@@ -46,11 +46,12 @@ def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[st
         rows = [vars(record) for record in records]
         reached = dawnbench.time_to_target(rows, *target)
     best = best_record(records, recipe)
-    assert best is not None, "the last epoch is always evaluated"
+    assert best is not None, "the epoch that a run ends with is always evaluated"
     stepping = seconds["data_wait"] + seconds["compute"] + seconds["communication"]
     images = sum(
-        planned.phase.epochs * planned.steps_per_epoch * planned.global_batch
+        (min(trainer.step, planned.last_step) - planned.first_step) * planned.global_batch
         for planned in plan.phases
+        if planned.first_step < trainer.step
     )
     hours = train_seconds(seconds) / 3600
     folder = args.data.resolve().name if args.data else "digits"
@@ -72,7 +73,7 @@ def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[st
         "versions": versions(),
         "author": args.author,
         "author_email": args.author_email,
-        "epochs": plan.epochs,
+        "epochs": trainer.epoch,
         "steps": trainer.step,
         "top1": last.top1,
         "top5": last.top5,

@@ -59,6 +59,11 @@ def parser() -> cli.Parser:
         default="torch",
         help="apex: the fused optimizer of NVIDIA apex, where installed",
     )
+    add(
+        "--stop-at-target",
+        action="store_true",
+        help="end after the evaluation that reaches the recipe's target",
+    )
     add("--author", default="anonymous", help="for the DAWNBench entry, as are the next four")
     add("--author-email", default="unknown", metavar="ADDRESS")
     add("--hardware", help="default: what is found, such as 1 x NVIDIA H200")
@@ -85,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.print_recipe:
         print(recipe_toml.dumps(recipe), end="")  # noqa: T201
         return 0
+    if args.stop_at_target and not recipe.target:
+        raise UserError("--stop-at-target needs a target, such as --set target=top1=0.94")
     recipe = with_copies(recipe, cli.data_folder(args))
     launch = cli.launch_of(args)
     world = launched_world(launch)
@@ -157,6 +164,7 @@ def train_and_report(
         folder=args.output,
         optimizer_backend=args.optimizer_backend,
     )
+    trainer.stop_at_target = args.stop_at_target
     if args.resume is not None:
         resume(trainer, args.output, args.resume)
     if world.is_main:

@@ -86,6 +86,7 @@ class Trainer:
         """The epoch in progress, from 0."""
         self.records: list[EpochRecord] = []
         self.stop_requested = False
+        self.stop_at_target = False
         patience_steps = SCALER_PATIENCE_STEPS if self.scaler.is_enabled() else 1
         self.losses = LossWatch(self.device, patience_steps)
         self._trained = self._wrapped()
@@ -114,13 +115,20 @@ class Trainer:
             self._record_event("resumed")
         self.clock.switch("compute")
         try:
-            while self.epoch < self.plan.epochs:
+            while self.epoch < self.plan.epochs and not (self.stop_at_target and self.at_target):
                 self.train_epoch()
         finally:
             self.train_loader.close()
             self.eval_loader.close()
             self.recorder.close()
             self.clock.switch("other")
+
+    @property
+    def at_target(self) -> bool:
+        """Whether the last epoch was evaluated and reached the recipe's target."""
+        target = self.plan.recipe.target_metric
+        value = getattr(self.records[-1], target[0]) if target and self.records else None
+        return target is not None and value is not None and value >= target[1]
 
     def train_epoch(self) -> None:
         """What is left of the present epoch, its evaluation and its checkpoint."""

@@ -136,6 +136,10 @@ def test_a_whole_run(tmp_path: Path) -> None:
     for value in SUMMARY["time_split_seconds"].values():
         assert f" {value:.2f} {100 * value / 400:.1f} % " in text
     assert "wall time 400.00 100.0 %" in text
+    parts = ("start-up", "compile warm-up", "waiting for data", "compute", "communication",
+             "evaluation", "checkpoint", "other")  # fmt: skip
+    for part, value in zip(parts, (5, 20, 8, 320, 27, 12, 3, 5), strict=True):
+        assert f" {part} {value:.2f} {value / 4:.1f} % " in text
     assert "a note" in text and "train --seed 7" in text and "torch 2.15.0" in text
 
 

@@ -107,7 +107,7 @@ def test_a_rehearsal_writes_table_json_and_picture(output: Path) -> None:
     assert "The data here are JPEGs" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| 3b "))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[:6] == ["3b", "0.05", "2", "(20, 10, 0.95, 0.85)", "100", "93.08 %"]
+    assert cells[:6] == ["3b", "0.05", "2", "1cycle (20, 10, 0.95, 0.85)", "100", "93.08 %"]
     assert cells[6:8] == [f"{100 * summary['top1']:.2f} % (1)", "-"]
     assert "<svg" in (output / "superconvergence.svg").read_text()
     assert (output / "superconvergence.png").read_bytes().startswith(b"\x89PNG")

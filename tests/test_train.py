@@ -286,6 +286,7 @@ def test_list_print_and_dry_run(cifar10: Path, tmp_path: Path) -> None:
         (["--nodes", "2"], "--nodes 2 needs --rdzv-endpoint HOST:PORT"),
         (["--optimizer-backend", "apex"], "NVIDIA apex is not installed; build NVIDIA apex from"),
         (["--precision", "fp16"], "--precision fp16 needs a GPU"),
+        (["--set", "target=", "--stop-at-target"], "--stop-at-target needs a target"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["--resume", "none.pt"], "checkpoint none.pt does not exist"),
     ],

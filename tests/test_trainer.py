@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastimagenet import checkpoint
 from fastimagenet.distributed import World
 from fastimagenet.faults import LossWatch, out_of_memory_advice
 from fastimagenet.recipes import Phase, Recipe
-from fastimagenet.recorder import NullRecorder
+from fastimagenet.recorder import NullRecorder, Stopwatch
 from fastimagenet.resume import restore, resume, state_of
 from fastimagenet.trainer import Stopped, Trainer
 from pipelines import make_loader
@@ -225,6 +226,35 @@ def test_resume_goes_on_bit_for_bit(
         assert torch.equal(value, second.model.state_dict()[name]), name
     losses = [(r.train_loss, r.val_loss, r.top1) for r in whole.records]
     assert losses == [(r.train_loss, r.val_loss, r.top1) for r in second.records]
+
+
+def test_the_parts_of_a_run_add_up_to_its_wall_time(tmp_path: Path) -> None:
+    trainer = make_trainer(folder=tmp_path)
+    before = time.perf_counter()
+    trainer.clock = Stopwatch()
+    after = time.perf_counter()
+    trainer.fit()
+    shortest = time.perf_counter() - after
+    seconds = trainer.clock.read()
+    longest = time.perf_counter() - before
+    assert shortest <= sum(seconds.values()) <= longest
+    for part in ("start_up", "data_wait", "compute", "evaluation", "checkpoint"):
+        assert seconds[part] > 0, part
+
+
+def test_it_ends_at_the_evaluation_that_reaches_the_target() -> None:
+    """Of seven classes each image is among the five best or not: any start reaches 1 %."""
+    trainer = make_trainer(replace(RECIPE, target="top5=0.01", eval_every_epochs=2))
+    trainer.stop_at_target = True
+    trainer.fit()
+    assert (trainer.epoch, len(trainer.records)) == (2, 2)
+    assert [record.top5 is None for record in trainer.records] == [True, False]
+    trainer.fit()  # as a resume of a run that was killed before it wrote its results
+    assert trainer.epoch == 2
+    missed = make_trainer(replace(RECIPE, target="top1=1.0"))
+    missed.stop_at_target = True
+    missed.fit()
+    assert missed.epoch == RECIPE.epochs
 
 
 def test_a_resumed_run_takes_the_clock_and_both_loaders_with_it(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""Before renting the machines: what fits into a budget, predicted from a minute on this one.
+
+    python -m benchmarks.plan --data DIR --minutes 30 --nodes 4 --gpus 8 --price 98.32
+
+Loader, model, evaluation and checkpoints of the recipe are measured on one device here; from their
+rates the time of the run is predicted, and the epochs that fit. Accuracies are expected from tables
+that others have published, where there are any. The chosen recipe is written as TOML for train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from benchmarks.plan_results import check, table, write_results
+from benchmarks.planner import candidates, with_fitting_batch
+from fastimagenet import cli
+from fastimagenet.assemble import chosen_recipe, read_data, with_copies
+from fastimagenet.distributed import World
+from fastimagenet.recorder import Stopwatch
+from pipelines.datasets import dataset_name
+from pipelines.environment import versions
+from pipelines.errors import UserError
+
+
+def parser() -> cli.Parser:
+    """All flags of the command."""
+    result = cli.make_parser(
+        "benchmarks.plan",
+        "Predict what a recipe takes on machines like this one, and scale it to a budget.",
+        "python -m benchmarks.plan --data imagenet --minutes 30 --nodes 4 --price 98.32",
+    )
+    cli.add_machine_flags(result)
+    cli.add_run_flags(result, "runs/plan-RECIPE-TIME")
+    add = result.add_argument
+    help_text = "no probe: set this finished run of --output/recipe.toml beside its prediction"
+    add("--check", type=Path, metavar="RUN", help=help_text)
+    add("--minutes", type=float, metavar="M", help="wall time that the run may take")
+    add("--gpus", type=int, metavar="K", help="of a node; default: those of this machine, or 1")
+    add("--price", type=float, metavar="USD", help="of one node for an hour, on demand")
+    add("--target", metavar="METRIC=VALUE", help="top5=0.93, top1=0.94; default: the recipe's")
+    add(
+        "--probe-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="of measuring, about, start-up aside; default 60",
+    )
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    clock = Stopwatch()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(argv)
+    if args.check is not None:
+        if args.output is None:
+            raise UserError("--check needs --output: the folder that the plan was written to")
+        print(check(args.output, args.check))
+        return 0
+    check_numbers(args)
+    recipe = chosen_recipe(args)
+    if args.target is not None:
+        recipe = replace(recipe, target=args.target)
+    launch = cli.launch_of(argparse.Namespace(**vars(args) | {"nodes": 1}))
+    gpus = args.gpus or launch.nproc_per_node
+    world_size = args.nodes * gpus
+    if args.output is None:
+        args.output = Path("runs") / f"plan-{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    world = World(local_world_size=gpus, device="cpu" if launch.device == "cpu" else "cuda:0")
+    train, val = read_data(args, world)
+    recipe = with_fitting_batch(recipe, world_size, len(train))
+    recipe.plan(world_size, len(train))
+
+    from benchmarks.probe import measure  # imports torch
+
+    probed = with_copies(recipe, cli.data_folder(args))
+    probe, hardware, precision = measure(args, probed, world, train, val, clock, args.probe_seconds)
+    dataset = dataset_name(train.classes)
+    found = candidates(
+        recipe,
+        probe,
+        dataset=dataset,
+        nodes=args.nodes,
+        world_size=world_size,
+        budget_seconds=60 * args.minutes,
+        node_price=args.price,
+    )
+    result = {
+        "command": shlex.join(["python", "-m", "benchmarks.plan", *argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware_probed": hardware,
+        "precision": precision,
+        "versions": versions(),
+        "data": dataset or cli.data_folder(args).name,
+        "nodes": args.nodes,
+        "gpus_per_node": gpus,
+        "minutes": args.minutes,
+        "node_usd_per_hour": args.price,
+        "probe": asdict(probe),
+    }
+    write_results(result, found, args.output)
+    print(f"\n{table(result, found)}\nall of it: {args.output}", flush=True)
+    flags = ["--data", str(args.data)] if args.data else []
+    flags += ["--recipe", str(args.output / "recipe.toml")]
+    flags += ["--nodes", str(args.nodes)] if args.nodes > 1 else []
+    print(f"train it: {shlex.join(['python', '-m', 'fastimagenet.train', *flags])}")
+    return 0
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise UserError naming the flag."""
+    if args.minutes is None or not 0 < args.minutes < 1e6:
+        raise UserError(f"--minutes must be a number above 0, not {args.minutes}")
+    if args.gpus is not None and args.gpus < 1:
+        raise UserError(f"--gpus must be at least 1, not {args.gpus}")
+    if args.price is not None and not 0 <= args.price < 1e9:
+        raise UserError(f"--price must be a number of US dollars, not {args.price}")
+    if not 0 < args.probe_seconds < 3600:
+        raise UserError(f"--probe-seconds must be above 0, not {args.probe_seconds}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.exit_status(main, None))

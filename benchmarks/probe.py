@@ -1,0 +1,112 @@
+"""About a minute of measuring, from which a whole run's time is predicted."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import TypeVar
+
+from benchmarks.ceilings import synchronize
+from benchmarks.phase_rates import measure_phase, phase_trainer
+from benchmarks.planner import Probe, SizeRates
+from fastimagenet.distributed import World
+from fastimagenet.recipes import Recipe
+from fastimagenet.recorder import Stopwatch
+from fastimagenet.summary import hardware, precision_name
+from fastimagenet.trainer import Trainer
+from pipelines.split import Split
+
+ROUNDS = 2
+TURNS = 3 * ROUNDS + 2
+"""Of each size: loader, model and both in each round, and two evaluations."""
+
+Item = TypeVar("Item")
+
+
+def measure(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    world: World,
+    train: Split,
+    val: Split,
+    clock: Stopwatch,
+    seconds: float,
+) -> tuple[Probe, str, str]:
+    """The probe in about `seconds`, and the hardware and precision; `clock` began with the command.
+
+    Every phase is measured: rates of training and evaluation, the first batches, compiling.
+    """
+    turn = seconds / (TURNS * len(recipe.phases))
+    start_up, first_batches, compiled = 0.0, [], 0.0
+    train_rates: list[SizeRates] = []
+    eval_rates: dict[int, float] = {}
+    for phase in recipe.phases:
+        with phase_trainer(args, recipe, phase, world, train, val) as trainer:
+            start_up = start_up or sum(clock.read().values())
+            print(f"probing {phase.image_size} px, batch {phase.batch_size}", flush=True)
+            rates = measure_phase(trainer, args, train, ROUNDS, turn)
+            compiled += rates.compile_seconds
+            size = trainer.plan.phases[0].eval_size
+            first, eval_rates[size] = eval_rate(trainer, size, "none", turn)
+            first_batches.append(rates.first_batch_seconds + first)
+            train_rates.append(
+                SizeRates(
+                    image_size=rates.image_size,
+                    batch_size=rates.batch_size,
+                    loader=fmean(rates.loader),
+                    model=fmean(rates.model),
+                    both=fmean(rates.both),
+                )
+            )
+            if phase is recipe.phases[-1]:
+                _, tta_rate = eval_rate(trainer, size, recipe.tta, turn)
+                checkpoint_seconds = time_of_checkpoint(trainer)
+                facts = hardware(trainer), precision_name(trainer.dtype)
+    probe = Probe(
+        num_train=len(train),
+        num_val=len(val),
+        start_up_seconds=start_up,
+        first_batch_seconds=first_batches[0],
+        compile_seconds=compiled,
+        checkpoint_seconds=checkpoint_seconds,
+        train=train_rates,
+        eval_images_per_sec=eval_rates,
+        tta_images_per_sec=tta_rate,
+    )
+    return probe, *facts
+
+
+def eval_rate(trainer: Trainer, image_size: int, tta: str, seconds: float) -> tuple[float, float]:
+    """Seconds to a first batch of validation, and images per second over about `seconds`."""
+    start = time.perf_counter()
+    for _ in limited(trainer.eval_loader, 0.0):
+        synchronize(trainer.device)
+    first = time.perf_counter() - start
+    images, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        batches = limited(trainer.eval_loader, seconds - elapsed)
+        images += trainer.count(trainer.evaluated_model, batches, image_size, tta).images
+    return first, images / (time.perf_counter() - start)
+
+
+def limited(items: Iterable[Item], seconds: float) -> Iterator[Item]:
+    """One item at least, and no more once the time is over."""
+    start = time.perf_counter()
+    for item in items:
+        yield item
+        if time.perf_counter() - start >= seconds:
+            return
+
+
+def time_of_checkpoint(trainer: Trainer) -> float:
+    """Seconds to save the run's state as an epoch's end does."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.folder = Path(folder)
+        before = trainer.clock.read()["checkpoint"]
+        trainer._save(best=True)
+        trainer.folder = None
+        return trainer.clock.read()["checkpoint"] - before

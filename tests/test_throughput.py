@@ -1,0 +1,77 @@
+"""The rates of a recipe's phases: the command on the digits, and its arithmetic by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import make_trainer
+
+from benchmarks.ceilings import ByteCounter, step_costs
+from benchmarks.intervals import estimate
+from benchmarks.phase_rates import PhaseRates
+from benchmarks.throughput import main, phase_result
+from fastimagenet.files import read_object
+from pipelines.errors import UserError
+
+
+@pytest.mark.slow
+def test_every_phase_of_a_recipe_is_measured(tmp_path: Path) -> None:
+    flags = ["--device", "cpu", "--rounds", "2", "--seconds", "0.1", "--output", str(tmp_path)]
+    assert main(flags) == 0
+    result = read_object(tmp_path / "throughput.json")
+    assert [phase["image_size"] for phase in result["phases"]] == [16, 24]
+    for phase in result["phases"]:
+        rates = phase["rates"]
+        assert all(len(rates[part]) == 2 for part in ("loader", "model", "both"))
+        assert min(rates["loader"] + rates["model"] + rates["both"]) > 0
+        stalls = [
+            1 - both / alone for both, alone in zip(rates["both"], rates["model"], strict=True)
+        ]
+        assert phase["stall"]["mean"] == pytest.approx(sum(stalls) / 2)
+        assert 0 <= phase["data_wait_share"]["mean"] <= 1
+        assert rates["memory_bytes"] > 2**20
+    # A convolution costs as much as its image has pixels.
+    flops = [phase["rates"]["flops_per_image"] for phase in result["phases"]]
+    assert flops[1] / flops[0] == pytest.approx((24 / 16) ** 2, rel=0.05)
+    text = (tmp_path / "table.md").read_text()
+    assert "| 16 px x 64 |" in text and "Ceilings measured here" in text
+    assert result["hardware"] and result["versions"]["torch"] and result["command"]
+
+
+def test_shares_and_stall_by_hand() -> None:
+    rates = PhaseRates(
+        image_size=32, batch_size=10, loader=[400.0, 400.0], model=[100.0, 200.0],
+        both=[90.0, 190.0], data_wait_share=[0.1, 0.3], flops_per_image=2e6, bytes_per_image=3e6,
+        memory_bytes=1, first_batch_seconds=0.1, compile_seconds=0.0,
+    )  # fmt: skip
+    result = phase_result(rates, 1e9, 2e9)
+    assert result.stall == estimate([1 - 0.9, 1 - 0.95])
+    assert result.data_wait_share.mean == pytest.approx(0.2)
+    assert result.share_of_matmul == pytest.approx(150 * 2e6 / 1e9)
+    assert result.share_of_copy == pytest.approx(150 * 3e6 / 2e9)
+
+
+def test_bytes_are_those_of_inputs_and_outputs() -> None:
+    left, right = torch.ones(8, 4), torch.ones(8, 4)
+    with ByteCounter() as moved:
+        left.reshape(32)[:3]  # views
+        left + right
+    assert moved.bytes == 3 * 32 * 4
+
+
+def test_operations_of_a_linear_network_by_hand() -> None:
+    """(8, 3, 2, 2) -> 12 -> 5: forward and the weights' gradient, 2 x 8 x 12 x 5 each."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    trainer = make_trainer(model=network)
+    images, labels = torch.ones(8, 3, 2, 2), torch.zeros(8, dtype=torch.int64)
+    flops, moved = step_costs(trainer, images, labels)
+    assert flops == 2 * 2 * 8 * 12 * 5
+    assert moved >= 4 * (8 * 12 + 12 * 5 + 8 * 5)
+
+
+@pytest.mark.parametrize("flags", [["--rounds", "1"], ["--seconds", "0"]])
+def test_a_wrong_flag_is_named(flags: list[str]) -> None:
+    with pytest.raises(UserError, match=flags[0]):
+        main(flags)
