@@ -150,7 +150,7 @@ def test_a_batch_too_large_for_the_data_is_halved_with_its_lr() -> None:
 
 
 def test_a_run_is_set_beside_its_prediction(tmp_path: Path) -> None:
-    """Predicted: 3 s of start-up, 5.5 s of waiting, 10 s of computing, 10 s of evaluation, 1 s of saving."""
+    """Predicted: 3 s of start-up, 5.5 waiting, 10 computing, 10 of evaluation, 1 of saving."""
     (chosen,) = candidates(
         RECIPE, PROBE, dataset=None, nodes=1, world_size=1, budget_seconds=33, node_price=None
     )[:1]
