@@ -22,13 +22,17 @@ MAX_EPOCHS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class SizeRates:
-    """Means of one process on one device, in images per second."""
+    """Medians over the rounds, of one process on one device, in images per second."""
 
     image_size: int
     batch_size: int
     loader: float
     model: float
     both: float
+    data_wait_share: float
+    """Of the time of both together."""
+    spread: float
+    """(highest - lowest) / median of both: how unquiet the machine was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +103,8 @@ def predict(plan: Plan, probe: Probe) -> dict[str, float]:
     for planned in plan.phases:
         images = planned.phase.epochs * planned.steps_per_epoch * planned.phase.batch_size
         rates = probe.rates(planned.phase.image_size, planned.phase.batch_size)
-        alone = min(images / rates.model, images / rates.both)
-        seconds["compute"] += alone
-        seconds["data_wait"] += images / rates.both - alone
+        seconds["compute"] += images / rates.both * (1 - rates.data_wait_share)
+        seconds["data_wait"] += images / rates.both * rates.data_wait_share
     for epoch in range(plan.epochs):
         if plan.evaluates(epoch):
             planned = plan.phase_of_epoch(epoch)

@@ -45,8 +45,24 @@ PROBE = Probe(
     compile_seconds=40.0,
     checkpoint_seconds=0.25,
     train=[
-        SizeRates(image_size=16, batch_size=50, loader=500.0, model=1000.0, both=400.0),
-        SizeRates(image_size=32, batch_size=50, loader=900.0, model=250.0, both=200.0),
+        SizeRates(
+            image_size=16,
+            batch_size=50,
+            loader=500.0,
+            model=1000.0,
+            both=400.0,
+            data_wait_share=0.6,
+            spread=0.02,
+        ),
+        SizeRates(
+            image_size=32,
+            batch_size=50,
+            loader=900.0,
+            model=250.0,
+            both=200.0,
+            data_wait_share=0.2,
+            spread=0.03,
+        ),
     ],
     eval_images_per_sec={24: 100.0, 32: 50.0},
     tta_images_per_sec=25.0,
@@ -60,8 +76,8 @@ def test_the_prediction_by_hand() -> None:
         {
             "start_up": 3.0,
             "compile": 0.0,
-            "compute": 2000 / 1000 + 2000 / 250,
-            "data_wait": 0.5 + (2000 / 400 - 2000 / 1000) + (2000 / 200 - 2000 / 250),
+            "compute": 2000 / 400 * 0.4 + 2000 / 200 * 0.8,
+            "data_wait": 0.5 + 2000 / 400 * 0.6 + 2000 / 200 * 0.2,
             "evaluation": 200 / 100 + 200 / 25,
             "checkpoint": 4 * 0.25,
         }
@@ -72,7 +88,7 @@ def test_the_prediction_by_hand() -> None:
 
 def test_two_processes_share_the_images() -> None:
     seconds = predict(RECIPE.plan(2, 1020), PROBE)
-    assert seconds["compute"] == pytest.approx((2000 / 1000 + 2000 / 250) / 2)
+    assert seconds["compute"] == pytest.approx((2000 / 400 * 0.4 + 2000 / 200 * 0.8) / 2)
     assert seconds["evaluation"] == pytest.approx((200 / 100 + 200 / 25) / 2)
 
 
@@ -150,7 +166,7 @@ def test_a_batch_too_large_for_the_data_is_halved_with_its_lr() -> None:
 
 
 def test_a_run_is_set_beside_its_prediction(tmp_path: Path) -> None:
-    """Predicted: 3 s of start-up, 5.5 s of waiting, 10 s of computing, 10 s of evaluation, 1 s of saving."""
+    """Predicted: start-up 3 s, waiting 5.5 s, computing and evaluating 10 s each, saving 1 s."""
     (chosen,) = candidates(
         RECIPE, PROBE, dataset=None, nodes=1, world_size=1, budget_seconds=33, node_price=None
     )[:1]
