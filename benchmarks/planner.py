@@ -262,9 +262,9 @@ def candidates(
     found = []
     for name, variant in sizes_of(recipe).items():
         made = longest_within(variant, probe, world_size, budget_seconds)
-        if made is not None:
+        if made is not None and made not in [each.recipe for each in found]:
             found.append(candidate(name, made))
-        elif name == "recipe":
+        elif made is None and name == "recipe":
             one = candidate(name, variant.stretched(1))
             raise UserError(
                 f"--minutes {budget_seconds / 60:g}: one epoch of {recipe.name} is predicted to "
