@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 from test_dawnbench import write_run
 
+from benchmarks.expected_accuracy import epochs_for, expected_accuracy
 from benchmarks.plan import main
 from benchmarks.plan_results import check, write_results
 from benchmarks.planner import (
     Probe,
     SizeRates,
     candidates,
-    epochs_for,
-    expected_accuracy,
     longest_within,
     predict,
     sizes_of,
