@@ -37,7 +37,18 @@ setup(
         "dali": ["nvidia-dali-cuda120>=2.0"],
         "dali-cuda13": ["nvidia-dali-cuda130>=2.0"],
         "digits": ["scikit-learn>=1.4"],
-        "test": ["pytest>=8.0", "ruff>=0.9", "mypy>=1.14", "types-tqdm", "scikit-learn>=1.4"],
+        "test": [
+            "pytest>=8.0",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "types-tqdm",
+            "scikit-learn>=1.4",
+            # A server of the S3 protocol.
+            "moto[s3]>=5.0",
+            "flask>=3.0",
+            "flask-cors>=5.0",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

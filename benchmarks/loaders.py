@@ -1,12 +1,15 @@
-"""How fast the loaders are against a DataLoader as most people write it.
+"""How fast our loaders are, against what a user would pick instead and against mere decoding.
 
     python -m benchmarks.loaders --data DIR --image-size 224 --threads 2
+    python -m benchmarks.loaders --data originals=DIR copies=SMALL/160 --image-size 128 224
 
-All read the same training images, endlessly and in random order, and cut random crops of a quarter
-to the whole of the area (with --reflect-pad: of the whole image, padded), flipped half of the time,
-normalised to float32 on the CPU. They take turns: in each round every loader makes a few batches
-that are not counted, then batches for some seconds. The intervals are over the rounds. Our back end
-"memory" takes part where the set fits; what it spends on reading the set once is not counted.
+All read training images, endlessly and in random order, and cut random crops of a quarter to the
+whole of the area (with --reflect-pad: of the whole image, padded), flipped half of the time,
+normalised to float32 on the CPU. `decode` only decodes whole images and `decode-crops` only crops,
+from memory: the ceilings. All of one image size take turns, on all folders: in each round every
+loader makes a few batches that are not counted, then batches for some seconds. The intervals are
+over the rounds. What our back end `memory` spends on reading the set once is not counted. Left out
+are loaders that cannot take part: `memory` where the set does not fit, `spdl` where it is missing.
 """
 
 from __future__ import annotations
@@ -16,216 +19,183 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict
 from datetime import date
-from math import exp, log, sqrt
+from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
-from torchvision import transforms
 
-from pipelines import make_loader
-from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
+from benchmarks.decode_ceiling import decode, decode_crops
+from benchmarks.loader_results import Measured, Result, Rounds, compare, table
+from benchmarks.loader_rivals import (
+    MIN_SCALE,
+    Task,
+    dataloader,
+    dataloader_v2,
+    spdl,
+    spdl_version,
+)
+from pipelines import cli, make_loader
 from pipelines.digits import digits_folder
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
-from pipelines.loader import Loader, LoaderSpec, Stage
+from pipelines.loader import LoaderSpec, Stage
 from pipelines.split import Split, read_split
 
-BACKENDS = ("torchvision", "dali", "memory")
-MIN_SCALE = 0.25
-WARM_UP_BATCHES = 6
-"""More than any loader makes ahead, so that none is measured on its stock."""
-ENDLESS = 10**9
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""97.5 % quantiles of Student's t distribution with 1 to 10 degrees of freedom."""
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with the ends of its 95 % confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4g} ({self.low:.4g} .. {self.high:.4g})"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What was measured, on what, and when."""
-
-    config: dict[str, Any]
-    images_per_sec: dict[str, Estimate]
-    """Per loader, over the rounds."""
-    ratio_to_dataloader: dict[str, Estimate]
-    """Geometric mean over the rounds."""
-    rounds: dict[str, list[float]]
-    """Images per second of each round."""
-    versions: dict[str, str]
-    hardware: str
-    load_average: float
-    """Of the machine at the start, over the minute before: well above 0, others ran too."""
-    date: str
-
-
-class ImageFolder(Dataset[tuple[Tensor, int]]):
-    """What a user writes: open, transform, return."""
-
-    def __init__(self, split: Split, image_size: int, reflect_pad: int) -> None:
-        self.split = split
-        crop = [transforms.RandomResizedCrop(image_size, scale=(MIN_SCALE, 1.0), antialias=True)]
-        if reflect_pad:
-            crop = [
-                transforms.Resize((image_size, image_size)),
-                transforms.RandomCrop(image_size, reflect_pad, padding_mode="reflect"),
-            ]
-        self.transform = transforms.Compose(
-            [
-                *crop,
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with Image.open(self.split.files[index].path) as image:
-            return self.transform(image.convert("RGB")), self.split.labels[index]
-
-
-def dataloader(split: Split, args: argparse.Namespace) -> Iterator[Any]:
-    """Batches of a plain DataLoader with as many workers as the others have threads."""
-    dataset = ImageFolder(split, args.image_size, args.reflect_pad)
-    # One endless epoch: with few images a new iterator for each would be most of the time.
-    sampler = RandomSampler(dataset, replacement=True, num_samples=ENDLESS)
-    loader = DataLoader(
-        dataset, batch_size=args.batch_size, sampler=sampler, num_workers=args.threads
-    )
-    return iter(loader)
-
-
-def ours(backend: str, split: Split, args: argparse.Namespace) -> Loader:
-    """One of our back ends. Raises UserError where a set does not fit into memory."""
+def ours(backend: str, task: Task) -> Generator[Any]:
+    """One of our back ends, epoch after epoch. Raises UserError where it cannot be had."""
     stage = Stage(
-        epochs=1, image_size=args.image_size, batch_size=args.batch_size, min_scale=MIN_SCALE
+        epochs=1, image_size=task.image_size, batch_size=task.batch_size, min_scale=MIN_SCALE
     )
     spec = LoaderSpec(
-        split=split,
+        split=task.split,
         stages=(stage,),
         training=True,
-        num_threads=args.threads,
-        reflect_pad=args.reflect_pad,
+        num_threads=task.threads,
+        reflect_pad=task.reflect_pad,
     )
-    return make_loader(backend, spec)
-
-
-def endless(loader: Loader) -> Iterator[Any]:
-    """Batches epoch after epoch; closing the generator closes the loader."""
-    with closing(loader):
+    with closing(make_loader(backend, spec)) as loader:
         while True:
             yield from loader
 
 
-def images_per_sec(batches: Iterator[Any], batch_size: int, seconds: float) -> float:
+LOADERS: dict[str, Callable[[Task], Generator[Any]]] = {
+    "dataloader": dataloader,
+    "dataloader-v2": dataloader_v2,
+    "spdl": spdl,
+    "torchvision": partial(ours, "torchvision"),
+    "dali": partial(ours, "dali"),
+    "memory": partial(ours, "memory"),
+    "decode": decode,
+    "decode-crops": decode_crops,
+}
+
+
+def images_per_sec(batches: Iterator[Any], task: Task, seconds: float) -> float:
     """The rate over at least `seconds`, after batches that are not counted."""
-    for _ in range(WARM_UP_BATCHES):
+    # A DataLoader makes two a worker ahead, the others fewer: none is measured on its stock.
+    for _ in range(2 * task.threads + 2):
         next(batches)
     count = 0
     start = time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
         next(batches)
         count += 1
-    return count * batch_size / elapsed
+    return count * task.batch_size / elapsed
 
 
-def measure(split: Split, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Images per second of every loader in every round."""
-    # The plain DataLoader forks its workers, so it comes before any thread of the others.
-    loaders = {"dataloader": dataloader(split, args)}
-    for backend in BACKENDS:
-        try:
-            loaders[backend] = endless(ours(backend, split, args))
-        except UserError as error:
-            if backend != "memory":
-                raise
-            print(f"memory is left out: {error}", flush=True)
-    rounds: dict[str, list[float]] = {name: [] for name in loaders}
-    for number in range(args.rounds + 1):
-        for name, batches in loaders.items():
-            rate = images_per_sec(batches, args.batch_size, args.seconds if number else 0.1)
-            if number:  # round 0 is warm-up: files into the page cache, buffers to their size
-                rounds[name].append(rate)
-                print(f"round {number}  {name:12} {rate:8.1f} images/s", flush=True)
-    for name, batches in loaders.items():
-        if name in BACKENDS:
-            batches.close()  # type: ignore[attr-defined]
-    return rounds
-
-
-def estimate(values: list[float]) -> Estimate:
-    """Mean and 95 % interval by Student's t."""
-    mean, freedom = fmean(values), len(values) - 1
-    # Above ten degrees the first terms of the Cornish-Fisher expansion are exact to 0.003.
-    tail = 1.96 + 2.372 / freedom + 2.823 / freedom**2
-    student = STUDENT[freedom - 1] if freedom <= 10 else tail
-    margin = student * stdev(values) / sqrt(len(values))
-    return Estimate(mean, mean - margin, mean + margin)
-
-
-def ratio(values: list[float], base: list[float]) -> Estimate:
-    """Geometric mean of the round-by-round ratios and its 95 % interval."""
-    logs = estimate([log(value / other) for value, other in zip(values, base, strict=True)])
-    return Estimate(exp(logs.mean), exp(logs.low), exp(logs.high))
+def measure(
+    tasks: dict[str, Task], args: argparse.Namespace, left_out: dict[str, str]
+) -> dict[str, Rounds]:
+    """The rounds of every folder; loaders that cannot take part go to `left_out`."""
+    found: dict[str, Rounds] = {label: {} for label in tasks}
+    with ExitStack() as stack:
+        running = []
+        for label, task in tasks.items():
+            for name in args.only:
+                batches = stack.enter_context(closing(LOADERS[name](task)))
+                try:  # files into the page cache, buffers to their size
+                    images_per_sec(batches, task, 0.1)
+                except UserError as error:
+                    left_out[name] = str(error)
+                    print(f"{name} is left out: {error}", flush=True)
+                    continue
+                running.append((label, name, batches))
+                found[label][name] = []
+        for number in range(1, args.rounds + 1):
+            for label, name, batches in running:
+                rate = images_per_sec(batches, tasks[label], args.seconds)
+                found[label][name].append(rate)
+                print(f"round {number}  {label}  {name:13} {rate:8.1f} images/s", flush=True)
+    return found
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Measure all loaders in turn."""
+    """Measure all loaders in turn. Raises UserError naming the flag or folder."""
     load_average = os.getloadavg()[0]
-    split = read_split(args.data or digits_folder(), "train")
-    rounds = measure(split, args)
-    base = rounds["dataloader"]
+    folders = labelled(args.data)
+    splits = {label: read_split(folder, "train") for label, folder in folders.items()}
+    measured: list[Measured] = []
+    left_out: dict[str, str] = {}
+    for image_size in args.image_size:
+        tasks = {label: make_task(split, image_size, args) for label, split in splits.items()}
+        rounds = measure(tasks, args, left_out)
+        first = None
+        for label, own in rounds.items():
+            measured.append(
+                compare(
+                    own,
+                    first,
+                    label=label,
+                    data=str(folders[label]) if args.data else "embedded digits",
+                    images=len(splits[label]),
+                    image_size=image_size,
+                )
+            )
+            first = first or own
     return Result(
         config={
-            "data": str(args.data or "embedded digits"),
-            "images": len(split),
-            "image_size": args.image_size,
             "threads": args.threads,
             "batch_size": args.batch_size,
             "min_scale": MIN_SCALE,
             "reflect_pad": args.reflect_pad,
             "seconds": args.seconds,
         },
-        images_per_sec={name: estimate(rates) for name, rates in rounds.items()},
-        ratio_to_dataloader={
-            name: ratio(rates, base) for name, rates in rounds.items() if rates is not base
-        },
-        rounds=rounds,
-        versions=versions(),
+        measured=measured,
+        left_out=left_out,
+        versions=versions() | spdl_version(),
         hardware=processor(),
         load_average=load_average,
         date=date.today().isoformat(),
     )
 
 
+def labelled(data: list[str] | None) -> dict[str, Path]:
+    """Folders by label: LABEL=DIR, or the folder's own name."""
+    if data is None:
+        return {"digits": digits_folder()}
+    folders: dict[str, Path] = {}
+    for text in data:
+        label, equals, folder = text.partition("=")
+        if not equals or Path(text).exists():
+            label, folder = Path(text).resolve().name, text
+        if label in folders:
+            raise UserError(f"--data: two folders are called {label}: write LABEL={folder}")
+        folders[label] = Path(folder)
+    return folders
+
+
+def make_task(split: Split, image_size: int, args: argparse.Namespace) -> Task:
+    return Task(
+        split=split,
+        image_size=image_size,
+        batch_size=args.batch_size,
+        threads=args.threads,
+        reflect_pad=args.reflect_pad,
+    )
+
+
 def parser() -> argparse.ArgumentParser:
-    example = "example: python -m benchmarks.loaders --data /data/imagenet --threads 2"
-    result = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=example)
+    result = cli.make_parser(
+        "benchmarks.loaders",
+        __doc__.partition("\n")[0],
+        "python -m benchmarks.loaders --data originals=imagenet copies=small/160 --threads 2",
+    )
     add = result.add_argument
-    add("--data", type=Path, help="folder with train/CLASS/IMAGE (default: the embedded digits)")
-    add("--image-size", type=int, default=224)
+    add(
+        "--data",
+        nargs="+",
+        metavar="[LABEL=]DIR",
+        help="folders with train/CLASS/IMAGE that are read in turn (default: the embedded digits)",
+    )
+    add("--image-size", type=int, nargs="+", default=[224], metavar="S", help="default 224")
+    add("--only", nargs="+", choices=LOADERS, default=list(LOADERS), metavar="NAME",
+        help=f"some of {', '.join(LOADERS)}")  # fmt: skip
     add("--reflect-pad", type=int, default=0, help="in place of random areas: pad, crop back")
     add("--threads", type=int, default=2, help="decoding threads or worker processes")
     add("--batch-size", type=int, default=64)
@@ -235,25 +205,19 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     args = parser().parse_args(argv)
-    try:
-        if args.rounds < 2:
-            raise UserError("--rounds: at least 2, for the intervals")
-        torch.set_num_threads(args.threads)  # for what is augmented in this process
-        result = run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"\n{result.hardware}, {args.threads} threads, {args.image_size} px (95 % intervals)")
-    for name, rate in result.images_per_sec.items():
-        print(f"{name:12} {rate} images/s")
-    for name, value in result.ratio_to_dataloader.items():
-        print(f"{name} / dataloader  {value}")
+    if args.rounds < 2:
+        raise UserError("--rounds: at least 2, for the intervals")
+    torch.set_num_threads(args.threads)  # for what is augmented in this process
+    result = run(args)
+    print(f"\n{result.hardware}, {args.threads} threads (95 % intervals)\n")
+    print(table(result.measured))
     if args.json is not None:
         args.json.write_text(json.dumps(asdict(result), indent=1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.exit_status(main, None))

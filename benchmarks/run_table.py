@@ -43,7 +43,7 @@ def table(result: Result) -> str:
     lines += [markdown([HEADER, *map(table_row, result.runs)]), ""]
     lines += [f"Ours: {result.accuracy}. Train time and images/s are means over the seeds."]
     if not COMPARISON.keys().isdisjoint(run.run for run in result.runs):
-        names = " and ".join(run.run for run in result.runs if run.run in COMPARISON)
+        names = ", ".join(run.run for run in result.runs if run.run in COMPARISON)
         lines += [f"{names}: the first {IMAGES_PER_CLASS:,} training images of each class."]
     if any(run.published for run in result.runs):
         lines += ["Published: one training each, on CIFAR-10's original pixels." + pixels(data)]

@@ -23,6 +23,7 @@ from benchmarks.run_results import Data, read_results
 from benchmarks.run_table import table, write_results
 from benchmarks.trainings import Training, check_folder, train_all
 from fastimagenet import cli, recipe_toml
+from fastimagenet.assemble import with_copies
 from fastimagenet.files import write_text
 from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import PRECISIONS
@@ -152,6 +153,7 @@ def make_trainings(args: argparse.Namespace, num_train: int, left_out: int) -> l
             recipe = recipe_toml.with_settings(named_recipe(name), args.set)
             recipe = recipe if args.epochs is None else recipe.stretched(args.epochs)
             recipe = replace(recipe, precision=args.precision or recipe.precision)
+            recipe = with_copies(recipe, args.data)
             # One process: the batch of the recipes is that of all.
             command = ["--data", str(args.data), "--recipe", name, "--seed", str(seed)]
             command += ["--output", str(folder), "--resume", "auto", "--nproc-per-node", "1"]

@@ -174,7 +174,7 @@ def make_trainer(
 def write_plan(folder: Path, plan: Plan, train: Split, val: Split) -> None:
     """plan.json; the first file of a run, and the mark that a folder holds one."""
     facts = {
-        "data": str(Path(train.files[0].path).parents[2]),
+        "data": str(Path(train.files[0].path).parents[0 if train.in_shards else 2]),
         "num_val": len(val),
         "num_classes": len(train.classes),
         "left_out": len(train.left_out) + len(val.left_out),

@@ -14,6 +14,7 @@ from pipelines import BACKENDS, cli
 from pipelines.cli import Parser as Parser
 from pipelines.cli import make_parser as make_parser
 from pipelines.errors import UserError
+from pipelines.s3 import SCHEME, fetched
 from pipelines.split import ON_BAD_IMAGE
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--data",
-        type=Path,
+        type=data_argument,
         metavar="DIR",
-        help="image folder DIR/train/CLASS/*, DIR/val/CLASS/*; default: the embedded digits",
+        help="image folder DIR/train/CLASS/*, DIR/val/CLASS/*, or shards, which s3://BUCKET/PREFIX "
+        "copies to the user's cache first; default: the embedded digits",
     )
     add("--skip-list", type=Path, metavar="FILE", help="paths of images to leave out, one a line")
     add(
@@ -52,6 +54,14 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         help="processes on this machine; default: one per GPU, one on a CPU",
     )
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where nodes meet, the same on every node")
+
+
+def data_argument(text: str) -> Path:
+    """A folder, or the local copy of shards in a bucket."""
+    try:
+        return fetched(text) if text.startswith(SCHEME) else Path(text)
+    except UserError as error:  # argparse would say "invalid value" instead
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_run_flags(parser: argparse.ArgumentParser, output: str) -> None:

@@ -125,6 +125,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         hint = str
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is str and type(value) is int:  # phases.0.data=160
+        return str(value)
     if type(value) is not hint:
         raise _wrong(where, _TYPE_NAMES[hint], value)
     return value

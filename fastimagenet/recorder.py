@@ -204,6 +204,8 @@ class Recorder:
             text += f"  top-1 {record.top1:.2%}  top-5 {record.top5:.2%}"
         if record.tta_top1 is not None:
             text += f"  with TTA {record.tta_top1:.2%}"
+        if record.square_top1 is not None:
+            text += f"  on squares {record.square_top1:.2%}"
         self._print(text)
 
     def event(self, *, step: int, epoch: int, time_seconds: float, message: str) -> None:

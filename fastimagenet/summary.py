@@ -12,11 +12,12 @@ from fastimagenet import dawnbench
 from fastimagenet.files import write_object
 from fastimagenet.recorder import best_record, train_seconds
 from fastimagenet.report import write_report
-from pipelines import chosen_backend
+from pipelines import chosen_backend, shard_manifest
 from pipelines.datasets import dataset_name
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 from pipelines.prepare.manifest import read_manifest
+from pipelines.shards import has_shards
 from pipelines.split import Split
 
 if TYPE_CHECKING:
@@ -97,13 +98,17 @@ def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[st
 def used_blacklist(folder: Path | None, val: Split) -> bool | None:
     """Whether the blacklisted validation images of ImageNet count; None for other data.
 
-    DAWNBench's word. dataset.json, which `pipelines.prepare` writes, tells; without it, all 50,000
-    images do.
+    DAWNBench's word. dataset.json, which `pipelines.prepare` writes and packs into shards, tells;
+    without it, all 50,000 images do.
     """
     if folder is None or dataset_name(val.classes) != "ImageNet":
         return None
     try:
-        told = read_manifest(folder).get("used_blacklist")
+        if has_shards(folder):
+            facts = shard_manifest.read_manifest(folder).dataset
+        else:
+            facts = read_manifest(folder)
+        told = facts.get("used_blacklist")
     except UserError:  # no reason to lose the results of a run
         told = None
     return told if isinstance(told, bool) else len(val) == IMAGENET_NUM_VAL

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -42,6 +43,9 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
         return command(argv)
     except UserError as error:
         message = " ".join(str(error).split())
+    except BrokenPipeError:  # as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -5,11 +5,11 @@ Nothing is decoded; a few KB of a file are read.
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 
 from pipelines.damage import MAX_PIXELS, Damage
+from pipelines.parts import Part
 
 HEAD = 4096
 """Bytes that are read at a time."""
@@ -26,13 +26,13 @@ BARE = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})
 SCAN = 0xDA
 
 
-def jpeg_size(file: int, head: bytes, size: int) -> tuple[int, int]:
+def jpeg_size(part: Part, head: bytes) -> tuple[int, int]:
     """(width, height): the segments up to the first scan, then the end marker."""
     at, base = 2, 0  # the segment's place in the file, and where `head` begins
     width = height = -1
     for _ in range(MAX_SEGMENTS):
         if at - base + 9 > len(head):
-            head, base = os.pread(file, HEAD, at), at
+            head, base = part.read(HEAD, at), at
             if len(head) < 9:
                 raise Damage("truncated", "is truncated in its header")
         first, marker, length = SEGMENT(head, at - base)
@@ -52,22 +52,22 @@ def jpeg_size(file: int, head: bytes, size: int) -> tuple[int, int]:
         if marker == SCAN:
             if width < 0:
                 raise Damage("corrupt", "cannot be decoded (a scan before the frame's header)")
-            check_jpeg_end(file, head if base == 0 else b"", at, size)
+            check_jpeg_end(part, head if base == 0 else b"", at)
             return width, height
     raise Damage("corrupt", f"cannot be decoded (more than {MAX_SEGMENTS:,} segments)")
 
 
-def check_jpeg_end(file: int, head: bytes, at: int, size: int) -> None:
+def check_jpeg_end(part: Part, head: bytes, at: int) -> None:
     """Raise Damage unless there is an end marker behind `at`, where the first scan begins.
 
     It cannot occur in a scan's data, but cameras append to it: then all that follows is searched.
     """
-    tail = head[-2:] if len(head) == size else os.pread(file, 2, size - 2)
-    if tail == b"\xff\xd9" and at <= size - 2:
+    tail = head[-2:] if len(head) == part.size else part.read(2, part.size - 2)
+    if tail == b"\xff\xd9" and at <= part.size - 2:
         return
     last = b""
-    while at < size:
-        data = os.pread(file, 1 << 20, at)
+    while at < part.size:
+        data = part.read(1 << 20, at)
         if not data:
             break
         if b"\xff\xd9" in last + data:
@@ -76,34 +76,34 @@ def check_jpeg_end(file: int, head: bytes, at: int, size: int) -> None:
     raise Damage("truncated", "is truncated (a JPEG without its end)")
 
 
-def png_size(file: int, head: bytes, size: int) -> tuple[int, int]:
+def png_size(part: Part, head: bytes) -> tuple[int, int]:
     """(width, height): the first chunk, then the last one."""
     if len(head) < 33:
         raise Damage("truncated", "is truncated in its header")
     if head[12:16] != b"IHDR" or head[29:33] != zlib.crc32(head[12:29]).to_bytes(4, "big"):
         raise Damage("corrupt", "cannot be decoded (a PNG without a valid IHDR)")
     width, height = struct.unpack_from(">II", head, 16)
-    tail = head[-12:-4] if len(head) == size else os.pread(file, 8, size - 12)
+    tail = head[-12:-4] if len(head) == part.size else part.read(8, part.size - 12)
     if tail != b"\0\0\0\0IEND":
-        check_png_end(file, size)
+        check_png_end(part)
     return width, height
 
 
-def check_png_end(file: int, size: int) -> None:
+def check_png_end(part: Part) -> None:
     """Raise Damage unless the chunks lead to a whole IEND; anything may follow it."""
     at = 8
     for _ in range(MAX_SEGMENTS):
-        head = os.pread(file, 8, at)
+        head = part.read(8, at)
         if len(head) < 8:
             break
         length, name = struct.unpack(">I4s", head)
         at += 12 + length
-        if name == b"IEND" and at <= size:
+        if name == b"IEND" and at <= part.size:
             return
     raise Damage("truncated", "is truncated (a PNG without its end)")
 
 
-def webp_size(file: int, head: bytes, size: int) -> tuple[int, int]:
+def webp_size(part: Part, head: bytes) -> tuple[int, int]:
     """(width, height): the first chunk, and the lengths of all."""
     if len(head) < 30:
         raise Damage("truncated", "is truncated in its header")
@@ -112,9 +112,9 @@ def webp_size(file: int, head: bytes, size: int) -> tuple[int, int]:
     for _ in range(MAX_SEGMENTS):
         if at >= end:
             break
-        length = os.pread(file, 4, at + 4)
+        length = part.read(4, at + 4)
         at += 8 + int.from_bytes(length, "little")
-        if at > min(end, size) or len(length) < 4:
+        if at > min(end, part.size) or len(length) < 4:
             raise Damage("truncated", "is truncated (a WebP without its end)")
         at += at % 2
     kind = head[12:16]

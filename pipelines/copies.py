@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 
@@ -70,4 +70,5 @@ def stems_of(split: Split, label: int) -> dict[str, int]:
 
 def stem(file: ImageFile) -> str:
     """What an image and its copies have in common."""
-    return PurePath(file.name or file.path).stem
+    name = (file.name or file.path).rpartition("/")[2]
+    return name.rpartition(".")[0] or name

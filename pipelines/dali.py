@@ -44,6 +44,10 @@ class DaliLoader(StreamLoader):
     def __init__(self, spec: LoaderSpec) -> None:
         super().__init__(spec)
         check_one_dali()
+        # DALI reads it when it first needs memory. By default buffers below 32 MB come from malloc,
+        # which returns or keeps them as it happens: batches of 50 at 224 px then left 750 to 920
+        # MiB resident, and leave 753 to 755 this way, at no lower rate.
+        os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
         assert spec.device != "cpu" or not spec.half, "float16 is for GPUs"
         self.order = Order(spec)
         sources = {spec.source(stage) for stage in spec.stages}
@@ -78,6 +82,7 @@ class DaliLoader(StreamLoader):
                         held.popleft()[-1].synchronize()
         finally:
             del pipeline  # the last reference: its threads end
+            source.close()
             ReleaseUnusedMemory()
 
     def reflect_crop(self, images: Tensor, draws: Draws) -> Tensor:

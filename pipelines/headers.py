@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pipelines.containers import HEAD, jpeg_size, png_size, webp_size
 from pipelines.damage import FORMATS, Damage, check_size
 from pipelines.images import ImageFile
+from pipelines.parts import Part
+from pipelines.shard_format import BLOCK, is_member
 
 MAGIC = {
     b"\xff\xd8\xff": "JPEG",
@@ -77,25 +79,25 @@ def unreadable(error: OSError) -> Damage:
     return Damage("unreadable", f"cannot be read ({error.strerror})")
 
 
-def read_header(file: int, size: int) -> Header:
-    """The header of an open file of `size` bytes; raises Damage for what cannot be an image.
+def read_header(part: Part) -> Header:
+    """The header of an image; raises Damage for what cannot be one.
 
     JPEG, PNG and WebP must also have their end. Of the other formats only the size is known, by
     Pillow's reader: decode them to know more.
     """
     try:
-        head = os.pread(file, HEAD, 0)
+        head = part.read(HEAD, 0)
         if not head:
             raise Damage("empty", "is empty")
         name = format_of(head)
         if name == "JPEG":
-            width, height = jpeg_size(file, head, size)
+            width, height = jpeg_size(part, head)
         elif name == "PNG":
-            width, height = png_size(file, head, size)
+            width, height = png_size(part, head)
         elif name == "WEBP":
-            width, height = webp_size(file, head, size)
+            width, height = webp_size(part, head)
         else:
-            width, height = size_by_pillow(file, name)
+            width, height = size_by_pillow(part, name)
     except OSError as error:
         raise unreadable(error) from error
     check_size(width, height)
@@ -117,28 +119,43 @@ def format_of(head: bytes) -> str:
     raise Damage("junk", f"is no image ({FORMATS})")
 
 
-def size_by_pillow(file: int, name: str) -> tuple[int, int]:
+def size_by_pillow(part: Part, name: str) -> tuple[int, int]:
     """(width, height) of a rare format."""
     from pipelines.decoding import open_image
 
-    with open(file, "rb", closefd=False) as stream, open_image(stream, name) as image:
+    with part.stream() as stream, open_image(stream, name) as image:
         return image.size
 
 
 def check_file(image: ImageFile, pixels: bool = False) -> Header:
-    """Raise Damage for a file that a back end will not read, as far as is seen at little cost.
+    """Raise Damage for an image that a back end will not read, as far as is seen at little cost.
 
     JPEG, PNG and WebP: the header and the end, and with `pixels` all of it. The other formats are
-    decoded anyway.
+    decoded anyway. In a shard, the tar header is looked at, too.
     """
     file, status = open_file(image.path)
     try:
-        header = read_header(file, status.st_size)
+        if image.size is None:
+            part = Part(file, 0, status.st_size)
+        else:
+            part = Part(file, image.start, image.size)
+            check_member(part, image.name)
+        header = read_header(part)
         if pixels or header.format not in WHOLE:
             from pipelines.decoding import check_pixels
 
-            with open(file, "rb", closefd=False) as stream:
+            with part.stream() as stream:
                 check_pixels(stream, header.format)
         return header
     finally:
         os.close(file)
+
+
+def check_member(part: Part, name: str) -> None:
+    """Raise Damage unless the shard has this member, a plain file, where its index says."""
+    try:
+        header = os.pread(part.file, BLOCK, part.start - BLOCK)
+    except OSError as error:
+        raise unreadable(error) from error
+    if not is_member(header, name, part.size):
+        raise Damage("corrupt", "is not what its shard has there (another tar header)")

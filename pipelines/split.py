@@ -1,4 +1,4 @@
-"""One split of the data as training takes it: images, labels, classes."""
+"""One split of the data, folders or shards, as training takes it: images, labels, classes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pipelines.errors import UserError
 from pipelines.folder import find_split, folder_stamps, list_folder
 from pipelines.images import ImageFile, Images
 from pipelines.index import Index, Listing, cached_index
+from pipelines.shards import has_shards, list_shards, shard_stamps
 from pipelines.skip_list import read_skip_list
 
 ON_BAD_IMAGE = ("error", "skip")
@@ -27,7 +28,7 @@ Bad = tuple[str, str]
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The images of one split, sorted by class and name."""
+    """The images of one split: of folders sorted by class and name, of shards as they lie there."""
 
     files: Sequence[ImageFile]
     labels: Sequence[int] | NDArray[np.int32]
@@ -64,48 +65,54 @@ def read_split(
     check_files: bool = True,
     on_bad_image: str = "error",
 ) -> Split:
-    """List the images of `root/split/CLASS/`, sorted; links to folders are followed.
+    """List the images of `root/split/CLASS/`, or of the shards in `root`.
 
-    `split` is "train" or "val"; "test" is taken where "val" is missing. Hidden files are left out.
-    `skip_list` names files to leave out, see `read_skip_list`. `check_files` looks at the header
-    and the end of each file, and keeps what it finds in the user's cache for as long as the folders
-    do not change; `on_bad_image` says what becomes of those that would stop a back end: "error"
-    raises, "skip" leaves them out and names them in `left_out`.
+    `split` is "train" or "val"; "test" is taken where "val" is missing. Hidden files are left out,
+    links to folders are followed. `skip_list` names files to leave out, see `read_skip_list`.
+    `check_files` looks at the header and the end of each image, and keeps what it finds in the
+    user's cache for as long as folders or shards do not change; `on_bad_image` says what becomes of
+    those that would stop a back end: "error" raises, "skip" leaves them out and names them in
+    `left_out`.
 
     Raises UserError for a missing folder, no classes, an empty class or a bad file.
     """
     assert on_bad_image in ON_BAD_IMAGE, on_bad_image
     root = Path(os.path.abspath(root))
     skipped = read_skip_list(root, skip_list) if skip_list is not None else frozenset()
-    folder = find_split(root, split)
+    if has_shards(root):
+        source = root / split
+        stamps, make_listing = partial(shard_stamps, root, split), partial(list_shards, root, split)
+    else:
+        source = find_split(root, split)
+        stamps, make_listing = partial(folder_stamps, source), partial(list_folder, source)
     if not check_files:
-        return chosen(list_folder(folder), None, folder, skipped, on_bad_image)
-    index = cached_index(folder, partial(folder_stamps, folder), partial(list_folder, folder))
-    return chosen(index.listing, index, folder, skipped, on_bad_image)
+        return chosen(make_listing(), None, source, skipped, on_bad_image)
+    index = cached_index(source, stamps, make_listing)
+    return chosen(index.listing, index, source, skipped, on_bad_image)
 
 
 def chosen(
     listing: Listing,
     index: Index | None,
-    folder: Path,
+    source: Path,
     skipped: frozenset[str],
     on_bad_image: str,
 ) -> Split:
-    """The images of a split `folder` that are neither skipped nor bad, as far as is known."""
+    """The images of a split that are neither skipped nor bad, as far as is known."""
     images = listing.images
     shapes, bad_places = (None, []) if index is None else (index.shapes, index.bad)
     keep = np.ones(len(images), bool)
     keep[places(images, skipped)] = False
     bad = [(str(images[place]), text) for place, text in bad_places if keep[place]]
     if bad and on_bad_image == "error":
-        raise bad_images(folder.parent, bad)
+        raise bad_images(source.parent, bad)
     there = np.bincount(listing.labels[keep], minlength=len(listing.classes))
     keep[[place for place, _ in bad_places]] = False
     good = np.bincount(listing.labels[keep], minlength=len(listing.classes))
     for name, any_left, any_good in zip(listing.classes, there, good, strict=True):
         if not any_good:
             what = "images that can be read" if any_left else "images"
-            raise UserError(f"class folder {folder / name} has no {what}: add some or remove it")
+            raise UserError(f"class {name} has no {what} in {source}: add some or remove it")
     split = Split(images, listing.labels, listing.classes, tuple(bad), shapes)
     return split.take(np.flatnonzero(keep))
 
@@ -113,9 +120,10 @@ def chosen(
 def places(images: Images, skipped: frozenset[str]) -> list[int]:
     """Where the skipped files are among the images."""
     folders = {os.path.dirname(path) for path in skipped}
+    shards = {path.rpartition(":")[0] for path in skipped}
     found = []
     for holder, path in enumerate(images.holders):
-        if path in folders:
+        if path in folders or path in shards:
             members = np.flatnonzero(images.holder == holder).tolist()
             found += [place for place in members if str(images[place]) in skipped]
     return found
@@ -125,10 +133,10 @@ def bad_images(root: Path, bad: list[Bad]) -> UserError:
     """The error that names the first bad file and says what to type."""
     path, reason = bad[0]
     others = f", and {len(bad) - 1:,} more files are bad" if len(bad) > 1 else ""
-    return UserError(
-        f"{path} {reason}{others}: --on-bad-image skip leaves such files out, or name them in "
-        f"--skip-list FILE, which {SCAN} {shlex.quote(str(root))} --skip-list FILE writes"
-    )
+    advice = "--on-bad-image skip leaves such files out, or name them in --skip-list FILE"
+    if not has_shards(root):
+        advice += f", which {SCAN} {shlex.quote(str(root))} --skip-list FILE writes"
+    return UserError(f"{path} {reason}{others}: {advice}")
 
 
 def left_out_note(split: Split) -> str:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
@@ -87,7 +87,8 @@ class BatchReader(Dataset[tuple[Tensor, Tensor]]):
             else:
                 image = self.augment(image, batch.shape[0], batch.draws, index)
             pixels[index] = image.permute(1, 2, 0)
-        return normalise(pixels, self.mean, self.std), torch.from_numpy(batch.labels)
+        images = normalise(shared_floats(pixels), self.mean, self.std)
+        return images, torch.from_numpy(batch.labels)
 
     def augment(self, image: Tensor, size: int, draws: Draws, index: int) -> Tensor:
         """A random crop of one image, (3, size, size) uint8, perhaps mirrored."""
@@ -100,6 +101,17 @@ class BatchReader(Dataset[tuple[Tensor, Tensor]]):
             edges = [edge.item() for edge in box]
             image = functional.resized_crop(image, *edges, [size, size], antialias=True)
         return functional.horizontal_flip(image) if draws.mirror[index] else image
+
+
+def shared_floats(pixels: Tensor) -> Tensor:
+    """The pixels as float32, which a worker puts where its parent reads them.
+
+    `default_collate` knows where that is. Floats that lie elsewhere are copied there as they are
+    sent, and malloc leaves ever more holes of a batch each: workers with batches of 50 at 224 px
+    grew from 190 MiB to 1 GiB in 14 epochs, and keep to 150 to 180 MiB this way.
+    """
+    nothing = torch.zeros(()).expand(pixels.shape[1:])
+    return default_collate([nothing] * len(pixels)).copy_(pixels)
 
 
 def leave_interrupts_to_parent(worker: int) -> None:

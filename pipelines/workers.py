@@ -5,12 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
+from types import ModuleType
 from typing import TypeVar
 
 from pipelines.errors import UserError
@@ -31,8 +34,8 @@ def in_processes(
 ) -> Iterator[Result]:
     """`function(job)` for each job, in the order in which they are done.
 
-    Whatever `function` raises is raised here; jobs not begun are dropped then, and when the caller
-    stops reading. Raises UserError where a worker is killed.
+    `function` is one of an importable module. Whatever it raises is raised here; jobs not begun are
+    dropped then, and when the caller stops reading. Raises UserError where a worker is killed.
     """
     context = multiprocessing.get_context("forkserver")
     left = iter(jobs)
@@ -41,7 +44,9 @@ def in_processes(
         running: set[Future[Result]] = set()
         while True:
             room = AHEAD * workers - len(running)
-            running |= {pool.submit(function, job) for job in islice(left, room)}
+            handed_over = list(islice(left, room))
+            with hidden_main():
+                running |= {pool.submit(function, job) for job in handed_over}
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -53,6 +58,21 @@ def in_processes(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def hidden_main() -> Iterator[None]:
+    """Let processes that are started here do without the caller's script.
+
+    Each would import it again: seconds for one that imports torch, an endless chain for one without
+    `if __name__ == "__main__":`.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def start_worker() -> None:

@@ -16,6 +16,7 @@ import torch
 from fastimagenet import train
 from fastimagenet.assemble import with_copies
 from fastimagenet.recipe_book import named_recipe
+from fastimagenet.recipe_toml import with_settings
 from fastimagenet.recipes import Phase
 from pipelines import make_loader
 from pipelines.copies import ORIGINAL, best_copy, find_copies, read_copy
@@ -74,6 +75,7 @@ def test_a_copy_that_is_not_there_or_not_finished_is_refused(copied: Path) -> No
     )
     with pytest.raises(UserError, match=r"phases.0.data = '32': .* has 24, 60; .*--short-side 32"):
         with_copies(recipe, copied)
+    assert with_settings(recipe, ["phases.0.data=24"]).phases[0].data == "24"
     facts = json.loads((copied / "24" / "dataset.json").read_text())
     (copied / "24" / "dataset.json").write_text(json.dumps(facts | {"complete": False}))
     assert find_copies(copied) == {"60": 60}

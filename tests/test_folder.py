@@ -85,7 +85,7 @@ def test_missing_things_are_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="empty/train has no class folders"):
         read_split(root / "empty", "train")
     (root / "train" / "ant").mkdir()
-    with pytest.raises(UserError, match=r"class folder .*train/ant has no images"):
+    with pytest.raises(UserError, match=r"class ant has no images in .*/train: add"):
         read_split(root, "train")
 
 

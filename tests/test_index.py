@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -135,6 +137,25 @@ def test_many_files_are_looked_at_by_processes(root: Path, monkeypatch: pytest.M
     monkeypatch.setattr(index_module, "CHUNK", 2)
     many = make_index(listing)
     assert np.array_equal(many.shapes, few.shapes) and many.bad == few.bad == [(5, "is empty")]
+
+
+def test_a_script_without_the_usual_guard_is_not_run_again(root: Path) -> None:
+    script = root / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from pipelines import folder, index\n"
+        "index.MANY = index.CHUNK = 2\n"
+        "listing = folder.list_folder(Path(sys.argv[1]))\n"
+        "print('run', len(index.make_index(listing).shapes))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(root / "train")],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.returncode) == ("run 5\n", 0), done.stderr
 
 
 def test_one_process_makes_it_and_the_others_wait(root: Path) -> None:

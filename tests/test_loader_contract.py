@@ -22,7 +22,8 @@ from pipelines.errors import UserError
 from pipelines.images import whole_files
 from pipelines.loader import Loader, LoaderSpec, Stage
 from pipelines.prefetch import Prefetcher
-from pipelines.split import Split
+from pipelines.prepare.__main__ import main as prepare
+from pipelines.split import Split, read_split
 from pipelines.torchvision import TorchvisionLoader
 
 COUNT = 37
@@ -52,16 +53,37 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     return Split(whole_files(paths), list(range(COUNT)), tuple(map(str, range(COUNT))))
 
 
-@pytest.fixture(params=["dali", "torchvision", "memory", "synthetic", "prefetched"])
-def make(request: pytest.FixtureRequest, split: Split) -> Iterator[Make]:
+@pytest.fixture(scope="module")
+def sharded(split: Split, tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """The same images in shards, which are in another order; here sorted again."""
+    root = tmp_path_factory.mktemp("sharded")
+    for label, file in enumerate(split.files):
+        folder = root / "folders" / "train" / f"{label:02}"
+        folder.mkdir(parents=True)
+        # Cameras append to JPEGs; here it makes them fill several shards.
+        (folder / "image.jpg").write_bytes(file.read() + bytes(100_000))
+    flags = ["shard", str(root / "folders"), str(root / "shards"), "--shard-size", "1"]
+    assert prepare([*flags, "--workers", "1"]) == 0
+    packed = read_split(root / "shards", "train")
+    assert packed.in_shards and len({file.path for file in packed.files}) >= 3
+    assert list(packed.labels) != sorted(packed.labels)
+    return packed.take(np.argsort(packed.labels))
+
+
+BACKENDS = ["dali", "torchvision", "memory", "synthetic", "prefetched"]
+
+
+@pytest.fixture(params=[*BACKENDS, "dali on shards", "torchvision on shards", "memory on shards"])
+def make(request: pytest.FixtureRequest, split: Split, sharded: Split) -> Iterator[Make]:
     """Makes loaders of one back end, closed after the test."""
     loaders: list[Loader] = []
 
     def make(**fields: Any) -> Loader:
-        backend = str(request.param)
+        backend, *on_shards = str(request.param).split(" on ")
         if backend == "dali":
             pytest.importorskip("nvidia.dali")
-        fields = {"stages": TWO_SIZES, "training": True, "split": split} | fields
+        source = sharded if on_shards else split
+        fields = {"stages": TWO_SIZES, "training": True, "split": source} | fields
         # The torchvision back end reads in this process here; its workers have a test below.
         fields.setdefault("num_threads", 1 if backend == "dali" else 0)
         spec = LoaderSpec(**fields)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageCms, JpegImagePlugin
 
 from pipelines.errors import UserError
+from pipelines.images import ImageFile
 from pipelines.prepare.__main__ import main
 from pipelines.prepare.shrink import shrink, target_size
 from pipelines.split import read_split
@@ -186,7 +187,7 @@ def test_every_kind_of_image_looks_to_a_model_as_the_original_does(
     assert resize(tmp_path / "src", dst, "--short-side", 375, 100, "--quality", 95) == 0
     for name, verdict in kinds.items():
         source = tmp_path / "src" / "train" / "class" / name
-        original = Image.fromarray(decode(str(source)).permute(1, 2, 0).numpy())
+        original = Image.fromarray(decode(ImageFile(str(source))).permute(1, 2, 0).numpy())
         copy = (dst / "375" / "test" / "class" / name).with_suffix(".jpg")
         with Image.open(copy) as image:
             assert (image.format, image.size) == ("JPEG", original.size), name

@@ -254,6 +254,12 @@ def test_a_resnet50_learns_photographs_at_two_growing_sizes(
     assert epochs[-1]["train_loss"] < epochs[0]["train_loss"] - 0.5
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -m fastimagenet.train --print-recipe | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
 def test_list_print_and_dry_run(cifar10: Path, tmp_path: Path) -> None:
     out, _ = train("--list-recipes")
     assert [line.split()[0] for line in out.splitlines()][:2] == ["digits", "cifar10"]

@@ -28,6 +28,10 @@ COMMANDS = {
         "Copies of an image folder that decode faster, one tree per length of the short side.",
         "imagenet imagenet-small --short-side 160 352",
     ),
+    "shard": (
+        "WebDataset tar shards of an image folder, which training reads as it reads the folder.",
+        "imagenet imagenet-shards",
+    ),
 }
 """Name: what it does, the arguments of an example."""
 

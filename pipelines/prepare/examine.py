@@ -14,6 +14,7 @@ from PIL import Image
 from pipelines.damage import MAX_PIXELS, Damage
 from pipelines.decoding import check_png_chunks, open_image, read_pixels
 from pipelines.headers import WHOLE, Header, open_file, read_header
+from pipelines.parts import Part
 
 MAX_MEMORY = 4 << 30
 """Bytes of address space that a process which examines files may have."""
@@ -80,7 +81,7 @@ def examine(path: str, decode: bool) -> Examined:
     size, mtime = status.st_size, status.st_mtime_ns
     with open(file, "rb") as stream:
         try:
-            header = read_header(file, size)
+            header = read_header(Part(file, 0, size))
             findings = notes_on_name(path, header) + notes_on_image(stream, header, decode)
             return Examined(size, mtime, decode, hash_of_ends(file, size), tuple(findings))
         except Damage as damage:

@@ -1,0 +1,232 @@
+"""`prepare shard SRC DST`: WebDataset tar shards with DALI index files, DST/train-00000.tar, ...
+
+Few large files in place of a million small ones, for disks and object stores that are slow with
+those. Each image file is copied bit for bit; the training images are shuffled once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pipelines.errors import UserError
+from pipelines.files import scratch_folder
+from pipelines.folder import visible
+from pipelines.headers import unreadable
+from pipelines.prepare.manifest import read_manifest
+from pipelines.prepare.pack import Packed, Plan, pack
+from pipelines.shard_format import MAX_IMAGE, class_folders, footprint, layout, member_names
+from pipelines.shard_manifest import (
+    MAX_BYTES,
+    NAME,
+    Manifest,
+    Shard,
+    parse_manifest,
+    read_bounded,
+    shard_name,
+    write_manifest,
+)
+from pipelines.split import ON_BAD_IMAGE, Split, check_classes, left_out_note, read_split
+from pipelines.workers import in_processes, num_cores
+
+CHUNK = 512
+"""Files that a thread looks at in a go."""
+SHUFFLE = 3
+"""First word of the generator's key: 1 and 2 are those of an epoch's order and its crops."""
+MAX_SHARD_SIZE = 1024
+"""MiB: a shard has to fit into memory, where it is read from an object store."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("src", type=Path, metavar="SRC", help="image folder: SRC/train and SRC/val (or SRC/test)")
+    add("dst", type=Path, metavar="DST", help="gets shards.json, train-00000.tar, .idx and so on")
+    add(
+        "--shard-size",
+        type=int,
+        default=128,
+        metavar="MIB",
+        help="size of a shard, about; default 128",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the training images' order; default 0")
+    add("--skip-list", type=Path, metavar="FILE", help="names images to leave out, one a line")
+    add("--on-bad-image", choices=ON_BAD_IMAGE, default="error", help="default: error")
+    add("--workers", type=int, default=num_cores(), metavar="K", help="processes; default: a core")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0. Raises UserError naming the flag, folder or file; what was written before stays."""
+    started = time.perf_counter()
+    check_flags(args)
+    earlier = earlier_manifest(args)
+    splits = read_splits(args)
+    plans = {name: list(plan_split(args, name, split)) for name, split in splits.items()}
+    manifest = Manifest(
+        seed=args.seed,
+        shard_size=args.shard_size,
+        classes=next(iter(splits.values())).classes,
+        splits={name: tuple(map(planned, listed)) for name, listed in plans.items()},
+        dataset=read_manifest(args.src),
+    )
+    if earlier is not None and earlier.plan() != manifest.plan():
+        raise UserError(f"{args.dst} holds shards of other images: name another DST or remove it")
+    known = {shard.file: shard.sha256 for shard in (earlier or manifest).shards()}
+    jobs = [replace(plan, sha256=known[plan.file]) for listed in plans.values() for plan in listed]
+    with scratch_folder(args.dst) as scratch:
+        if earlier is None:
+            write_manifest(args.dst, manifest)
+        packed = pack_all(args, scratch, jobs)
+        manifest = manifest.with_checksums({file: shard.sha256 for file, shard in packed.items()})
+        write_manifest(args.dst, manifest)
+    report(args, splits, manifest, packed, time.perf_counter() - started)
+    return 0
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    if not 1 <= args.shard_size <= MAX_SHARD_SIZE:
+        raise UserError(
+            f"--shard-size must be from 1 to {MAX_SHARD_SIZE} MiB, not {args.shard_size}"
+        )
+    if args.seed < 0:
+        raise UserError(f"--seed must be at least 0, not {args.seed}")
+    if args.workers < 1:
+        raise UserError(f"--workers must be at least 1, not {args.workers}")
+    if args.dst.resolve().is_relative_to(args.src.resolve()):
+        raise UserError(f"{args.dst} lies in {args.src} itself: name another DST")
+
+
+def earlier_manifest(args: argparse.Namespace) -> Manifest | None:
+    """The manifest of an earlier call. UserError where DST is of other flags or something else."""
+    dst: Path = args.dst
+    if not dst.exists() or not visible(dst):
+        return None
+    if not (dst / NAME).exists():
+        raise UserError(f"{dst} is not empty and has no {NAME}: name a new folder for DST")
+    found = parse_manifest(read_bounded(dst / NAME), str(dst / NAME))
+    for flag, was, asked in (
+        ("--seed", found.seed, args.seed),
+        ("--shard-size", found.shard_size, args.shard_size),
+    ):
+        if was != asked:
+            raise UserError(
+                f"{flag}: {dst} was made with {was}, not {asked}: name another DST or remove it"
+            )
+    return found
+
+
+def read_splits(args: argparse.Namespace) -> dict[str, Split]:
+    """The splits that SRC has: "train", "val" or both."""
+    splits = {}
+    for name, folders in (("train", ("train",)), ("val", ("val", "test"))):
+        if any((args.src / folder).is_dir() for folder in folders):
+            splits[name] = read_split(
+                args.src, name, args.skip_list, on_bad_image=args.on_bad_image
+            )
+    if not splits:
+        raise UserError(f"{args.src} has no images: expected {args.src}/train/CLASS/IMAGE")
+    if len(splits) == 2:
+        check_classes(splits["train"], splits["val"])
+    return splits
+
+
+def plan_split(args: argparse.Namespace, name: str, split: Split) -> Iterator[Plan]:
+    """The shards of a split: training images in a random order, the others as they are."""
+    paths = [file.path for file in split.files]
+    sizes, labels = file_sizes(paths), np.asarray(split.labels, np.int32)
+    files = map(os.path.basename, paths)
+    names = member_names(class_folders(split.classes), files, labels.tolist())
+    order = np.arange(len(split))
+    if name == "train":
+        order = np.random.default_rng((SHUFFLE, args.seed)).permutation(len(split))
+    room = footprint(sizes[order])
+    total = int(room.sum())
+    share = -(-total // -(-total // (args.shard_size << 20)))  # of the fewest that it takes
+    shard = (np.cumsum(room) - room) // share
+    for number, places in enumerate(np.split(order, np.flatnonzero(np.diff(shard)) + 1)):
+        yield Plan(
+            file=shard_name(name, number),
+            paths=[paths[place] for place in places.tolist()],
+            names=[names[place] for place in places.tolist()],
+            sizes=sizes[places],
+            labels=labels[places],
+        )
+
+
+def file_sizes(paths: list[str]) -> NDArray[np.int64]:
+    """Bytes of each file, (N,). UserError for one that is larger than any image."""
+    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    with ThreadPoolExecutor(8) as pool:  # pays where the disk is slow
+        sizes = np.concatenate(list(pool.map(sizes_of, chunks)))
+    largest = int(sizes.argmax())
+    if sizes[largest] > MAX_IMAGE:
+        raise UserError(
+            f"{paths[largest]} has {sizes[largest]:,} bytes, more than {MAX_IMAGE:,}: remove it or "
+            "name it in --skip-list"
+        )
+    return sizes
+
+
+def sizes_of(paths: list[str]) -> NDArray[np.int64]:
+    sizes = []
+    for path in paths:
+        try:
+            sizes.append(os.stat(path).st_size)
+        except OSError as error:
+            raise UserError(f"{path} {unreadable(error)}: call again") from None
+    return np.array(sizes, np.int64)
+
+
+def planned(plan: Plan) -> Shard:
+    """The manifest's entry before the shard is written."""
+    index = plan.index()
+    if len(index) > MAX_BYTES:
+        raise UserError(
+            f"--shard-size: the index of {plan.file} would have {len(index):,} bytes, more than "
+            f"{MAX_BYTES:,}: take a smaller size"
+        )
+    size = layout(plan.sizes)[2]
+    return Shard(plan.file, len(plan.paths), size, hashlib.sha256(index).hexdigest())
+
+
+def pack_all(args: argparse.Namespace, scratch: Path, plans: list[Plan]) -> dict[str, Packed]:
+    """All shards, by file name, in processes."""
+    sizes = {plan.file: int(footprint(plan.sizes).sum()) for plan in plans}
+    packed = {}
+    total = sum(sizes.values())
+    with tqdm(total=total, unit="B", unit_scale=True, smoothing=0.05, disable=None) as bar:
+        for done in in_processes(partial(pack, args.dst, scratch), plans, args.workers):
+            packed[done.file] = done
+            bar.update(sizes[done.file])
+    return packed
+
+
+def report(
+    args: argparse.Namespace,
+    splits: dict[str, Split],
+    manifest: Manifest,
+    packed: dict[str, Packed],
+    seconds: float,
+) -> None:
+    """Print what was done."""
+    written = sum(shard.written for shard in packed.values())
+    lines = [note for note in map(left_out_note, splits.values()) if note]
+    for name, split in splits.items():
+        shards = manifest.splits[name]
+        size = sum(shard.bytes for shard in shards) / 1e6
+        files = "1 tar file" if len(shards) == 1 else f"{len(shards):,} tar files"
+        lines.append(f"{name}: {len(split):,} images, {files}, {size:,.1f} MB")
+    lines.append(
+        f"{args.dst}: {written:,} written, {len(packed) - written:,} were there, {seconds:,.1f} s"
+    )
+    print("\n".join(lines), flush=True)  # noqa: T201
