@@ -28,7 +28,7 @@ from pipelines.loader import Loader
 from pipelines.split import Split
 
 WARM_UP_BATCHES = 6
-"""Before each turn: more than any loader makes ahead, so that none is measured on its stock."""
+"""Read before each turn: more than any loader makes ahead, so none is measured on its stock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,8 @@ def train_for(
 ) -> tuple[float, float]:
     """Images a second of training on real batches, and the share of waiting for them."""
     for _ in range(WARM_UP_BATCHES):
-        update(trainer, *next(batches))
+        batch = next(batches)
+    update(trainer, *batch)
     synchronize(trainer.device)
     waited, images, start = 0.0, 0, time.perf_counter()
     while (asked := time.perf_counter()) - start < seconds:

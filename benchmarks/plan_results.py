@@ -16,6 +16,8 @@ from fastimagenet.formats import NO_BREAK, duration, percent, time_unit
 from fastimagenet.time_plots import TIME_COLOURS
 from pipelines.errors import UserError
 
+UNQUIET = 0.1
+"""Spread of the probed rates above which a prediction within 10 % is not to be had."""
 NOT_MEASURED = (
     "All times and costs are predicted from the probe, not measured: processes and nodes are taken "
     "to scale perfectly, and to be like the device probed."
@@ -51,6 +53,7 @@ def table(result: Row, found: list[Candidate]) -> str:
     rows = [row(each) for each in found]
     sources = dict.fromkeys(each.accuracy_source for each in found)
     known = any(each.accuracy for each in found)
+    spread = max(rates["spread"] for rates in result["probe"]["train"])
     price = result["node_usd_per_hour"]
     machines = f"{result['nodes']} x {result['gpus_per_node']} processes"
     lines = [
@@ -64,6 +67,12 @@ def table(result: Row, found: list[Candidate]) -> str:
         markdown([header, *rows]),
         "",
         NOT_MEASURED,
+        f"The probed training rates varied by up to {100 * spread:.0f} % from round to round"
+        + (
+            ": the machine was not quiet, and the prediction is as uncertain."
+            if spread > UNQUIET
+            else "."
+        ),
         ("Accuracies are expected, not measured" if known else "No accuracy is expected")
         + f": {'; '.join(sources)}.",
     ]

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import log
 
-from benchmarks.published import published
+from benchmarks.expected_accuracy import epochs_for, expected_accuracy
 from fastimagenet.plan import Plan
 from fastimagenet.recipes import Recipe
-from fastimagenet.superconvergence import STUDY
 from pipelines.errors import UserError
 
 MIN_STEPS = 8
@@ -22,13 +20,17 @@ MAX_EPOCHS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class SizeRates:
-    """Means of one process on one device, in images per second."""
+    """Medians over the rounds, of one process on one device, in images per second."""
 
     image_size: int
     batch_size: int
     loader: float
     model: float
     both: float
+    data_wait_share: float
+    """Of the time of both together."""
+    spread: float
+    """(highest - lowest) / median of both: how unquiet the machine was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +101,8 @@ def predict(plan: Plan, probe: Probe) -> dict[str, float]:
     for planned in plan.phases:
         images = planned.phase.epochs * planned.steps_per_epoch * planned.phase.batch_size
         rates = probe.rates(planned.phase.image_size, planned.phase.batch_size)
-        alone = min(images / rates.model, images / rates.both)
-        seconds["compute"] += alone
-        seconds["data_wait"] += images / rates.both - alone
+        seconds["compute"] += images / rates.both * (1 - rates.data_wait_share)
+        seconds["data_wait"] += images / rates.both * rates.data_wait_share
     for epoch in range(plan.epochs):
         if plan.evaluates(epoch):
             planned = plan.phase_of_epoch(epoch)
@@ -174,56 +175,6 @@ def longest_within(
     return best
 
 
-def expected_accuracy(
-    model: str, dataset: str | None, epochs: float
-) -> tuple[dict[str, float] | None, str]:
-    """Accuracies that were published for this network after so many epochs, and by whom.
-
-    Between two published figures it is interpolated linearly in the logarithm of the epochs;
-    outside of them, and for other networks, there is none.
-    """
-    table, source = accuracy_table(model, dataset)
-    if not table:
-        return None, "no published table for this network on these data"
-    known = sorted(table)
-    if not known[0] <= epochs <= known[-1]:
-        return None, f"{source} has {known[0]} to {known[-1]} epochs only"
-    high = next(count for count in known if count >= epochs)
-    low = max(count for count in known if count <= epochs)
-    share = 0.0 if low == high else log(epochs / low) / log(high / low)
-    values = {
-        metric: value + share * (table[high][metric] - value)
-        for metric, value in table[low].items()
-    }
-    return values, source
-
-
-def epochs_for(model: str, dataset: str | None, metric: str, value: float) -> int | None:
-    """The fewest epochs for which `expected_accuracy` gives the target; None: none do."""
-    table, _ = accuracy_table(model, dataset)
-    for epochs in range(min(table, default=1), max(table, default=0) + 1):
-        accuracy, _ = expected_accuracy(model, dataset, epochs)
-        if accuracy is not None and accuracy.get(metric, 0) >= value:
-            return epochs
-    return None
-
-
-def accuracy_table(model: str, dataset: str | None) -> tuple[dict[int, dict[str, float]], str]:
-    """Epochs -> accuracies, and the source."""
-    if (model, dataset) == ("resnet50", "ImageNet"):
-        entries = [e for e in published({"ImageNet"}, "top1") if e.name == "ffcv-imagenet"]
-        rows = {
-            entry.epochs: {"top1": entry.top1, "top5": entry.top5}
-            for entry in entries
-            if entry.epochs and entry.top1 and entry.top5
-        }
-        return rows, "ffcv-imagenet's table (image sizes of its own)"
-    if (model, dataset) == ("resnet56", "CIFAR10"):
-        runs = (STUDY[run] for run in ("3a", "3b", "1"))
-        return {run.epochs: {"top1": run.top1} for run in runs}, "the super-convergence study"
-    return {}, ""
-
-
 def candidates(
     recipe: Recipe,
     probe: Probe,
@@ -256,12 +207,12 @@ def candidates(
             accuracy_source=source,
         )
 
-    found = []
+    found: list[Candidate] = []
     for name, variant in sizes_of(recipe).items():
         made = longest_within(variant, probe, world_size, budget_seconds)
-        if made is not None:
+        if made is not None and made not in [each.recipe for each in found]:
             found.append(candidate(name, made))
-        elif name == "recipe":
+        elif made is None and name == "recipe":
             one = candidate(name, variant.stretched(1))
             raise UserError(
                 f"--minutes {budget_seconds / 60:g}: one epoch of {recipe.name} is predicted to "

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import TypeVar
 
 from benchmarks.ceilings import synchronize
@@ -20,9 +20,9 @@ from fastimagenet.summary import hardware, precision_name
 from fastimagenet.trainer import Trainer
 from pipelines.split import Split
 
-ROUNDS = 2
+ROUNDS = 5
 TURNS = 3 * ROUNDS + 2
-"""Of each size: loader, model and both in each round, and two evaluations."""
+"""Of each size: loader, model and both in each round, and at most two evaluations."""
 
 Item = TypeVar("Item")
 
@@ -57,9 +57,11 @@ def measure(
                 SizeRates(
                     image_size=rates.image_size,
                     batch_size=rates.batch_size,
-                    loader=fmean(rates.loader),
-                    model=fmean(rates.model),
-                    both=fmean(rates.both),
+                    loader=median(rates.loader),
+                    model=median(rates.model),
+                    both=median(rates.both),
+                    data_wait_share=median(rates.data_wait_share),
+                    spread=(max(rates.both) - min(rates.both)) / median(rates.both),
                 )
             )
             if phase is recipe.phases[-1]:
@@ -81,16 +83,19 @@ def measure(
 
 
 def eval_rate(trainer: Trainer, image_size: int, tta: str, seconds: float) -> tuple[float, float]:
-    """Seconds to a first batch of validation, and images per second over about `seconds`."""
+    """Seconds to a first batch of validation, and images per second: the median of ROUNDS parts
+    of `seconds`, or of whole passes that are shorter."""
     start = time.perf_counter()
     for _ in limited(trainer.eval_loader, 0.0):
         synchronize(trainer.device)
     first = time.perf_counter() - start
-    images, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        batches = limited(trainer.eval_loader, seconds - elapsed)
-        images += trainer.count(trainer.evaluated_model, batches, image_size, tta).images
-    return first, images / (time.perf_counter() - start)
+    rates = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        batches = limited(trainer.eval_loader, seconds / ROUNDS)
+        images = trainer.count(trainer.evaluated_model, batches, image_size, tta).images
+        rates.append(images / (time.perf_counter() - start))
+    return first, median(rates)
 
 
 def limited(items: Iterable[Item], seconds: float) -> Iterator[Item]:
