@@ -103,6 +103,7 @@ def make_trainer(
     recorder: Recorder | None = None,
     folder: Path | None = None,
     optimizer_backend: str = "torch",
+    checkpoint_steps: int = 0,
 ) -> Trainer:
     """The trainer with its network and loaders; without a `recorder` it writes no rows, without a
     `folder` no checkpoints. Raises UserError for what this machine cannot do."""
@@ -168,6 +169,7 @@ def make_trainer(
             "seed": args.seed,
         },
         optimizer_backend=optimizer_backend,
+        checkpoint_steps=checkpoint_steps,
     )
 
 

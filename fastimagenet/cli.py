@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastimagenet.disk import NotWritten
 from fastimagenet.distributed import Launch, World, plan_launch, report_to_launcher
 from fastimagenet.recipes import PRECISIONS
 from pipelines import BACKENDS, cli
@@ -84,7 +86,10 @@ def data_folder(args: argparse.Namespace) -> Path:
 
 
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """As that of `pipelines.cli`; in a process of our own launcher the error is left to it."""
+    """As that of `pipelines.cli`, and 1 where files of a finished run are missing.
+
+    In a process of our own launcher the line is left to it.
+    """
 
     def told(argv: Sequence[str] | None) -> int:
         try:
@@ -93,6 +98,10 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
             if report_to_launcher(error):
                 return 2
             raise
+        except NotWritten as error:
+            if not report_to_launcher(error):
+                print(f"error: {error}", file=sys.stderr)  # noqa: T201
+            return 1
 
     return cli.exit_status(told, argv)
 

@@ -147,7 +147,7 @@ def started_by_us() -> bool:
     return REPORT_TO_LAUNCHER in os.environ and "RANK" in os.environ
 
 
-def report_to_launcher(error: UserError) -> bool:
+def report_to_launcher(error: Exception) -> bool:
     """Leave the error to our launcher, which says it once; False where there is none."""
     if not started_by_us():
         return False

@@ -230,6 +230,7 @@ def run_sweeps(args: argparse.Namespace, trainer: Trainer, sweeps: list[Sweep]) 
         trainer.train_loader.close()
         trainer.eval_loader.close()
         recorder.close()
+    recorder.unwritten.check()
 
 
 if __name__ == "__main__":

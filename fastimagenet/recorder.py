@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar, cast
 
+from fastimagenet.disk import Unwritten
 from fastimagenet.files import Row, read_rows, write_text
 
 if TYPE_CHECKING:
@@ -156,7 +157,10 @@ class Recorder:
         self._total_steps = total_steps
         self._stream = stream or sys.stdout
         self._bar: Any = None
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self._pending = b""
+        """Rows that a full disk has not taken yet."""
+        self.unwritten = Unwritten()
 
     def start(self, step: int, records: list[EpochRecord]) -> None:
         """Open the file for a run that goes on at `step`: rows past it are dropped.
@@ -167,7 +171,7 @@ class Recorder:
         kept = kept or [{"kind": "epoch", **asdict(record)} for record in records]
         path = self._folder / "metrics.jsonl"
         write_text(path, "".join(map(_line, kept)))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = cast(BinaryIO, path.open("ab", buffering=0))
         if self._stream.isatty():
             from tqdm import tqdm
 
@@ -216,13 +220,24 @@ class Recorder:
         """Finish the bar and the file."""
         if self._bar is not None:
             self._bar.close()
-        if self._file is not None:
+        if self._file is not None and not self._file.closed:
+            self._flush()
             self._file.close()
 
     def _write(self, kind: str, row: Row) -> None:
-        assert self._file is not None, "start() comes first"
-        self._file.write(_line({"kind": kind, **row}))
-        self._file.flush()
+        self._pending += _line({"kind": kind, **row}).encode()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Append the rows, or keep them, or the rest of one, for the next time."""
+        file = self._file
+        assert file is not None, "start() comes first"
+
+        def append() -> None:
+            while self._pending:
+                self._pending = self._pending[file.write(self._pending) :]
+
+        self.unwritten.attempt("rows of metrics.jsonl", append)
 
     def _print(self, text: str) -> None:
         if self._bar is not None:

@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,14 @@ from fastimagenet.assemble import (
     with_copies,
     write_plan,
 )
-from fastimagenet.distributed import World, launched_world, process_group, run_processes
+from fastimagenet.disk import NotWritten
+from fastimagenet.distributed import (
+    World,
+    gather_objects,
+    launched_world,
+    process_group,
+    run_processes,
+)
 from fastimagenet.optimizer import BACKENDS as OPTIMIZER_BACKENDS
 from fastimagenet.recipe_book import RECIPES
 from fastimagenet.recorder import Recorder, Stopwatch
@@ -33,6 +41,7 @@ from pipelines.split import Split, read_split
 
 if TYPE_CHECKING:
     from fastimagenet.plan import Plan
+    from fastimagenet.trainer import Trainer
 
 
 def parser() -> cli.Parser:
@@ -52,6 +61,13 @@ def parser() -> cli.Parser:
         const="auto",
         metavar="auto|PATH",
         help="go on from a checkpoint; auto: from the one in --output, if there is one",
+    )
+    add(
+        "--checkpoint-steps",
+        type=int,
+        default=1000,
+        metavar="M",
+        help="save every M updates and at epoch ends; 0: at epoch ends only; default 1000",
     )
     add(
         "--optimizer-backend",
@@ -114,6 +130,8 @@ def check_numbers(args: argparse.Namespace) -> None:
     for flag, text in (("--author", args.author), ("--author-email", args.author_email)):
         if not text.strip():
             raise UserError(f"{flag} must not be empty: DAWNBench requires it")
+    if args.checkpoint_steps < 0:
+        raise UserError(f"--checkpoint-steps must be 0 or more, not {args.checkpoint_steps}")
     cost = args.cost_per_hour
     if cost is not None and not 0 <= cost < math.inf:
         raise UserError(f"--cost-per-hour must be a number of US dollars, not {cost}")
@@ -156,6 +174,7 @@ def train_and_report(
         recorder=Recorder(args.output, plan.total_steps) if world.is_main else None,
         folder=args.output,
         optimizer_backend=args.optimizer_backend,
+        checkpoint_steps=args.checkpoint_steps,
     )
     if args.resume is not None:
         resume(trainer, args.output, args.resume)
@@ -166,14 +185,24 @@ def train_and_report(
     try:
         trainer.fit()
     except Stopped:
+        check_written(trainer)
         flags = f"--output {shlex.quote(str(args.output))} --resume auto"
         cli.say(world, f"stopped at step {trainer.step}; go on with {flags}")
         return cli.stopped_status(stopped_by)
     if world.is_main:
         command = shlex.join(["python", "-m", "fastimagenet.train", *argv])
-        page = write_results(args, trainer, val, started, command)
-        cli.say(world, f"report: {page}")
+        write = partial(write_results, args, trainer, val, started, command)
+        if trainer.recorder.unwritten.attempt("summary.json, report.html and dawnbench/", write):
+            cli.say(world, f"report: {args.output / 'report.html'}")
+    check_written(trainer)
     return 0
+
+
+def check_written(trainer: Trainer) -> None:
+    """Raise NotWritten, on every process, if the first could not write all of the run's files."""
+    lost = gather_objects(str(trainer.recorder.unwritten), trainer.world)[0]
+    if lost:
+        raise NotWritten(lost)
 
 
 if __name__ == "__main__":

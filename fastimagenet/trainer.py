@@ -7,6 +7,7 @@ log steps, the end of an epoch and the evaluation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Trainer:
 
     `make_loader(training)` gives the loaders, which yield images (B, 3, S, S) channels_last and
     labels on that device: (B,) int64, or (B, classes) float32 for a recipe that mixes images. With
-    a `folder`, the first process leaves checkpoints there, with the plain values `about` in them.
+    a `folder`, the first process leaves checkpoints there, at the ends of epochs and every
+    `checkpoint_steps` updates (0: not in mid-epoch), with the plain values `about` in them.
     Raises UserError for what the user can mend: memory, precision, a diverging loss.
     """
 
@@ -64,10 +66,11 @@ class Trainer:
         folder: Path | None = None,
         about: dict[str, Any] | None = None,
         optimizer_backend: str = "torch",
+        checkpoint_steps: int = 0,
     ) -> None:
         recipe = plan.recipe
         self.plan, self.world, self.recorder, self.folder = plan, world, recorder, folder
-        self.about = about or {}
+        self.about, self.checkpoint_steps = about or {}, checkpoint_steps
         self.train_loader, self.eval_loader = make_loader(True), make_loader(False)
         self.clock = clock or Stopwatch()
         self.device = torch.device(world.device)
@@ -136,6 +139,9 @@ class Trainer:
                 now = self._log(loss, phase, logged_step, logged_at)
                 logged_step, logged_at = self.step, now
             self._stop_if_asked()
+            if not last and self.checkpoint_steps and self.step % self.checkpoint_steps == 0:
+                self.losses.read(loss, self.plan)  # what has diverged is not worth keeping
+                self._save()
         self._synchronize()
         seconds = train_seconds(self.clock.read()) - epoch_start
         # Of the updates made here: after a resume in mid-epoch there are fewer, or none.
@@ -290,8 +296,8 @@ class Trainer:
         if not alone and self.step % LOG_EVERY_STEPS:
             return
         if any_process(self.stop_requested, self.world):
-            self._save(best=False)
-            self._record_event("stopped and saved")
+            if self._save():
+                self._record_event("stopped and saved")
             raise Stopped
 
     def _record_event(self, message: str) -> None:
@@ -303,8 +309,14 @@ class Trainer:
             message=f"{message} at step {self.step}",
         )
 
-    def _save(self, best: bool) -> None:
+    def _save(self, best: bool = False) -> bool:
+        """Leave a checkpoint; False where the disk does not take it, and the earlier ones stay."""
         with self.clock.section("checkpoint"):
             state = state_of(self)
-            if self.world.is_main and self.folder is not None:
-                checkpoint.save_last(self.folder / "checkpoints", state, best)
+            if not self.world.is_main or self.folder is None:
+                return True
+            save = partial(checkpoint.save_last, self.folder / "checkpoints", state, best)
+            saved = self.recorder.unwritten.attempt(f"checkpoint of step {self.step}", save)
+        if not saved:
+            self._record_event("checkpoint not written")
+        return saved

@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
+from fastimagenet import checkpoint
 from fastimagenet.dawnbench import check_entry
 from fastimagenet.files import read_rows, rows_of
+from tests.conftest import fill
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--recipe", "tests/small.toml", "--device", "cpu"]
@@ -358,18 +360,53 @@ def test_a_diverging_run_names_step_and_lr(cifar10: Path, tmp_path: Path) -> Non
     assert "the loss is not finite at step" in message
 
 
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Any:
-    """A file system of one MiB; skips where mounting is not permitted."""
-    folder = tmp_path / "full"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_no_disk_space_is_one_line(cifar10: Path, full_disk: Path) -> None:
-    message = error_of("--data", cifar10, "--output", full_disk / "out", *SMALL)
+def test_a_disk_that_is_full_at_the_start_is_one_line(cifar10: Path, small_disk: Path) -> None:
+    fill(small_disk)
+    message = error_of("--data", cifar10, "--output", small_disk / "out", *SMALL)
     assert "No space left on device" in message
+
+
+def test_a_disk_that_fills_up_does_not_end_the_run(
+    finished: Path, cifar10: Path, small_disk: Path
+) -> None:
+    output = small_disk / "out"
+    last = output / "checkpoints" / "last.pt"
+    flags = ("--data", cifar10, "--output", output, *SMALL)
+    process = start("fastimagenet.train", *flags, "--checkpoint-steps", 3)
+    while process.poll() is None:
+        if last.exists():
+            fill(small_disk)
+        time.sleep(0.002)
+    out, err = process.communicate()
+    assert process.returncode == 1, out + err
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert any("checkpoint of step" in line for line in warnings)
+    error = err.splitlines()[-1]
+    assert error.startswith("error: not written: ")
+    assert "checkpoint of step 40 (No space left on device)" in error
+    assert "epoch   3" in out  # it has trained and evaluated to the end of the recipe
+    (small_disk / "filler").unlink()
+    assert checkpoint.load(last)["step"] < 40
+    train(*flags, "--resume", "auto")
+    assert summary_of(output)["top1"] == summary_of(finished)["top1"]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    finished: Path, cifar10: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    last = folder / "checkpoints" / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    flags = ("--data", cifar10, "--output", folder, *SMALL, "--resume", "auto")
+    out, err = train(*flags)
+    note = f"note: checkpoint {last} cannot be read"
+    assert note in err and f"going on from {last.with_name('previous.pt')}" in err
+    assert "resumed at step 20" in out
+    assert losses_of(folder) == losses_of(finished)
+    assert summary_of(folder)["top1"] == summary_of(finished)["top1"]
+    for name in ("last.pt", "previous.pt"):
+        last.with_name(name).write_bytes(b"")
+    assert "previous.pt cannot be read" in train(*flags, status=2)[1]
