@@ -119,7 +119,7 @@ def make_trainer(
         raise UserError(
             "--device cuda: this build of torch cannot use the CUDA device; --device cpu runs"
         )
-    counts = gather_objects((len(train), len(val)), world)
+    counts = gather_objects((len(train), len(val)), world, "the comparison of the data")
     if len(set(counts)) > 1:
         raise UserError(
             f"--data: the processes see different images, {min(counts)} and {max(counts)} "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastimagenet.disk import NotWritten
-from fastimagenet.distributed import Launch, World, plan_launch, report_to_launcher
+from fastimagenet.distributed import (
+    TIMEOUT_SECONDS,
+    Launch,
+    World,
+    end_with_launcher,
+    plan_launch,
+    report_to_launcher,
+)
+from fastimagenet.peers import PeerLost
 from fastimagenet.recipes import PRECISIONS
 from pipelines import BACKENDS, cli
 from pipelines.cli import Parser as Parser
@@ -53,6 +63,13 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="processes on this machine; default: one per GPU, one on a CPU",
     )
+    add(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help=f"to wait for the other processes before giving up; default {TIMEOUT_SECONDS}",
+    )
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where nodes meet, the same on every node")
 
 
@@ -73,6 +90,8 @@ def add_run_flags(parser: argparse.ArgumentParser, output: str) -> None:
 
 def launch_of(args: argparse.Namespace) -> Launch:
     """Processes and device as the flags have it. Raises UserError naming the flag."""
+    if not 0 < args.timeout < math.inf:
+        raise UserError(f"--timeout must be above 0 seconds, not {args.timeout:g}")
     return plan_launch(args.nodes, args.nproc_per_node, args.device, args.rdzv_endpoint)
 
 
@@ -86,12 +105,13 @@ def data_folder(args: argparse.Namespace) -> Path:
 
 
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """As that of `pipelines.cli`, and 1 where files of a finished run are missing.
+    """As that of `pipelines.cli`, and 1 where files are missing or another process is.
 
     In a process of our own launcher the line is left to it.
     """
 
     def told(argv: Sequence[str] | None) -> int:
+        end_with_launcher()
         try:
             return command(argv)
         except UserError as error:
@@ -102,6 +122,11 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
             if not report_to_launcher(error):
                 print(f"error: {error}", file=sys.stderr)  # noqa: T201
             return 1
+        except PeerLost as error:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)  # threads that still wait for the others would hold up the end
 
     return cli.exit_status(told, argv)
 

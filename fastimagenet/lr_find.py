@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launch.world_size > 1:
             return run_processes(launch, "fastimagenet.lr_find", argv)
         world = World(device="cpu" if launch.device == "cpu" else "cuda:0")
-    with process_group(world):
+    with process_group(world, args.timeout):
         return find(args, plan, world, train, val, clock, argv)
 
 

@@ -186,7 +186,7 @@ def agreed(trainer: Trainer, loss: Tensor) -> tuple[float, bool]:
 
     own = torch.stack([loss, torch.full_like(loss, trainer.stop_requested)]).double()
     # Waits for the device: the next update depends on it.
-    total, stops = all_reduce_sum(own, trainer.world).tolist()
+    total, stops = all_reduce_sum(own, trainer.world, "the sum of the losses").tolist()
     return total / trainer.world.world_size, stops > 0
 
 

@@ -41,7 +41,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "epoch": trainer.epoch,
         "records": [vars(record) for record in trainer.records],
         "clock": trainer.clock.read(),
-        "ranks": gather_objects(rank_state, trainer.world),
+        "ranks": gather_objects(rank_state, trainer.world, "a checkpoint"),
     }
 
 
@@ -98,7 +98,7 @@ def resume(trainer: Trainer, output: Path, flag: str) -> None:
     """
     if flag == "auto":
         folder = output / "checkpoints"
-        found = gather_objects((folder / checkpoint.LAST).exists(), trainer.world)
+        found = gather_objects((folder / checkpoint.LAST).exists(), trainer.world, "a check")
         if not any(found):
             return
         if not all(found):

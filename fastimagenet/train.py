@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,13 +26,13 @@ from fastimagenet.assemble import (
     with_copies,
     write_plan,
 )
-from fastimagenet.disk import NotWritten
 from fastimagenet.distributed import (
     World,
-    gather_objects,
     launched_world,
     process_group,
+    restarted,
     run_processes,
+    started_by_us,
 )
 from fastimagenet.optimizer import BACKENDS as OPTIMIZER_BACKENDS
 from fastimagenet.recipe_book import RECIPES
@@ -41,7 +42,6 @@ from pipelines.split import Split, read_split
 
 if TYPE_CHECKING:
     from fastimagenet.plan import Plan
-    from fastimagenet.trainer import Trainer
 
 
 def parser() -> cli.Parser:
@@ -68,6 +68,14 @@ def parser() -> cli.Parser:
         default=1000,
         metavar="M",
         help="save every M updates and at epoch ends; 0: at epoch ends only; default 1000",
+    )
+    add(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="R",
+        help="of several processes, when one dies: start all again from the last checkpoint, up to "
+        "R times; default 3",
     )
     add(
         "--optimizer-backend",
@@ -102,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(recipe_toml.dumps(recipe), end="")  # noqa: T201
         return 0
     recipe = with_copies(recipe, cli.data_folder(args))
-    launch = cli.launch_of(args)
+    launch = replace(cli.launch_of(args), max_restarts=args.max_restarts)
     world = launched_world(launch)
     world_size = launch.world_size if world is None else world.world_size
     if args.dry_run:
@@ -121,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launch.world_size > 1:
             return run_processes(launch, "fastimagenet.train", argv)
         world = World(device="cpu" if launch.device == "cpu" else "cuda:0")
-    with process_group(world):
+    with process_group(world, args.timeout):
         return train_and_report(args, plan, world, train, val, clock, argv)
 
 
@@ -130,8 +138,12 @@ def check_numbers(args: argparse.Namespace) -> None:
     for flag, text in (("--author", args.author), ("--author-email", args.author_email)):
         if not text.strip():
             raise UserError(f"{flag} must not be empty: DAWNBench requires it")
-    if args.checkpoint_steps < 0:
-        raise UserError(f"--checkpoint-steps must be 0 or more, not {args.checkpoint_steps}")
+    for flag, number in (
+        ("--checkpoint-steps", args.checkpoint_steps),
+        ("--max-restarts", args.max_restarts),
+    ):
+        if number < 0:
+            raise UserError(f"{flag} must be 0 or more, not {number}")
     cost = args.cost_per_hour
     if cost is not None and not 0 <= cost < math.inf:
         raise UserError(f"--cost-per-hour must be a number of US dollars, not {cost}")
@@ -176,8 +188,10 @@ def train_and_report(
         optimizer_backend=args.optimizer_backend,
         checkpoint_steps=args.checkpoint_steps,
     )
-    if args.resume is not None:
-        resume(trainer, args.output, args.resume)
+    # What our launcher has let pass and starts again goes on with what it has left itself.
+    flag = "auto" if restarted() or (args.resume is None and started_by_us()) else args.resume
+    if flag is not None:
+        resume(trainer, args.output, flag)
     if world.is_main:
         write_plan(args.output, plan, train, val)
     cli.say(world, plan.describe())
@@ -185,7 +199,7 @@ def train_and_report(
     try:
         trainer.fit()
     except Stopped:
-        check_written(trainer)
+        trainer.recorder.unwritten.check()
         flags = f"--output {shlex.quote(str(args.output))} --resume auto"
         cli.say(world, f"stopped at step {trainer.step}; go on with {flags}")
         return cli.stopped_status(stopped_by)
@@ -194,15 +208,8 @@ def train_and_report(
         write = partial(write_results, args, trainer, val, started, command)
         if trainer.recorder.unwritten.attempt("summary.json, report.html and dawnbench/", write):
             cli.say(world, f"report: {args.output / 'report.html'}")
-    check_written(trainer)
+    trainer.recorder.unwritten.check()
     return 0
-
-
-def check_written(trainer: Trainer) -> None:
-    """Raise NotWritten, on every process, if the first could not write all of the run's files."""
-    lost = gather_objects(str(trainer.recorder.unwritten), trainer.world)[0]
-    if lost:
-        raise NotWritten(lost)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from fastimagenet.distributed import World, all_reduce_sum, any_process, broadca
 from fastimagenet.evaluation import Counts, evaluate
 from fastimagenet.faults import SCALER_PATIENCE_STEPS, LossWatch, out_of_memory_advice
 from fastimagenet.optimizer import make_optimizer
+from fastimagenet.peers import exchanging
 from fastimagenet.plan import Plan, PlannedPhase
 from fastimagenet.precision import autocast_dtype
 from fastimagenet.recorder import (
@@ -99,9 +100,10 @@ class Trainer:
         module: nn.Module = self.model
         if self.world.world_size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
-            ddp = DistributedDataParallel(
-                module, device_ids=devices, gradient_as_bucket_view=True, static_graph=True
-            )
+            with exchanging("the comparison of the models", self.world):
+                ddp = DistributedDataParallel(
+                    module, device_ids=devices, gradient_as_bucket_view=True, static_graph=True
+                )
             self.communication = CommunicationTimer(ddp, self.plan.recipe.bf16_gradients)
             module = ddp
         if self.plan.recipe.compile:
@@ -169,7 +171,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"], group["momentum"] = lr, momentum
         with out_of_memory_advice(phase.phase.batch_size, phase.phase.image_size, phase.index):
-            loss = self._forward_backward(images, labels)
+            with exchanging(f"the gradients of step {self.step}", self.world):
+                loss = self._forward_backward(images, labels)
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -229,12 +232,13 @@ class Trainer:
         """Exact counts over all processes, each with validation `batches` of its own."""
         smallest = self.plan.smallest_phase
         # BN statistics are local to a process; those of the first are saved, and judged.
-        broadcast(model.buffers(), self.world)
+        broadcast(model.buffers(), self.world, "the BN statistics")
         with out_of_memory_advice(smallest.phase.batch_size, image_size, smallest.index):
             counts = evaluate(
                 model, batches, device=self.device, autocast_dtype=self.dtype, tta=tta
             )
-        return Counts.from_tensor(all_reduce_sum(counts.tensor().to(self.device), self.world))
+        total = all_reduce_sum(counts.tensor().to(self.device), self.world, "validation counts")
+        return Counts.from_tensor(total)
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -244,7 +248,8 @@ class Trainer:
 
     def _record_epoch(self, phase: PlannedPhase, counts: Counts | None, rate: float) -> None:
         squares = self._squares(phase)
-        total = all_reduce_sum(self.losses.total.clone(), self.world).item()  # the epoch is over
+        losses = all_reduce_sum(self.losses.total.clone(), self.world, "the epoch's losses")
+        total = losses.item()  # the epoch is over: nothing is kept waiting
         seconds = self.clock.read()
         record = EpochRecord(
             step=self.step,
@@ -295,7 +300,7 @@ class Trainer:
         alone = self.world.world_size == 1
         if not alone and self.step % LOG_EVERY_STEPS:
             return
-        if any_process(self.stop_requested, self.world):
+        if any_process(self.stop_requested, self.world, f"the check at step {self.step}"):
             if self._save():
                 self._record_event("stopped and saved")
             raise Stopped

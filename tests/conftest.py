@@ -75,10 +75,10 @@ def digits() -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB; skips where mounting is not permitted."""
+    """A file system of 48 MiB; skips where mounting is not permitted."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system is not permitted here")
     yield folder
@@ -88,5 +88,5 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def fill(folder: Path) -> None:
     """Use up all space of a file system."""
     with suppress(OSError), (folder / "filler").open("ab", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
+        while file.write(bytes(65536)):
+            pass

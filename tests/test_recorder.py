@@ -124,16 +124,16 @@ def test_rows_that_a_full_disk_does_not_take_are_written_later(
     recorder = Recorder(small_disk, 1000, io.StringIO())
     recorder.start(0, [])
     fill(small_disk)
-    for step in range(50):  # more than the page that is left of the file
+    for step in range(500):  # more than the page that is left of the file
         recorder.step(step_record(step))
     assert "rows of metrics.jsonl (No space left on device)" in str(recorder.unwritten)
     said = capsys.readouterr().err
     assert said.count("warning: rows of metrics.jsonl could not be written") == 1
     (small_disk / "filler").unlink()
-    recorder.step(step_record(50))
+    recorder.step(step_record(500))
     assert str(recorder.unwritten) == ""
     recorder.close()
-    assert [row["step"] for row in read_rows(small_disk)] == list(range(51))
+    assert [row["step"] for row in read_rows(small_disk)] == list(range(501))
 
 
 def test_a_run_that_goes_on_in_a_new_folder_has_its_earlier_epochs(tmp_path: Path) -> None:
