@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 
@@ -60,6 +61,8 @@ def cause(failure: ProcessFailure) -> str:
 def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
     """As `fastimagenet.distributed.run_processes`."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # A new store for each start: in the shared one the dead processes still have their addresses.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     meeting = RendezvousParameters(
         backend="c10d",
         endpoint=launch.rdzv_endpoint or "localhost:0",

@@ -29,8 +29,8 @@ def exchanging(what: str, world: World) -> Iterator[None]:
     except RuntimeError as error:
         if world.world_size == 1 or not COMMUNICATION.search(str(error)):
             raise
-        reason = str(error).splitlines()[0]
-        reason = re.sub(r"^(\[\S+\] ?)+", "", reason).rstrip(".")  # places in the C++ source
+        reason = re.sub(r"\[\S+\.cc:\d+\] ", "", str(error).splitlines()[0])
+        reason = reason.rpartition("RuntimeError: ")[2].partition(". ")[0].rstrip(".")
         raise PeerLost(
             f"rank {world.rank}, in {what}: no word from {silent(world)} ({reason})"
         ) from None
