@@ -104,6 +104,7 @@ def make_trainer(
     folder: Path | None = None,
     optimizer_backend: str = "torch",
     checkpoint_steps: int = 0,
+    bucket_mb: float = 25,
 ) -> Trainer:
     """The trainer with its network and loaders; without a `recorder` it writes no rows, without a
     `folder` no checkpoints. Raises UserError for what this machine cannot do."""
@@ -152,6 +153,7 @@ def make_trainer(
             half=dtype is not None,
             seed=args.seed,
             copies=copies if training else {},
+            accumulation=plan.accumulation if training else 1,
         )
 
     return Trainer(
@@ -170,6 +172,7 @@ def make_trainer(
         },
         optimizer_backend=optimizer_backend,
         checkpoint_steps=checkpoint_steps,
+        bucket_mb=bucket_mb,
     )
 
 

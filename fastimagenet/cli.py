@@ -84,6 +84,13 @@ def add_run_flags(parser: argparse.ArgumentParser, output: str) -> None:
         metavar="FIELD=VALUE",
         help="change a recipe field, such as max_lr=1.2 or phases.0.image_size=96; repeatable",
     )
+    add(
+        "--global-batch",
+        type=int,
+        metavar="N",
+        help="images an update in the first phase, the others in proportion: fewer processes add "
+        "up the gradients of several batches",
+    )
     add("--seed", type=int, default=0)
     add("--output", type=Path, metavar="DIR", help=f"default: {output}")
 

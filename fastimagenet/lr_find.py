@@ -120,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_recipe_out(args.recipe_out)
     train, val = read_data(args, world)
     recipe = with_copies(recipe, cli.data_folder(args))
-    plan = recipe.plan(launch.world_size if world is None else world.world_size, len(train))
+    world_size = launch.world_size if world is None else world.world_size
+    plan = recipe.plan(world_size, len(train), args.global_batch)
     check_validation(plan, len(val))
     val = shuffled(val, args.seed)
     if world is None:

@@ -152,11 +152,12 @@ def run(
     phase = plan.phase_of_epoch(trainer.train_loader.epoch)
     image_size = stages[min(trainer.eval_loader.epoch, len(stages) - 1)].image_size
     train_batches = endless(trainer.train_loader, plan.phase_of_epoch)
+    updates = zip(*[train_batches] * plan.accumulation, strict=False)
     val_batches = endless(trainer.eval_loader, lambda e: stages[min(e, len(stages) - 1)])
     average, rule, any_finite = DebiasedAverage(), DivergenceRule(), False
     trainer.model.train()
-    for iteration, (lr, batch) in enumerate(zip(rates, train_batches, strict=False)):
-        loss, stop = agreed(trainer, trainer.update(*batch, lr, momentum, phase))
+    for iteration, (lr, batches) in enumerate(zip(rates, updates, strict=False)):
+        loss, stop = agreed(trainer, trainer.update(batches, lr, momentum, phase))
         loss = average.update(loss)
         if stop:
             return "stopped"

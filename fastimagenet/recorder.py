@@ -162,12 +162,17 @@ class Recorder:
         """Rows that a full disk has not taken yet."""
         self.unwritten = Unwritten()
 
-    def start(self, step: int, records: list[EpochRecord]) -> None:
+    def start(self, step: int, records: list[EpochRecord], *, renumbered: bool = False) -> None:
         """Open the file for a run that goes on at `step`: rows past it are dropped.
 
-        In a new folder the epochs of before, `records`, are written first.
+        In a new folder the epochs of before, `records`, are written first. `renumbered`: steps
+        counted differently before, so only the rows of those epochs are kept.
         """
-        kept = [row for row in read_rows(self._folder) if row["step"] <= step] if step else []
+        kept = read_rows(self._folder) if step else []
+        if renumbered:
+            kept = [row for row in kept if row["epoch"] < len(records)]
+        else:
+            kept = [row for row in kept if row["step"] <= step]
         kept = kept or [{"kind": "epoch", **asdict(record)} for record in records]
         path = self._folder / "metrics.jsonl"
         write_text(path, "".join(map(_line, kept)))
@@ -252,7 +257,7 @@ class NullRecorder(Recorder):
     def __init__(self) -> None:
         super().__init__(Path(), 0)
 
-    def start(self, step: int, records: list[EpochRecord]) -> None:
+    def start(self, step: int, records: list[EpochRecord], *, renumbered: bool = False) -> None:
         pass
 
     def _write(self, kind: str, row: Row) -> None:

@@ -63,6 +63,13 @@ def parser() -> cli.Parser:
         help="go on from a checkpoint; auto: from the one in --output, if there is one",
     )
     add(
+        "--bucket-mb",
+        type=float,
+        default=25,
+        metavar="MB",
+        help="gradients that are exchanged at once; default 25",
+    )
+    add(
         "--checkpoint-steps",
         type=int,
         default=1000,
@@ -116,10 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         data = cli.data_folder(args)
         train = read_split(data, "train", args.skip_list, check_files=False)
-        print(recipe.plan(world_size, len(train)).describe())  # noqa: T201
+        print(recipe.plan(world_size, len(train), args.global_batch).describe())  # noqa: T201
         return 0
     train, val = read_data(args, world)
-    plan = recipe.plan(world_size, len(train))
+    plan = recipe.plan(world_size, len(train), args.global_batch)
     if args.output is None:
         args.output = default_output(args.resume, recipe.name)
         argv += ["--output", str(args.output)]
@@ -144,6 +151,8 @@ def check_numbers(args: argparse.Namespace) -> None:
     ):
         if number < 0:
             raise UserError(f"{flag} must be 0 or more, not {number}")
+    if not 0 < args.bucket_mb < math.inf:
+        raise UserError(f"--bucket-mb must be above 0, not {args.bucket_mb:g}")
     cost = args.cost_per_hour
     if cost is not None and not 0 <= cost < math.inf:
         raise UserError(f"--cost-per-hour must be a number of US dollars, not {cost}")
@@ -187,6 +196,7 @@ def train_and_report(
         folder=args.output,
         optimizer_backend=args.optimizer_backend,
         checkpoint_steps=args.checkpoint_steps,
+        bucket_mb=args.bucket_mb,
     )
     # What our launcher has let pass and starts again goes on with what it has left itself.
     flag = "auto" if restarted() or (args.resume is None and started_by_us()) else args.resume

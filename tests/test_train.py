@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastimagenet import checkpoint
 from fastimagenet.dawnbench import check_entry
@@ -198,6 +199,36 @@ def test_a_stopped_group_saves_and_goes_on(cifar10: Path, tmp_path: Path) -> Non
     assert (folder / "checkpoints" / "last.pt").exists()
     train(*flags, "--output", folder, "--resume", "auto")
     assert losses_of(folder) == losses_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_one_process_that_adds_up_gradients_does_what_two_do(cifar10: Path, tmp_path: Path) -> None:
+    """Up to rounding, in fp32. Running statistics of BN are not compared: two processes keep
+    those of the first one's batches, one process those of all."""
+    flags = ("--data", cifar10, *SMALL)
+    train(*flags, "--output", tmp_path / "two", "--nproc-per-node", 2)
+    out, _ = train(*flags, "--output", tmp_path / "one", "--global-batch", 100)
+    assert "an update adds up the gradients of 2 batches" in out
+    one, two = (checkpoint.load(tmp_path / n / "checkpoints" / "last.pt") for n in ("one", "two"))
+    assert one["step"] == two["step"] == 20
+    for name, value in two["model"].items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(one["model"][name], value, rtol=1e-3, atol=1e-4)
+    message = error_of(*flags, "--output", tmp_path / "odd", "--global-batch", 75)
+    assert "--global-batch must be a multiple of 50" in message
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_says_what_changes(cifar10: Path, tmp_path: Path) -> None:
+    flags = ("--data", cifar10, "--output", tmp_path / "run", *SMALL)
+    stop_soon(
+        *flags, "--nproc-per-node", 2
+    )  # after the first row, which is in mid-epoch or its end
+    out, _ = train(*flags, "--resume", tmp_path / "run" / "checkpoints" / "epoch.pt")
+    assert ", processes 2 -> 1, global batch 100 -> 50, lr " in out
+    epochs = rows_of("epoch", read_rows(tmp_path / "run"))
+    assert [row["epoch"] for row in epochs] == [0, 1, 2]
+    assert epochs[-1]["step"] == 40
 
 
 @pytest.mark.slow

@@ -301,11 +301,34 @@ def test_a_resumed_run_takes_the_clock_and_both_loaders_with_it(tmp_path: Path) 
     assert second.eval_loader.state_dict() == {"epoch": 3, "step": 0}
 
 
-def test_another_model_or_world_size_is_refused() -> None:
+def test_another_model_is_refused() -> None:
     trainer = make_trainer()
     trainer.fit()
-    state = state_of(trainer)
-    with pytest.raises(UserError, match="saved by 2 processes and cannot go on with 1"):
-        restore(make_trainer(), state | {"ranks": state["ranks"] * 2})
     with pytest.raises(UserError, match="the checkpoint is of another recipe"):
-        restore(make_trainer(model=nn.Linear(3, 3)), state)
+        restore(make_trainer(model=nn.Linear(3, 3)), state_of(trainer))
+
+
+def test_another_number_of_processes_goes_on_at_the_end_of_an_epoch_only() -> None:
+    """The state is made one of two processes: 50 images make 1 update of them, not 3."""
+    recipe = replace(RECIPE, lr_reference_batch=16)
+    trainer = make_trainer(recipe)
+    trainer.train_epoch()
+    state = state_of(trainer)
+    two = state | {"ranks": state["ranks"] * 2, "step": 1}
+    resumed = make_trainer(recipe)
+    restore(resumed, two)
+    assert (resumed.epoch, resumed.step) == (1, 3)
+    lr = [recipe.plan(2, 50).lr(1), recipe.plan(1, 50).lr(3)]
+    changed = f", processes 2 -> 1, global batch 32 -> 16, lr {lr[0]:g} -> {lr[1]:g}"
+    assert resumed.changed == changed
+    for _ in zip(range(2), resumed.train_loader, strict=False):
+        resumed.step += 1
+    middle = state_of(resumed)
+    middle["ranks"] *= 2
+    with pytest.raises(UserError, match=r"saved in mid-epoch, processes 2 -> 1, .*epoch\.pt"):
+        restore(make_trainer(recipe), middle)
+
+
+def test_synchronised_batch_norm_needs_a_gpu() -> None:
+    with pytest.raises(UserError, match="recipe field sync_bn = true needs a GPU"):
+        make_trainer(replace(RECIPE, sync_bn=True))
