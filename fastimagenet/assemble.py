@@ -28,13 +28,11 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
     """The recipe that --recipe names, with --set and --precision. Raises UserError."""
     if args.seed < 0:
         raise UserError(f"--seed must be 0 or more, not {args.seed}")
-    if args.nodes < 1:
-        raise UserError(f"--nodes must be at least 1, not {args.nodes}")
     name = args.recipe or ("imagenet" if args.data else "digits")
     if name.endswith(".toml"):
         recipe = recipe_toml.load(Path(name))
     else:
-        recipe = named_recipe(name, args.nodes)
+        recipe = named_recipe(name, args.nodes[1])
     if args.set:
         recipe = recipe_toml.with_settings(recipe, args.set)
     return recipe if args.precision is None else replace(recipe, precision=args.precision)

@@ -56,7 +56,13 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--precision", choices=PRECISIONS, help="in place of the recipe's")
-    add("--nodes", type=int, default=1, metavar="N", help="machines; default 1")
+    add(
+        "--nodes",
+        type=node_range,
+        default=(0, 1),
+        metavar="N|MIN:MAX",
+        help="machines; MIN:MAX: go on with those that are left, and take others in; default 1",
+    )
     add(
         "--nproc-per-node",
         type=int,
@@ -71,6 +77,18 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         help=f"to wait for the other processes before giving up; default {TIMEOUT_SECONDS}",
     )
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where nodes meet, the same on every node")
+
+
+def node_range(text: str) -> tuple[int, int]:
+    """--nodes: (MIN, MAX), or (0, N) for a fixed number. Raises ArgumentTypeError."""
+    least, colon, most = text.rpartition(":")
+    if not most.isdecimal() or (colon and not least.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be a number of machines or MIN:MAX, not {text}")
+    if colon and not 1 <= int(least) <= int(most):
+        raise argparse.ArgumentTypeError(f"{text}: 1 <= MIN <= MAX must hold")
+    if int(most) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(least or 0), int(most)
 
 
 def add_run_flags(parser: argparse.ArgumentParser, output: str) -> None:
@@ -99,7 +117,8 @@ def launch_of(args: argparse.Namespace) -> Launch:
     """Processes and device as the flags have it. Raises UserError naming the flag."""
     if not 0 < args.timeout < math.inf:
         raise UserError(f"--timeout must be above 0 seconds, not {args.timeout:g}")
-    return plan_launch(args.nodes, args.nproc_per_node, args.device, args.rdzv_endpoint)
+    min_nodes, nodes = args.nodes
+    return plan_launch(nodes, args.nproc_per_node, args.device, args.rdzv_endpoint, min_nodes)
 
 
 def data_folder(args: argparse.Namespace) -> Path:

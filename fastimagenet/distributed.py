@@ -60,6 +60,8 @@ class Launch:
     rdzv_endpoint: str | None = None
     max_restarts: int = 0
     """How often the agent of a node starts all processes again after one has died."""
+    min_nodes: int = 0
+    """Above 0: nodes may leave and come back while there are so many."""
 
     @property
     def world_size(self) -> int:
@@ -79,7 +81,11 @@ def gpu_count() -> int:
 
 
 def plan_launch(
-    nodes: int, nproc_per_node: int | None, device: str, endpoint: str | None
+    nodes: int,
+    nproc_per_node: int | None,
+    device: str,
+    endpoint: str | None,
+    min_nodes: int = 0,
 ) -> Launch:
     """Settle device and process count from the flags. Raises UserError naming the flag."""
     gpus = gpu_count()
@@ -96,7 +102,7 @@ def plan_launch(
         raise UserError(f"--nproc-per-node must be at least 1, not {processes}")
     if device == "cuda" and processes > gpus:
         raise UserError(f"--nproc-per-node {processes}: this machine has {gpus} CUDA devices")
-    return Launch(nodes, processes, device, endpoint)
+    return Launch(nodes, processes, device, endpoint, min_nodes=min_nodes)
 
 
 def launched_world(launch: Launch) -> World | None:
@@ -121,7 +127,7 @@ def launched_world(launch: Launch) -> World | None:
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
     else:
         return None
-    if nodes != launch.nodes:
+    if not (launch.min_nodes or launch.nodes) <= nodes <= launch.nodes:
         raise UserError(
             f"--nodes {launch.nodes}, but {nodes} node(s) were launched: "
             f"start it with {starter} or say --nodes {nodes}"

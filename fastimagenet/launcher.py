@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
+import socket
+import struct
 import sys
+from contextlib import suppress
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -22,6 +26,9 @@ from fastimagenet.disk import NotWritten
 from fastimagenet.distributed import RENDEZVOUS_TIMEOUT_SECONDS, STOPPED, Launch
 from pipelines.errors import UserError
 
+LAST_CALL_SECONDS = 10
+"""How long an elastic run that could start waits for more nodes."""
+SIOCGIFADDR = 0x8915
 SHUTDOWN_TIMEOUT_SECONDS = 600
 """Time to save in after SIGTERM: a process may be in the middle of an evaluation."""
 
@@ -29,11 +36,16 @@ SHUTDOWN_TIMEOUT_SECONDS = 600
 class Agent(LocalElasticAgent):
     """The elastic agent, which says why it restarts, and lets be what ended on purpose."""
 
+    elastic = False
+    """Whether the run goes on when nodes leave."""
+
     # The agent calls it several times a second.
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
         failures = list(result.failures.values())
-        if any(said_by(failure) or failure.exitcode in STOPPED for failure in failures):
+        if self.elastic and failures and all(f.exitcode in STOPPED for f in failures):
+            self._remaining_restarts += 1  # a node leaves: not a fault
+        elif any(said_by(failure) or failure.exitcode in STOPPED for failure in failures):
             self._remaining_restarts = 0
         elif failures and self._remaining_restarts:
             maximum = worker_group.spec.max_restarts
@@ -63,13 +75,19 @@ def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # A new store for each start: in the shared one the dead processes still have their addresses.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    address, is_host = address_towards(launch.rdzv_endpoint)
+    if launch.rdzv_endpoint and (interface := interface_of(address)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     meeting = RendezvousParameters(
         backend="c10d",
         endpoint=launch.rdzv_endpoint or "localhost:0",
         run_id="fastimagenet",
-        min_nodes=launch.nodes,
+        min_nodes=launch.min_nodes or launch.nodes,
         max_nodes=launch.nodes,
+        local_addr=address,
+        is_host=is_host,
         join_timeout=RENDEZVOUS_TIMEOUT_SECONDS,
+        last_call_timeout=LAST_CALL_SECONDS,
     )
     try:
         handler = registry.get_rendezvous_handler(meeting)
@@ -81,8 +99,10 @@ def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
             rdzv_handler=handler,
             max_restarts=launch.max_restarts,
             monitor_interval=0.1,
+            local_addr=address,
         )
         agent = Agent(spec, DefaultLogsSpecs(), shutdown_timeout=SHUTDOWN_TIMEOUT_SECONDS)
+        agent.elastic = launch.min_nodes > 0
         result = agent.run()
         handler.shutdown()
     except SignalException as error:
@@ -95,6 +115,40 @@ def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
             f"{RENDEZVOUS_TIMEOUT_SECONDS} s ({error}); type the same command on every node"
         ) from None
     return 0 if result is None else status_of(result)
+
+
+def address_towards(endpoint: str | None) -> tuple[str, bool]:
+    """This machine's address on the way to where the nodes meet, and whether that is here.
+
+    Unlike the host's name, others can reach it. Raises UserError naming the flag.
+    """
+    if endpoint is None:
+        return "127.0.0.1", True
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--rdzv-endpoint must be HOST:PORT, not {endpoint}")
+    try:
+        family, *_, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[
+            0
+        ]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)  # UDP: nothing is sent
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise UserError(f"--rdzv-endpoint {endpoint}: {host} cannot be reached: {error}") from None
+    return own, own == place[0]
+
+
+def interface_of(address: str) -> str:
+    """The name of the network interface with this IPv4 address, such as "eth0"; "" for none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            with suppress(OSError):  # an interface without an address
+                answer = fcntl.ioctl(any_socket, SIOCGIFADDR, request)
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return ""
 
 
 def status_of(result: RunResult) -> int:

@@ -122,8 +122,10 @@ def newest_intact(trainer: Trainer, folder: Path) -> tuple[Path, dict[str, Any]]
     return path, checkpoint.load(path, *ENTRIES)
 
 
-def resume(trainer: Trainer, output: Path, flag: str) -> None:
+def resume(trainer: Trainer, output: Path, flag: str, *, elastic: bool = False) -> None:
     """Restore from the checkpoint that --resume names; "auto": from the one in `output`, if any.
+
+    `elastic`: where the number of processes has changed in mid-epoch, the epoch begins anew.
 
     Raises UserError for a checkpoint of another run and for one that not all nodes see.
     """
@@ -135,6 +137,11 @@ def resume(trainer: Trainer, output: Path, flag: str) -> None:
         if not all(found):
             raise UserError(f"--output {output} must be a folder that all nodes see")
         path, state = newest_intact(trainer, folder)
+        if elastic and changes(trainer, state) and in_mid_epoch(state):
+            path = folder / checkpoint.EPOCH
+            if not path.exists():
+                return
+            state = checkpoint.load(path, *ENTRIES)
     else:
         path = Path(flag)
         state = checkpoint.load(path, *ENTRIES)

@@ -28,6 +28,7 @@ from fastimagenet.assemble import (
 )
 from fastimagenet.distributed import (
     World,
+    gather_objects,
     launched_world,
     process_group,
     restarted,
@@ -90,6 +91,7 @@ def parser() -> cli.Parser:
         default="torch",
         help="apex: the fused optimizer of NVIDIA apex, where installed",
     )
+    add("--profile", action="store_true", help="trace ten steps into --output/profile")
     add("--author", default="anonymous", help="for the DAWNBench entry, as are the next four")
     add("--author-email", default="unknown", metavar="ADDRESS")
     add("--hardware", help="default: what is found, such as 1 x NVIDIA H200")
@@ -116,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.print_recipe:
         print(recipe_toml.dumps(recipe), end="")  # noqa: T201
         return 0
+    if args.nodes[0]:
+        check_elastic(args)
     recipe = with_copies(recipe, cli.data_folder(args))
     launch = replace(cli.launch_of(args), max_restarts=args.max_restarts)
     world = launched_world(launch)
@@ -158,6 +162,15 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--cost-per-hour must be a number of US dollars, not {cost}")
 
 
+def check_elastic(args: argparse.Namespace) -> None:
+    """With --nodes MIN:MAX every start goes on by itself. Raises UserError for what does not fit."""
+    if args.output is None:
+        raise UserError("--nodes MIN:MAX needs --output DIR, the same folder on every node")
+    if args.resume not in (None, "auto"):
+        raise UserError(f"--resume {args.resume}: with --nodes MIN:MAX only --resume auto")
+    args.resume = "auto"
+
+
 def default_output(resume: str | None, name: str) -> Path:
     """Where a run without --output goes: on in the folder of its checkpoint, or to a new one."""
     if resume == "auto":
@@ -185,11 +198,14 @@ def train_and_report(
     argv: list[str],
 ) -> int:
     """What one process does: model, training, and on rank 0 the files of the run."""
+    from fastimagenet.profiling import StepProfiler
     from fastimagenet.resume import resume
     from fastimagenet.summary import write_results
     from fastimagenet.trainer import Stopped
 
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
+    # Named after the time, it may have another name on another node.
+    args.output = gather_objects(args.output, world, "the choice of the folder")[0]
     trainer = make_trainer(
         *(args, plan, world, train, val, clock),
         recorder=Recorder(args.output, plan.total_steps) if world.is_main else None,
@@ -201,7 +217,9 @@ def train_and_report(
     # What our launcher has let pass and starts again goes on with what it has left itself.
     flag = "auto" if restarted() or (args.resume is None and started_by_us()) else args.resume
     if flag is not None:
-        resume(trainer, args.output, flag)
+        resume(trainer, args.output, flag, elastic=bool(args.nodes[0]))
+    if args.profile and world.is_main:
+        trainer.profiler = StepProfiler(args.output / "profile", trainer.device)
     if world.is_main:
         write_plan(args.output, plan, train, val)
     cli.say(world, plan.describe())

@@ -27,6 +27,7 @@ from fastimagenet.optimizer import make_optimizer
 from fastimagenet.peers import exchanging
 from fastimagenet.plan import Plan, PlannedPhase
 from fastimagenet.precision import autocast_dtype
+from fastimagenet.profiling import StepProfiler
 from fastimagenet.recorder import (
     EpochRecord,
     Recorder,
@@ -90,6 +91,7 @@ class Trainer:
         if recipe.ema_decay:
             average = get_ema_multi_avg_fn(recipe.ema_decay)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.profiler: StepProfiler | None = None
         self.communication: CommunicationTimer | None = None
         self._ddp: DistributedDataParallel | None = None
         self.step = 0
@@ -135,6 +137,8 @@ class Trainer:
             while self.epoch < self.plan.epochs:
                 self.train_epoch()
         finally:
+            if self.profiler is not None:
+                self.profiler.close()
             self.train_loader.close()
             self.eval_loader.close()
             self.recorder.close()
@@ -150,6 +154,8 @@ class Trainer:
         batches = self.clock.waiting(self.train_loader, "data_wait")
         for update in zip(*[batches] * self.plan.accumulation, strict=True):
             loss = self.train_step(update, phase)
+            if self.profiler is not None:
+                self.profiler.step()
             last = self.step == first_step + phase.steps_per_epoch
             if self.step % LOG_EVERY_STEPS == 0 or last:
                 now = self._log(loss, phase, logged_step, logged_at)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -221,9 +222,7 @@ def test_one_process_that_adds_up_gradients_does_what_two_do(cifar10: Path, tmp_
 @pytest.mark.slow
 def test_another_number_of_processes_says_what_changes(cifar10: Path, tmp_path: Path) -> None:
     flags = ("--data", cifar10, "--output", tmp_path / "run", *SMALL)
-    stop_soon(
-        *flags, "--nproc-per-node", 2
-    )  # after the first row, which is in mid-epoch or its end
+    stop_soon(*flags, "--nproc-per-node", 2)
     out, _ = train(*flags, "--resume", tmp_path / "run" / "checkpoints" / "epoch.pt")
     assert ", processes 2 -> 1, global batch 100 -> 50, lr " in out
     epochs = rows_of("epoch", read_rows(tmp_path / "run"))
@@ -287,6 +286,17 @@ def test_a_resnet50_learns_photographs_at_two_growing_sizes(
     assert epochs[-1]["train_loss"] < epochs[0]["train_loss"] - 0.5
 
 
+def test_a_profile_is_a_trace_of_ten_steps(cifar10: Path, tmp_path: Path) -> None:
+    flags = ("--data", cifar10, "--output", tmp_path / "run", *SMALL, "--profile")
+    train(*flags, "--set", "eval_every_epochs=3")
+    with gzip.open(tmp_path / "run" / "profile" / "rank0.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    steps = {name for name in names if name.startswith("ProfilerStep#")}
+    assert len(steps) == 10
+    assert any("convolution_backward" in name for name in names)
+
+
 def test_list_print_and_dry_run(cifar10: Path, tmp_path: Path) -> None:
     out, _ = train("--list-recipes")
     assert [line.split()[0] for line in out.splitlines()][:2] == ["digits", "cifar10"]
@@ -305,7 +315,8 @@ def test_list_print_and_dry_run(cifar10: Path, tmp_path: Path) -> None:
         (["--recipe", "resnet"], "--recipe resnet is none of digits"),
         (["--set", "max_lr=0"], "recipe field max_lr must be above 0"),
         (["--epochs", "0"], "--epochs must be at least 1"),
-        (["--nodes", "0"], "--nodes must be at least 1"),
+        (["--nodes", "0"], "--nodes: must be at least 1"),
+        (["--nodes", "3:2"], "--nodes: 3:2: 1 <= MIN <= MAX must hold"),
         (["--seed", "-1"], "--seed must be 0 or more"),
         (["--author", " "], "--author must not be empty"),
         (["--cost-per-hour", "nan"], "--cost-per-hour must be a number of US dollars"),
