@@ -163,7 +163,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def check_elastic(args: argparse.Namespace) -> None:
-    """With --nodes MIN:MAX every start goes on by itself. Raises UserError for what does not fit."""
+    """With --nodes MIN:MAX every start goes on by itself. Raises UserError for other flags."""
     if args.output is None:
         raise UserError("--nodes MIN:MAX needs --output DIR, the same folder on every node")
     if args.resume not in (None, "auto"):

@@ -81,7 +81,7 @@ def test_an_elastic_run_takes_a_host_in_and_lets_it_go(
     three: Hosts, cifar10: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    more = ("--epochs", 30, "--timeout", 20)
+    more = ("--epochs", 40, "--timeout", 20)
     first = begin(three, 0, cifar10, folder, "1:3", *more)
     wait_for((folder / "checkpoints" / "epoch.pt").exists, first)
     second = begin(three, 1, cifar10, folder, "1:3", *more)
@@ -90,10 +90,15 @@ def test_an_elastic_run_takes_a_host_in_and_lets_it_go(
         events = rows_of("event", read_rows(folder))
         return any(f"resumed, processes {processes}" in row["message"] for row in events)
 
+    def epochs_done() -> int:
+        return len(rows_of("epoch", read_rows(folder)))
+
     wait_for(lambda: resumed("1 -> 2"), first)
+    before = epochs_done()
+    wait_for(lambda: epochs_done() > before, first)
     second.terminate()
     end(second, 143)
     wait_for(lambda: resumed("2 -> 1"), first)
     end(first)
     epochs = [row["epoch"] for row in rows_of("epoch", read_rows(folder))]
-    assert epochs == list(range(30))
+    assert epochs == list(range(40))
