@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.hosts import Hosts, hosts, permitted
 from fastimagenet.files import read_rows, rows_of
-from tests.hosts import Hosts, hosts, permitted
 from tests.test_faults import check_equal, undisturbed, wait_for  # noqa: F401
 from tests.test_train import SMALL, run, summary_of
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,17 +52,19 @@ class Hosts:
         for name in (*self.names, self.switch):
             ip("netns", "del", name, check=False)
 
-    def start(self, index: int, module: str, *arguments: object) -> subprocess.Popen[str]:
-        """`python -m module` on a host, in a session of its own."""
+    def start(
+        self, index: int, module: str, *arguments: object, log: TextIO | None = None
+    ) -> subprocess.Popen[str]:
+        """`python -m module` on a host; its output goes to pipes, or to `log`."""
         command = ["ip", "netns", "exec", self.names[index], sys.executable, "-m", module]
         return subprocess.Popen(
             [*command, *map(str, arguments)],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=log or subprocess.PIPE,
+            stderr=log or subprocess.PIPE,
             text=True,
-            # As for all other commands of the tests: sums depend on the number of threads.
+            # The same in all runs that are compared: sums depend on the number of threads.
             env=os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
         )
 
