@@ -150,7 +150,7 @@ def synthetic_batch(
 def update(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
     """One update that leaves the weights as they are, but for the running statistics."""
     trainer.model.train()
-    trainer.update(images, labels, 0.0, 0.9, trainer.plan.phases[0])
+    trainer.update(((images, labels),), 0.0, 0.9, trainer.plan.phases[0])
 
 
 def train_for(

@@ -335,7 +335,7 @@ def test_everything_is_as_it_was_whatever_happens(
 
 def train_two_steps(trainer: Trainer) -> None:
     for (images, labels), _ in zip(trainer.train_loader, range(2), strict=False):
-        trainer.train_step(images, labels, trainer.plan.phases[0])
+        trainer.train_step(((images, labels),), trainer.plan.phases[0])
 
 
 def test_a_step_broken_off_between_scaler_and_optimizer() -> None:
