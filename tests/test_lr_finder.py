@@ -242,9 +242,10 @@ def positions(trainer: Trainer, num_it: int) -> list[tuple[int, int, int]]:
     found: list[tuple[int, int, int]] = []
     update = trainer.update
 
-    def updating(images: Tensor, *arguments: Any) -> Tensor:
+    def updating(batches: Any, *arguments: Any) -> Tensor:
+        ((images, _),) = batches
         found.append((trainer.train_loader.epoch, trainer.eval_loader.epoch, images.shape[-1]))
-        return update(images, *arguments)
+        return update(batches, *arguments)
 
     trainer.update = updating  # type: ignore[method-assign]
     lr_find2(trainer, end_lr=0.1, num_it=num_it)
