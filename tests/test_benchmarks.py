@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.hosts import permitted
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -37,3 +39,17 @@ def test_loaders_names_a_wrong_flag(cifar10: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith("error: --rounds")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not permitted(), reason="network namespaces are not permitted here")
+def test_a_run_that_meets_a_fault_ends_like_one_that_does_not(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.faults", "--faults", "1", "--json", str(output)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "| 1 | SIGKILL worker | " in result.stdout
+    written = json.loads(output.read_text())
+    assert written["identical"] == 1
+    (outcome,) = written["outcomes"]
+    assert [statuses[-1] for statuses in outcome["commands"]] == [0, 0]
