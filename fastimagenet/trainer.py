@@ -37,6 +37,7 @@ from fastimagenet.recorder import (
     train_seconds,
 )
 from fastimagenet.resume import state_of
+from fastimagenet.warm_up import warm_up
 from pipelines.loader import Loader
 
 LOG_EVERY_STEPS = 10
@@ -105,7 +106,7 @@ class Trainer:
         self.stop_at_target = False
         patience_steps = SCALER_PATIENCE_STEPS if self.scaler.is_enabled() else 1
         self.losses = LossWatch(self.device, patience_steps)
-        self._trained = self._wrapped(bucket_mb)
+        self.trained = self._wrapped(bucket_mb)
         torch.backends.cudnn.benchmark = True
 
     def _wrapped(self, bucket_mb: float) -> nn.Module:
@@ -129,7 +130,7 @@ class Trainer:
     def fit(self) -> None:
         """Train from the present step to the plan's end. Raises Stopped after a saved stop."""
         if self.plan.recipe.compile:
-            self.warm_up()
+            warm_up(self)
         self.recorder.start(self.step, self.records, renumbered=bool(self.changed))
         if self.step:
             self._record_event(f"resumed{self.changed}")
@@ -158,7 +159,7 @@ class Trainer:
         first_step = phase.first_step + (self.epoch - phase.first_epoch) * phase.steps_per_epoch
         epoch_start, logged_step = train_seconds(self.clock.read()), self.step
         logged_at, start_step = epoch_start, self.step
-        self._trained.train()
+        self.trained.train()
         batches = self.clock.waiting(self.train_loader, "data_wait")
         for update in zip(*[batches] * self.plan.accumulation, strict=True):
             loss = self.train_step(update, phase)
@@ -172,7 +173,7 @@ class Trainer:
             if not last and self.checkpoint_steps and self.step % self.checkpoint_steps == 0:
                 self.losses.read(loss, self.plan)  # what has diverged is not worth keeping
                 self._save()
-        self._synchronize()
+        self.synchronize()
         seconds = train_seconds(self.clock.read()) - epoch_start
         # Of the updates made here: after a resume in mid-epoch there are fewer, or none.
         rate = (self.step - start_step) * phase.global_batch / seconds
@@ -210,13 +211,14 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for images, labels in batches[:-1]:
             with self._ddp.no_sync() if self._ddp is not None else nullcontext():
-                total += self._forward_backward(images, labels, 1 / len(batches))
-        return total + self._forward_backward(*batches[-1], 1 / len(batches))
+                total += self.forward_backward(images, labels, 1 / len(batches))
+        return total + self.forward_backward(*batches[-1], 1 / len(batches))
 
-    def _forward_backward(self, images: Tensor, labels: Tensor, share: float = 1) -> Tensor:
+    def forward_backward(self, images: Tensor, labels: Tensor, share: float = 1) -> Tensor:
+        """Add this share of the gradients of the mean loss over a batch; returns that share."""
         smoothing = self.plan.recipe.label_smoothing
         with self._autocast():
-            logits = self._trained(images)
+            logits = self.trained(images)
         loss = cross_entropy(logits.float(), labels, label_smoothing=smoothing) * share
         self.scaler.scale(loss).backward()
         if self.communication is not None:
@@ -304,31 +306,10 @@ class Trainer:
         self.records.append(record)
         self.recorder.epoch(record)
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def warm_up(self) -> None:
-        """Compile the training step for every size of the plan, leaving the model as it was."""
-        with self.clock.section("compile"):
-            before = {name: value.clone() for name, value in self.model.state_dict().items()}
-            self._trained.train()
-            # The first phase of each shape; later ones find it compiled.
-            shapes = {(p.phase.image_size, p.phase.batch_size): p for p in self.plan.phases[::-1]}
-            for (image_size, batch_size), planned in shapes.items():
-                images = torch.zeros(batch_size, 3, image_size, image_size, device=self.device)
-                images = images.to(memory_format=torch.channels_last)
-                if self.device.type == "cuda" and self.dtype is not None:
-                    images = images.half()
-                # Of any kind, since the loss is not compiled.
-                labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-                with out_of_memory_advice(batch_size, image_size, planned.index):
-                    self._forward_backward(images, labels)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.model.load_state_dict(before)
-            self._synchronize()
-            if self.communication is not None:
-                self.communication.take_seconds()  # it belongs to the warm-up
 
     def _stop_if_asked(self) -> None:
         """Save and raise Stopped. Several processes agree on it at log steps, all at once."""

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from benchmarks import loader_memory, start_up
+from benchmarks.hosts import permitted
 from benchmarks.intervals import estimate, ratio
 from benchmarks.loader_rivals import Task, by_pillow, by_torchvision, spdl
 from benchmarks.loaders import LOADERS
@@ -193,3 +194,17 @@ def test_start_up_leaves_nothing_behind(photographs: Path, tmp_path: Path) -> No
         start_up.main([*flags, "--scratch", "/proc"])
     with pytest.raises(UserError, match="--files must be at least 1000"):
         start_up.main([*flags[:2], "--files", "10"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not permitted(), reason="network namespaces are not permitted here")
+def test_a_run_that_meets_a_fault_ends_like_one_that_does_not(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.faults", "--faults", "1", "--json", str(output)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "| 1 | SIGKILL worker | " in result.stdout
+    written = json.loads(output.read_text())
+    assert written["identical"] == 1
+    (outcome,) = written["outcomes"]
+    assert [statuses[-1] for statuses in outcome["commands"]] == [0, 0]

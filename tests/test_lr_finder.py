@@ -471,6 +471,7 @@ from fastimagenet.distributed import World, process_group
 from fastimagenet.recorder import NullRecorder
 from fastimagenet.trainer import Trainer
 from pipelines.errors import UserError
+from pipelines.images import whole_files
 from pipelines.split import Split
 from test_lr_finder import TWO_RECIPE, shard, state, assert_same
 from test_trainer import SPLIT, tiny_model

@@ -20,6 +20,7 @@ from fastimagenet.recipes import Phase, Recipe
 from fastimagenet.recorder import NullRecorder, Stopwatch
 from fastimagenet.resume import restore, resume, state_of
 from fastimagenet.trainer import Stopped, Trainer
+from fastimagenet.warm_up import warm_up
 from pipelines import make_loader
 from pipelines.errors import UserError
 from pipelines.images import whole_files
@@ -169,7 +170,7 @@ def test_out_of_memory_says_what_was_tried_and_what_to_set() -> None:
 def test_warm_up_leaves_the_model_as_it_was() -> None:
     trainer = make_trainer()
     before = copy.deepcopy(trainer.model.state_dict())
-    trainer.warm_up()
+    warm_up(trainer)
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
