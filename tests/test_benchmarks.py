@@ -174,6 +174,28 @@ def test_memory_of_the_dali_loader_is_flat(photographs: Path, tmp_path: Path) ->
     assert json.loads(file.read_text())["allocated_spread"] < 0.05
 
 
+def test_prepare_rates_compares_with_mere_decoding(cifar10: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rates.json"
+    sizes = ["--short-side", 16, "--rounds", 2, "--seconds", 0.3, "--workers", 2]
+    result = run("prepare_rates", "--data", cifar10, *sizes, "--json", file)
+    assert result.returncode == 0, result.stderr
+    written = json.loads(file.read_text())
+    assert written["config"]["images"] == 700
+    for name in ("scan", "resize"):
+        ratios = [a / b for a, b in zip(*map(written["rounds"].get, (name, "decode")), strict=True)]
+        mean = math.sqrt(math.prod(ratios))
+        assert written["ratio_to_decode"][name]["mean"] == pytest.approx(mean)
+
+
+def test_prepare_rates_names_a_bad_file(tmp_path: Path) -> None:
+    bad = tmp_path / "train" / "a" / "bad.jpg"
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"nothing")
+    result = run("prepare_rates", "--data", tmp_path, "--seconds", 0.1)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: --data: {bad} cannot be decoded")
+
+
 def test_start_up_leaves_nothing_behind(photographs: Path, tmp_path: Path) -> None:
     originals = [file.path for file in read_split(photographs, "train").files[:30]]
     for place, path in enumerate(originals):
