@@ -74,10 +74,13 @@ LOADERS: dict[str, Callable[[Task], Generator[Any]]] = {
     "decode": decode,
     "decode-crops": decode_crops,
 }
+PAUSE_SECONDS = 0.5
+"""Before each turn, while the one before fills its queues."""
 
 
 def images_per_sec(batches: Iterator[Any], task: Task, seconds: float) -> float:
     """The rate over at least `seconds`, after batches that are not counted."""
+    time.sleep(PAUSE_SECONDS)
     # A DataLoader makes two a worker ahead, the others fewer: none is measured on its stock.
     for _ in range(2 * task.threads + 2):
         next(batches)
