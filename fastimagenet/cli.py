@@ -123,11 +123,16 @@ def add_run_flags(parser: argparse.ArgumentParser, output: str) -> None:
     add("--output", type=Path, metavar="DIR", help=f"default: {output}")
 
 
-def launch_of(args: argparse.Namespace) -> Launch:
-    """Processes and device as the flags have it. Raises UserError naming the flag."""
+def launch_of(args: argparse.Namespace, *, elastic: bool = False) -> Launch:
+    """Processes and device as the flags have it; `elastic`: the command can change them as it runs.
+
+    Raises UserError naming the flag.
+    """
     if not 0 < args.timeout < math.inf:
         raise UserError(f"--timeout must be above 0 seconds, not {args.timeout:g}")
     min_nodes, nodes = args.nodes
+    if min_nodes and not elastic:
+        raise UserError(f"--nodes {min_nodes}:{nodes} is for fastimagenet.train: --nodes {nodes}")
     return plan_launch(nodes, args.nproc_per_node, args.device, args.rdzv_endpoint, min_nodes)
 
 

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.nodes[0]:
         check_elastic(args)
     recipe = with_copies(recipe, cli.data_folder(args))
-    launch = replace(cli.launch_of(args), max_restarts=args.max_restarts)
+    launch = replace(cli.launch_of(args, elastic=True), max_restarts=args.max_restarts)
     world = launched_world(launch)
     world_size = launch.world_size if world is None else world.world_size
     if args.dry_run:
