@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from test_dawnbench import epoch_rows, write_run
 
 from benchmarks.dawnbench import main
 from benchmarks.dawnbench_results import ENERGY, Result, read_results, table
+from benchmarks.energy import gpu_joules
 from benchmarks.intervals import estimate
 from benchmarks.trainings import Training
 from fastimagenet.dawnbench import clocks_at_target, result_hours, write_entry
@@ -155,6 +158,27 @@ def test_energy_is_told_only_where_every_run_was_measured(tmp_path: Path) -> Non
     write_object(tmp_path / "seed1" / ENERGY, {"gpu_kwh": 0.7})
     energy = written_result(tmp_path, 270.0, 280.0).gpu_kwh
     assert energy is not None and energy["mean"] == pytest.approx(0.6)
+
+
+def test_the_counters_of_the_visible_gpus_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for NVML, as there may be no GPU here: it counts in millijoules."""
+    nvml: Any = ModuleType("pynvml")
+    nvml.NVMLError = RuntimeError
+    nvml.nvmlInit = lambda: None
+    nvml.nvmlDeviceGetCount = lambda: 3
+    nvml.nvmlDeviceGetHandleByIndex = lambda index: index
+    nvml.nvmlDeviceGetTotalEnergyConsumption = lambda gpu: 1000 * 10**gpu
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_joules() == 111
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    assert gpu_joules() == 101
+
+    def old_gpu(gpu: int) -> int:
+        raise nvml.NVMLError("not supported")
+
+    nvml.nvmlDeviceGetTotalEnergyConsumption = old_gpu
+    assert gpu_joules() is None
 
 
 def test_clocks_read_the_row_that_reached_the_target() -> None:
