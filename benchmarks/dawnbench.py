@@ -4,7 +4,7 @@
 
 Every run is a `python -m fastimagenet.train` of its own, in OUTPUT/seedS. The same command goes on
 where it was stopped, and repeats no run that is finished. The status is 1 if a run has missed the
-target.
+target, or failed, as one does whose loss is not finite any more.
 """
 
 from __future__ import annotations
@@ -73,15 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainings = make_trainings(args, recipe)
     for training in trainings:
         check_folder(training, os.path.abspath(cli.data_folder(args)))
-    status = train_all(trainings, around=measured_energy)
+    failed: list[Training] = []
+    status = train_all(trainings, around=measured_energy, failed=failed)
     finished = [training for training in trainings if training.finished]
     if not finished:
         print("\nno run is finished: nothing to report yet")
-        return status
+        return status or 1
     command = shlex.join(["python", "-m", "benchmarks.dawnbench", *argv])
-    result = read_results(finished, args.runs, args.cost_per_hour, command, args.output)
+    result = read_results(
+        finished, [run.seed for run in failed], args.runs, args.cost_per_hour, command, args.output
+    )
     print(f"\n{write_results(result, args.output)}\nall of it: {args.output}", flush=True)
-    return status or (1 if result.reached < result.n else 0)
+    return status or int(result.success_rate < 1)
 
 
 def target_recipe(args: argparse.Namespace) -> Recipe:

@@ -100,8 +100,11 @@ def test_a_wrong_flag_is_named_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
-def written_result(tmp_path: Path, *trains: float, cost: float | None = None) -> Result:
-    """Of runs whose third epoch, at `trains` seconds, is the first of 94.12 %; 0: none is."""
+def written_result(
+    tmp_path: Path, *trains: float, cost: float | None = None, failed: list[int] | None = None
+) -> Result:
+    """Of runs whose third epoch, at `trains` seconds, is the first of 94.12 %; 0: none is. Three
+    more were asked for."""
     trainings = []
     for seed, train in enumerate(trains):
         rows = epoch_rows()
@@ -115,7 +118,7 @@ def written_result(tmp_path: Path, *trains: float, cost: float | None = None) ->
         )
         plan = named_recipe("digits").plan(1, 1437)
         trainings.append(Training(run="digits", seed=seed, plan=plan, folder=folder, flags=[]))
-    return read_results(trainings, len(trains), cost, "-", tmp_path)
+    return read_results(trainings, failed or [], len(trains) + 3, cost, "-", tmp_path)
 
 
 def test_intervals_are_students(tmp_path: Path) -> None:
@@ -150,6 +153,23 @@ def test_runs_that_missed_are_counted_and_not_averaged(tmp_path: Path) -> None:
     assert "1 of 2 finished runs reached the target" in text
     assert "| 4.5 min | missed |" in " ".join(text.split())
     assert "(one run)" in text
+
+
+def test_a_run_that_failed_counts_against_the_success_rate(tmp_path: Path) -> None:
+    result = written_result(tmp_path, 270.0, 280.0, 0.0, failed=[3])
+    assert result.success_rate == 2 / 4
+    text = table(result)
+    assert "2 of 3 finished runs reached the target; failed with an error: seed 3; 2 not" in text
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_does_not_keep_the_others_back(cifar10: Path, tmp_path: Path) -> None:
+    """A file is where the folder of the first seed should be."""
+    (tmp_path / "seed0").write_text("in the way")
+    flags = ("--data", cifar10, *SMALL, "--runs", 2, "--epochs", 1, "--target", "top1=0.02")
+    out, err = command(*flags, "--output", tmp_path, status=1)
+    assert "run small, seed 0: ended with status 2" in err
+    assert "1 of 1 finished runs reached the target; failed with an error: seed 0." in out
 
 
 def test_energy_is_told_only_where_every_run_was_measured(tmp_path: Path) -> None:
