@@ -24,6 +24,7 @@ from fastimagenet.reading import open_loader
 from fastimagenet.recipes import Phase, Recipe
 from fastimagenet.recorder import Stopwatch
 from fastimagenet.trainer import Trainer
+from fastimagenet.warm_up import warm_up
 from pipelines.loader import Loader
 from pipelines.split import Split
 
@@ -91,7 +92,7 @@ def measure_phase(
     synchronize(trainer.device)
     first_batch_seconds = time.perf_counter() - start
     if trainer.plan.recipe.compile:
-        trainer.warm_up()
+        warm_up(trainer)
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
     images, labels = synthetic_batch(trainer, args, train)
@@ -150,7 +151,7 @@ def synthetic_batch(
 def update(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
     """One update that leaves the weights as they are, but for the running statistics."""
     trainer.model.train()
-    trainer.update(images, labels, 0.0, 0.9, trainer.plan.phases[0])
+    trainer.update(((images, labels),), 0.0, 0.9, trainer.plan.phases[0])
 
 
 def train_for(

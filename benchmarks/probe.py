@@ -13,6 +13,7 @@ from typing import TypeVar
 from benchmarks.ceilings import synchronize
 from benchmarks.phase_rates import measure_phase, phase_trainer
 from benchmarks.planner import Probe, SizeRates
+from fastimagenet import checkpoint
 from fastimagenet.distributed import World
 from fastimagenet.recipes import Recipe
 from fastimagenet.recorder import Stopwatch
@@ -112,6 +113,6 @@ def time_of_checkpoint(trainer: Trainer) -> float:
     with tempfile.TemporaryDirectory() as folder:
         trainer.folder = Path(folder)
         before = trainer.clock.read()["checkpoint"]
-        trainer._save(best=True)
+        trainer._save(checkpoint.EPOCH, checkpoint.BEST)
         trainer.folder = None
         return trainer.clock.read()["checkpoint"] - before

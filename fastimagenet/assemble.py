@@ -28,13 +28,11 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
     """The recipe that --recipe names, with --set and --precision. Raises UserError."""
     if args.seed < 0:
         raise UserError(f"--seed must be 0 or more, not {args.seed}")
-    if args.nodes < 1:
-        raise UserError(f"--nodes must be at least 1, not {args.nodes}")
     name = args.recipe or ("imagenet" if args.data else "digits")
     if name.endswith(".toml"):
         recipe = recipe_toml.load(Path(name))
     else:
-        recipe = named_recipe(name, args.nodes)
+        recipe = named_recipe(name, args.nodes[1])
     if args.set:
         recipe = recipe_toml.with_settings(recipe, args.set)
     return recipe if args.precision is None else replace(recipe, precision=args.precision)
@@ -103,6 +101,8 @@ def make_trainer(
     recorder: Recorder | None = None,
     folder: Path | None = None,
     optimizer_backend: str = "torch",
+    checkpoint_steps: int = 0,
+    bucket_mb: float = 25,
 ) -> Trainer:
     """The trainer with its network and loaders; without a `recorder` it writes no rows, without a
     `folder` no checkpoints. Raises UserError for what this machine cannot do."""
@@ -118,7 +118,7 @@ def make_trainer(
         raise UserError(
             "--device cuda: this build of torch cannot use the CUDA device; --device cpu runs"
         )
-    counts = gather_objects((len(train), len(val)), world)
+    counts = gather_objects((len(train), len(val)), world, "the comparison of the data")
     if len(set(counts)) > 1:
         raise UserError(
             f"--data: the processes see different images, {min(counts)} and {max(counts)} "
@@ -151,6 +151,7 @@ def make_trainer(
             half=dtype is not None,
             seed=args.seed,
             copies=copies if training else {},
+            accumulation=plan.accumulation if training else 1,
         )
 
     return Trainer(
@@ -168,6 +169,8 @@ def make_trainer(
             "seed": args.seed,
         },
         optimizer_backend=optimizer_backend,
+        checkpoint_steps=checkpoint_steps,
+        bucket_mb=bucket_mb,
     )
 
 

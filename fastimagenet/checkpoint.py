@@ -10,13 +10,14 @@ import hashlib
 import os
 import pickle
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastimagenet.files import written_beside
 from pipelines.errors import UserError
 
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+LAST, PREVIOUS, EPOCH, BEST = "last.pt", "previous.pt", "epoch.pt", "best.pt"
 DIGEST = "sha256"
 SEAL_SIZE = 64
 """Bytes of the digest as ASCII."""
@@ -37,10 +38,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise
 
 
-def save_last(folder: Path, state: dict[str, Any], best: bool) -> None:
-    """Write `folder`/last.pt and keep the one before as previous.pt; `best`: it is best.pt, too.
+def save_last(folder: Path, state: dict[str, Any], names: Iterable[str] = ()) -> None:
+    """Write `folder`/last.pt and keep the one before as previous.pt; it gets `names`, too.
 
-    At any moment last.pt is whole. Raises OSError, and then all three are as they were.
+    At any moment last.pt is whole. Raises OSError, and then all are as they were.
     """
     fresh = folder / f".{LAST}.new"
     try:
@@ -50,8 +51,8 @@ def save_last(folder: Path, state: dict[str, Any], best: bool) -> None:
         fresh.replace(folder / LAST)
     finally:
         fresh.unlink(missing_ok=True)
-    if best:
-        stand_in(folder / LAST, folder / BEST)
+    for name in names:
+        stand_in(folder / LAST, folder / name)
 
 
 def stand_in(source: Path, path: Path) -> None:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastimagenet.distributed import Launch, World, plan_launch, report_to_launcher
+from fastimagenet.disk import NotWritten
+from fastimagenet.distributed import (
+    TIMEOUT_SECONDS,
+    Launch,
+    World,
+    end_with_launcher,
+    plan_launch,
+    report_to_launcher,
+)
+from fastimagenet.peers import PeerLost
 from fastimagenet.recipes import PRECISIONS
 from pipelines import BACKENDS, cli
 from pipelines.cli import Parser as Parser
@@ -46,12 +58,25 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--precision", choices=PRECISIONS, help="in place of the recipe's")
-    add("--nodes", type=int, default=1, metavar="N", help="machines; default 1")
+    add(
+        "--nodes",
+        type=node_range,
+        default=(0, 1),
+        metavar="N|MIN:MAX",
+        help="machines; MIN:MAX: go on with those that are left, and take others in; default 1",
+    )
     add(
         "--nproc-per-node",
         type=int,
         metavar="K",
         help="processes on this machine; default: one per GPU, one on a CPU",
+    )
+    add(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_SECONDS,
+        metavar="SECONDS",
+        help=f"to wait for the other processes before giving up; default {TIMEOUT_SECONDS}",
     )
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where nodes meet, the same on every node")
 
@@ -62,6 +87,18 @@ def data_argument(text: str) -> Path:
         return fetched(text) if text.startswith(SCHEME) else Path(text)
     except UserError as error:  # argparse would say "invalid value" instead
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def node_range(text: str) -> tuple[int, int]:
+    """--nodes: (MIN, MAX), or (0, N) for a fixed number. Raises ArgumentTypeError."""
+    least, colon, most = text.rpartition(":")
+    if not most.isdecimal() or (colon and not least.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be a number of machines or MIN:MAX, not {text}")
+    if colon and not 1 <= int(least) <= int(most):
+        raise argparse.ArgumentTypeError(f"{text}: 1 <= MIN <= MAX must hold")
+    if int(most) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(least or 0), int(most)
 
 
 def add_run_flags(parser: argparse.ArgumentParser, output: str) -> None:
@@ -75,13 +112,23 @@ def add_run_flags(parser: argparse.ArgumentParser, output: str) -> None:
         metavar="FIELD=VALUE",
         help="change a recipe field, such as max_lr=1.2 or phases.0.image_size=96; repeatable",
     )
+    add(
+        "--global-batch",
+        type=int,
+        metavar="N",
+        help="images an update in the first phase, the others in proportion: fewer processes add "
+        "up the gradients of several batches",
+    )
     add("--seed", type=int, default=0)
     add("--output", type=Path, metavar="DIR", help=f"default: {output}")
 
 
 def launch_of(args: argparse.Namespace) -> Launch:
     """Processes and device as the flags have it. Raises UserError naming the flag."""
-    return plan_launch(args.nodes, args.nproc_per_node, args.device, args.rdzv_endpoint)
+    if not 0 < args.timeout < math.inf:
+        raise UserError(f"--timeout must be above 0 seconds, not {args.timeout:g}")
+    min_nodes, nodes = args.nodes
+    return plan_launch(nodes, args.nproc_per_node, args.device, args.rdzv_endpoint, min_nodes)
 
 
 def data_folder(args: argparse.Namespace) -> Path:
@@ -94,15 +141,28 @@ def data_folder(args: argparse.Namespace) -> Path:
 
 
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """As that of `pipelines.cli`; in a process of our own launcher the error is left to it."""
+    """As that of `pipelines.cli`, and 1 where files are missing or another process is.
+
+    In a process of our own launcher the line is left to it.
+    """
 
     def told(argv: Sequence[str] | None) -> int:
+        end_with_launcher()
         try:
             return command(argv)
         except UserError as error:
             if report_to_launcher(error):
                 return 2
             raise
+        except NotWritten as error:
+            if not report_to_launcher(error):
+                print(f"error: {error}", file=sys.stderr)  # noqa: T201
+            return 1
+        except PeerLost as error:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)  # threads that still wait for the others would hold up the end
 
     return cli.exit_status(told, argv)
 

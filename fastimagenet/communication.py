@@ -1,4 +1,4 @@
-"""How long an update waits for other processes after its own gradients are ready."""
+"""What processes exchange in an update, and how long it waits for that."""
 
 # No `from __future__ import annotations`: DDP reads the hook's annotations as types.
 import time
@@ -6,8 +6,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.errors import UserError
+
+
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with BN statistics over all processes. Raises UserError on a CPU."""
+    if device.type == "cpu":
+        raise UserError("recipe field sync_bn = true needs a GPU: --set sync_bn=false on a CPU")
+    synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return synchronised
 
 
 class CommunicationTimer:

@@ -6,16 +6,16 @@ The only reader of RANK, WORLD_SIZE and SLURM_*. torch's elastic agent does the 
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import re
-import sys
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from fastimagenet.peers import exchanging
 from pipelines.errors import UserError
 from pipelines.workers import num_cores
 
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RENDEZVOUS_TIMEOUT_SECONDS = 300
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-SHUTDOWN_TIMEOUT_SECONDS = 600
-"""Time to save in after SIGTERM: a process may be in the middle of an evaluation."""
-REPORT_TO_LAUNCHER = "FASTIMAGENET_REPORT_TO_LAUNCHER"
+TIMEOUT_SECONDS = 600
+"""How long a process waits for the others, unless --timeout says so."""
+LAUNCHER = "FASTIMAGENET_LAUNCHER"
+"""Variable with the process number of our own launcher."""
+STOPPED = (130, 143)
+"""Exit status of a process that was asked to stop, and has saved."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Launch:
     device: str
     """ "cpu" or "cuda"."""
     rdzv_endpoint: str | None = None
+    max_restarts: int = 0
+    """How often the agent of a node starts all processes again after one has died."""
+    min_nodes: int = 0
+    """Above 0: nodes may leave and come back while there are so many."""
 
     @property
     def world_size(self) -> int:
@@ -75,7 +81,11 @@ def gpu_count() -> int:
 
 
 def plan_launch(
-    nodes: int, nproc_per_node: int | None, device: str, endpoint: str | None
+    nodes: int,
+    nproc_per_node: int | None,
+    device: str,
+    endpoint: str | None,
+    min_nodes: int = 0,
 ) -> Launch:
     """Settle device and process count from the flags. Raises UserError naming the flag."""
     gpus = gpu_count()
@@ -92,7 +102,7 @@ def plan_launch(
         raise UserError(f"--nproc-per-node must be at least 1, not {processes}")
     if device == "cuda" and processes > gpus:
         raise UserError(f"--nproc-per-node {processes}: this machine has {gpus} CUDA devices")
-    return Launch(nodes, processes, device, endpoint)
+    return Launch(nodes, processes, device, endpoint, min_nodes=min_nodes)
 
 
 def launched_world(launch: Launch) -> World | None:
@@ -117,7 +127,7 @@ def launched_world(launch: Launch) -> World | None:
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
     else:
         return None
-    if nodes != launch.nodes:
+    if not (launch.min_nodes or launch.nodes) <= nodes <= launch.nodes:
         raise UserError(
             f"--nodes {launch.nodes}, but {nodes} node(s) were launched: "
             f"start it with {starter} or say --nodes {nodes}"
@@ -144,10 +154,15 @@ def _first_host(node_list: str) -> str:
 
 def started_by_us() -> bool:
     """Whether our own launcher, which has checked flags and data, started this process."""
-    return REPORT_TO_LAUNCHER in os.environ and "RANK" in os.environ
+    return LAUNCHER in os.environ and "RANK" in os.environ
 
 
-def report_to_launcher(error: UserError) -> bool:
+def restarted() -> bool:
+    """Whether torch's elastic agent has started the processes of this run before."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def report_to_launcher(error: Exception) -> bool:
     """Leave the error to our launcher, which says it once; False where there is none."""
     if not started_by_us():
         return False
@@ -160,56 +175,36 @@ def report_to_launcher(error: UserError) -> bool:
 def run_processes(launch: Launch, module: str, argv: list[str]) -> int:
     """Start `python -m module argv` in every process of this node and wait for the run's end.
 
-    Returns the exit status: that of the first process that failed, otherwise 0.
-    Raises UserError where a process did, or where the other nodes cannot be met.
+    Returns the exit status: that of the first process that failed, otherwise 0. Raises UserError
+    or NotWritten where a process did, and UserError where the other nodes cannot be met.
     """
     if launch.nodes > 1 and not launch.rdzv_endpoint:
         raise UserError(
             f"--nodes {launch.nodes} needs --rdzv-endpoint HOST:PORT, the same on every node "
             "(or start it under torchrun or srun)"
         )
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_SECONDS))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.nproc_per_node)))
-    os.environ[REPORT_TO_LAUNCHER] = "1"
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    os.environ[LAUNCHER] = str(os.getpid())
+    from fastimagenet.launcher import run_agent
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=launch.nodes,
-        max_nodes=launch.nodes,
-        nproc_per_node=launch.nproc_per_node,
-        run_id="fastimagenet",
-        rdzv_backend="c10d",
-        rdzv_endpoint=launch.rdzv_endpoint or "localhost:0",
-        rdzv_configs={"join_timeout": RENDEZVOUS_TIMEOUT_SECONDS},
-        max_restarts=0,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-u", "-m", module, *argv)
-    except ChildFailedError as error:
-        for failure in error.failures.values():
-            # The user's mistake wins: processes that it took down with it die of other causes.
-            if failure.exitcode == 2:
-                said: Any = failure.message
-                text = said["message"] if isinstance(said, dict) else said
-                raise UserError(text.removeprefix("UserError: ")) from None
-        return error.get_first_failure()[1].exitcode
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    except RendezvousError as error:
-        raise UserError(
-            f"--rdzv-endpoint {launch.rdzv_endpoint}: the {launch.nodes} nodes did not meet within "
-            f"{RENDEZVOUS_TIMEOUT_SECONDS} s ({error}); type the same command on every node"
-        ) from None
-    return 0
+    return run_agent(launch, module, argv)
+
+
+def end_with_launcher() -> None:
+    """Have the kernel kill this process when our launcher is gone: nobody else would stop it."""
+    if not started_by_us():
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+    if str(os.getppid()) != os.environ[LAUNCHER]:  # it was gone before
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager
-def process_group(world: World) -> Iterator[None]:
-    """Join the other processes, leave them at the end; nothing to do where there are none."""
+def process_group(world: World, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[None]:
+    """Join the other processes, leave them at the end; nothing to do where there are none.
+
+    In between, waiting longer than the timeout for another process raises PeerLost.
+    """
     import torch
 
     if world.device != "cpu":
@@ -218,47 +213,53 @@ def process_group(world: World) -> Iterator[None]:
         yield
         return
     backend = "gloo" if world.device == "cpu" else "nccl"
-    torch.distributed.init_process_group(
-        backend, rank=world.rank, world_size=world.world_size, timeout=COLLECTIVE_TIMEOUT
-    )
+    timeout = timedelta(seconds=timeout_seconds)
+    with exchanging("the start", world):
+        torch.distributed.init_process_group(
+            backend, rank=world.rank, world_size=world.world_size, timeout=timeout
+        )
     yield
     # Not after an error: NCCL's teardown waits for all, and the others wait in a collective.
     torch.distributed.destroy_process_group()
 
 
-def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
+def all_reduce_sum(tensor: Tensor, world: World, what: str) -> Tensor:
     """The sum over all processes, on each of them; `tensor` itself is overwritten."""
     if world.world_size > 1:
         import torch
 
-        torch.distributed.all_reduce(tensor)
+        with exchanging(what, world):
+            torch.distributed.all_reduce(tensor)
     return tensor
 
 
-def broadcast(tensors: Iterable[Tensor], world: World) -> None:
+def broadcast(tensors: Iterable[Tensor], world: World, what: str) -> None:
     """Give every process the values that the first one has."""
     if world.world_size > 1:
         import torch
 
-        for tensor in tensors:
-            torch.distributed.broadcast(tensor, src=0)
+        with exchanging(what, world):
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, src=0)
 
 
-def any_process(flag: bool, world: World) -> bool:
+def any_process(flag: bool, world: World, what: str) -> bool:
     """Whether the flag is set on any process; every process has to ask."""
     if world.world_size == 1:
         return flag
     import torch
 
-    return bool(all_reduce_sum(torch.tensor(int(flag), device=world.device), world).item())
+    flags = torch.tensor(int(flag), device=world.device)
+    return bool(all_reduce_sum(flags, world, what).item())
 
 
-def gather_objects(value: Any, world: World) -> list[Any]:
+def gather_objects(value: Any, world: World, what: str) -> list[Any]:
     """The plain values of all processes by rank, on each of them."""
     if world.world_size == 1:
         return [value]
     import torch
 
     values: list[Any] = [None] * world.world_size
-    torch.distributed.all_gather_object(values, value)
+    with exchanging(what, world):
+        torch.distributed.all_gather_object(values, value)
     return values

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = world or World(device="cpu" if launch.device == "cpu" else "cuda:0")
     if val.left_out and world.is_main:
         print(left_out_note(val), file=sys.stderr)  # noqa: T201
-    with process_group(world):
+    with process_group(world, args.timeout):
         started = time.perf_counter()
         counts, *rect = evaluate_checkpoint(args, val, world)
         seconds = time.perf_counter() - started
@@ -111,7 +111,8 @@ def evaluate_checkpoint(args: argparse.Namespace, val: Split, world: World) -> l
     finally:
         loader.close()
     return [
-        Counts.from_tensor(all_reduce_sum(counts.tensor().to(device), world)) for counts in passes
+        Counts.from_tensor(all_reduce_sum(counts.tensor().to(device), world, "the counts"))
+        for counts in passes
     ]
 
 

@@ -120,14 +120,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_recipe_out(args.recipe_out)
     train, val = read_data(args, world)
     recipe = with_copies(recipe, cli.data_folder(args))
-    plan = recipe.plan(launch.world_size if world is None else world.world_size, len(train))
+    world_size = launch.world_size if world is None else world.world_size
+    plan = recipe.plan(world_size, len(train), args.global_batch)
     check_validation(plan, len(val))
     val = shuffled(val, args.seed)
     if world is None:
         if launch.world_size > 1:
             return run_processes(launch, "fastimagenet.lr_find", argv)
         world = World(device="cpu" if launch.device == "cpu" else "cuda:0")
-    with process_group(world):
+    with process_group(world, args.timeout):
         return find(args, plan, world, train, val, clock, argv)
 
 
@@ -230,6 +231,7 @@ def run_sweeps(args: argparse.Namespace, trainer: Trainer, sweeps: list[Sweep]) 
         trainer.train_loader.close()
         trainer.eval_loader.close()
         recorder.close()
+    recorder.unwritten.check()
 
 
 if __name__ == "__main__":

@@ -152,11 +152,12 @@ def run(
     phase = plan.phase_of_epoch(trainer.train_loader.epoch)
     image_size = stages[min(trainer.eval_loader.epoch, len(stages) - 1)].image_size
     train_batches = endless(trainer.train_loader, plan.phase_of_epoch)
+    updates = zip(*[train_batches] * plan.accumulation, strict=False)
     val_batches = endless(trainer.eval_loader, lambda e: stages[min(e, len(stages) - 1)])
     average, rule, any_finite = DebiasedAverage(), DivergenceRule(), False
     trainer.model.train()
-    for iteration, (lr, batch) in enumerate(zip(rates, train_batches, strict=False)):
-        loss, stop = agreed(trainer, trainer.update(*batch, lr, momentum, phase))
+    for iteration, (lr, batches) in enumerate(zip(rates, updates, strict=False)):
+        loss, stop = agreed(trainer, trainer.update(batches, lr, momentum, phase))
         loss = average.update(loss)
         if stop:
             return "stopped"
@@ -186,7 +187,7 @@ def agreed(trainer: Trainer, loss: Tensor) -> tuple[float, bool]:
 
     own = torch.stack([loss, torch.full_like(loss, trainer.stop_requested)]).double()
     # Waits for the device: the next update depends on it.
-    total, stops = all_reduce_sum(own, trainer.world).tolist()
+    total, stops = all_reduce_sum(own, trainer.world, "the sum of the losses").tolist()
     return total / trainer.world.world_size, stops > 0
 
 

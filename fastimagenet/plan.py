@@ -53,6 +53,8 @@ class Plan:
     recipe: Recipe
     world_size: int
     num_train: int
+    accumulation: int
+    """Batches of a process whose gradients make one update."""
     phases: tuple[PlannedPhase, ...]
 
     @property
@@ -165,6 +167,7 @@ class Plan:
             "recipe": asdict(self.recipe),
             "world_size": self.world_size,
             "num_train": self.num_train,
+            "accumulation": self.accumulation,
             "epochs": self.epochs,
             "total_steps": self.total_steps,
             "phases": [self._phase_row(planned) for planned in self.phases],
@@ -222,29 +225,50 @@ class Plan:
             lines.append(
                 f"  lr rule: max_lr {recipe.max_lr:g} x global batch / {recipe.lr_reference_batch}"
             )
+        if self.accumulation > 1:
+            lines.append(f"  an update adds up the gradients of {self.accumulation} batches")
         left_out = self.num_train - self.phases[-1].steps_per_epoch * self.phases[-1].global_batch
         lines.append(f"  left out of a (last) epoch to fill whole batches: {left_out} images")
         return "\n".join(lines)
 
 
-def make_plan(recipe: Recipe, world_size: int, num_train: int) -> Plan:
+def accumulation_for(recipe: Recipe, world_size: int, global_batch: int | None) -> int:
+    """Batches an update for which the first phase has this global batch (`--global-batch`).
+
+    Raises UserError for one that the processes cannot make of whole batches.
+    """
+    first = recipe.phases[0].batch_size
+    if global_batch is None:
+        return 1
+    if global_batch < 1 or global_batch % (first * world_size):
+        raise UserError(
+            f"--global-batch must be a multiple of {first * world_size}, which is the first "
+            f"phase's batch_size {first} x {world_size} processes, not {global_batch}"
+        )
+    return global_batch // (first * world_size)
+
+
+def make_plan(
+    recipe: Recipe, world_size: int, num_train: int, global_batch: int | None = None
+) -> Plan:
     """Derive steps, global batch and LR from a recipe.
 
     Raises UserError where a phase's global batch is larger than the training set, or where the
     schedule cannot be laid over the steps.
     """
+    accumulation = accumulation_for(recipe, world_size, global_batch)
+    shards = world_size * accumulation
     planned: list[PlannedPhase] = []
     epoch = step = 0
     for index, phase in enumerate(recipe.phases):
-        global_batch = phase.batch_size * world_size
-        steps_per_epoch = train_steps(num_train, phase.batch_size, world_size)
+        steps_per_epoch = train_steps(num_train, phase.batch_size, shards)
         if not steps_per_epoch:
             raise UserError(
-                f"recipe field phases.{index}.batch_size = {phase.batch_size} x {world_size} "
+                f"recipe field phases.{index}.batch_size = {phase.batch_size} x {shards} "
                 f"processes is more than the {num_train} training images: "
-                f"--set phases.{index}.batch_size={max(1, num_train // world_size)} or less"
+                f"--set phases.{index}.batch_size={max(1, num_train // shards)} or less"
             )
-        reference = recipe.lr_reference_batch
+        reference, images = recipe.lr_reference_batch, phase.batch_size * shards
         planned.append(
             PlannedPhase(
                 phase=phase,
@@ -252,12 +276,18 @@ def make_plan(recipe: Recipe, world_size: int, num_train: int) -> Plan:
                 first_epoch=epoch,
                 first_step=step,
                 steps_per_epoch=steps_per_epoch,
-                global_batch=global_batch,
-                lr_factor=global_batch / reference if reference else 1.0,
+                global_batch=images,
+                lr_factor=images / reference if reference else 1.0,
             )
         )
         epoch += phase.epochs
         step += phase.epochs * steps_per_epoch
-    plan = Plan(recipe=recipe, world_size=world_size, num_train=num_train, phases=tuple(planned))
+    plan = Plan(
+        recipe=recipe,
+        world_size=world_size,
+        num_train=num_train,
+        accumulation=accumulation,
+        phases=tuple(planned),
+    )
     plan.lr(0)
     return plan

@@ -23,6 +23,7 @@ def open_loader(
     half: bool,
     seed: int = 0,
     copies: Mapping[str, Split] | None = None,
+    accumulation: int = 1,
 ) -> Loader:
     """This process's share of `split`, read as the recipe says; `half` holds on a GPU only.
 
@@ -36,6 +37,7 @@ def open_loader(
         training=training,
         shard_id=world.rank,
         num_shards=world.world_size,
+        accumulation=accumulation,
         seed=seed,
         device=world.device,
         half=half and on_gpu,

@@ -96,6 +96,8 @@ class Recipe:
     """torch.compile the training step; every size is warmed up before the clock starts."""
     bf16_gradients: bool = False
     """Compress gradients to bf16 for the all-reduce between processes."""
+    sync_bn: bool = False
+    """BN statistics of the batches of all processes, on GPUs; otherwise each has its own."""
 
     zero_init_last_gamma: bool = True
     blur_pool: bool = False
@@ -210,13 +212,13 @@ class Recipe:
         metric, _, value = self.target.partition("=")
         return metric, float(value)
 
-    def plan(self, world_size: int, num_train: int) -> Plan:
-        """Derive steps, global batch and rates.
+    def plan(self, world_size: int, num_train: int, global_batch: int | None = None) -> Plan:
+        """Derive steps, global batch and rates; `global_batch` is that of the first phase.
 
         Raises UserError where a phase's global batch is larger than the training set, or where
         the schedule cannot be laid over the steps.
         """
-        return make_plan(self, world_size, num_train)
+        return make_plan(self, world_size, num_train, global_batch)
 
     def stretched(self, epochs: int) -> Recipe:
         """The same recipe over another number of epochs, phases and LR together.

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar, cast
 
+from fastimagenet.disk import Unwritten
 from fastimagenet.files import Row, read_rows, write_text
 
 if TYPE_CHECKING:
@@ -156,18 +157,26 @@ class Recorder:
         self._total_steps = total_steps
         self._stream = stream or sys.stdout
         self._bar: Any = None
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self._pending = b""
+        """Rows that a full disk has not taken yet."""
+        self.unwritten = Unwritten()
 
-    def start(self, step: int, records: list[EpochRecord]) -> None:
+    def start(self, step: int, records: list[EpochRecord], *, renumbered: bool = False) -> None:
         """Open the file for a run that goes on at `step`: rows past it are dropped.
 
-        In a new folder the epochs of before, `records`, are written first.
+        In a new folder the epochs of before, `records`, are written first. `renumbered`: steps
+        counted differently before, so only the rows of those epochs are kept.
         """
-        kept = [row for row in read_rows(self._folder) if row["step"] <= step] if step else []
+        kept = read_rows(self._folder) if step else []
+        if renumbered:
+            kept = [row for row in kept if row["epoch"] < len(records)]
+        else:
+            kept = [row for row in kept if row["step"] <= step]
         kept = kept or [{"kind": "epoch", **asdict(record)} for record in records]
         path = self._folder / "metrics.jsonl"
         write_text(path, "".join(map(_line, kept)))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = cast(BinaryIO, path.open("ab", buffering=0))
         if self._stream.isatty():
             from tqdm import tqdm
 
@@ -218,13 +227,24 @@ class Recorder:
         """Finish the bar and the file."""
         if self._bar is not None:
             self._bar.close()
-        if self._file is not None:
+        if self._file is not None and not self._file.closed:
+            self._flush()
             self._file.close()
 
     def _write(self, kind: str, row: Row) -> None:
-        assert self._file is not None, "start() comes first"
-        self._file.write(_line({"kind": kind, **row}))
-        self._file.flush()
+        self._pending += _line({"kind": kind, **row}).encode()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Append the rows, or keep them, or the rest of one, for the next time."""
+        file = self._file
+        assert file is not None, "start() comes first"
+
+        def append() -> None:
+            while self._pending:
+                self._pending = self._pending[file.write(self._pending) :]
+
+        self.unwritten.attempt("rows of metrics.jsonl", append)
 
     def _print(self, text: str) -> None:
         if self._bar is not None:
@@ -239,7 +259,7 @@ class NullRecorder(Recorder):
     def __init__(self) -> None:
         super().__init__(Path(), 0)
 
-    def start(self, step: int, records: list[EpochRecord]) -> None:
+    def start(self, step: int, records: list[EpochRecord], *, renumbered: bool = False) -> None:
         pass
 
     def _write(self, kind: str, row: Row) -> None:

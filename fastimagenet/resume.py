@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastimagenet.trainer import Trainer
 
 
-ENTRIES = ("recipe", "classes", "num_train", "seed", "model", "ranks")
+ENTRIES = ("recipe", "classes", "num_train", "seed", "model", "ranks", "accumulation")
 """What a checkpoint that a run goes on from holds at least."""
 
 
@@ -37,24 +37,27 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "ema": None if trainer.ema is None else trainer.ema.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
+        "accumulation": trainer.plan.accumulation,
         "step": trainer.step,
         "epoch": trainer.epoch,
         "records": [vars(record) for record in trainer.records],
         "clock": trainer.clock.read(),
-        "ranks": gather_objects(rank_state, trainer.world),
+        "ranks": gather_objects(rank_state, trainer.world, "a checkpoint"),
     }
 
 
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     """Go to where `state_of` was taken, but for the clock, which knows no way back.
 
-    Raises UserError for another model or world size.
+    Raises UserError for another model, and in mid-epoch for another number of processes or
+    batches an update.
     """
-    world = trainer.world
-    if len(state["ranks"]) != world.world_size:
+    world, ranks = trainer.world, state["ranks"]
+    changed = changes(trainer, state)
+    if changed and in_mid_epoch(state):
         raise UserError(
-            f"--resume: the run was saved by {len(state['ranks'])} processes and cannot go on "
-            f"with {world.world_size}"
+            f"--resume: the checkpoint was saved in mid-epoch{changed}: go on from the end of the "
+            f"epoch before, --resume DIR/checkpoints/{checkpoint.EPOCH}, or as it was"
         )
     try:
         trainer.model.load_state_dict(state["model"])
@@ -65,9 +68,11 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         reason = str(error).splitlines()[0]
         raise UserError(f"--resume: the checkpoint is of another recipe: {reason}") from None
     trainer.scaler.load_state_dict(state["scaler"])
-    trainer.step, trainer.epoch = state["step"], state["epoch"]
+    trainer.step, trainer.epoch, trainer.changed = state["step"], state["epoch"], changed
+    if changed:
+        trainer.step = round(trainer.plan.step_at(trainer.epoch))
     trainer.records = [EpochRecord(**record) for record in state["records"]]
-    rank_state = state["ranks"][world.rank]
+    rank_state = ranks[world.rank % len(ranks)]
     trainer.train_loader.load_state_dict(rank_state["loader"])
     trainer.eval_loader.load_state_dict(rank_state["eval_loader"])
     trainer.losses.total.fill_(rank_state["loss_total"])
@@ -75,6 +80,32 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     cuda_rng = rank_state.get("cuda_rng")
     if trainer.device.type == "cuda" and cuda_rng is not None:  # None: the run began on a CPU
         torch.cuda.set_rng_state(cuda_rng, trainer.device)
+
+
+def in_mid_epoch(state: dict[str, Any]) -> bool:
+    """Whether batches of an epoch have been read that is not over."""
+    return bool(state["ranks"][0]["loader"]["step"])
+
+
+def changes(trainer: Trainer, state: dict[str, Any]) -> str:
+    """How the plan differs from that of the checkpoint: ", 2 processes before, ..."; or "".
+
+    The processes and the batches of an update may differ, and with them the global batch and,
+    by the recipe's rule, the LR.
+    """
+    plan, processes, accumulation = trainer.plan, len(state["ranks"]), state["accumulation"]
+    if (processes, accumulation) == (plan.world_size, plan.accumulation):
+        return ""
+    first = plan.recipe.phases[0].batch_size
+    before = plan.recipe.plan(processes, plan.num_train, first * processes * accumulation)
+    epoch = min(state["epoch"], plan.epochs - 1)
+    numbers = [
+        (p.world_size, p.phase_of_epoch(epoch).global_batch, p.lr(round(p.step_at(epoch))))
+        for p in (before, plan)
+    ]
+    names = ("processes", "global batch", "lr")
+    pairs = zip(names, *numbers, strict=True)
+    return "".join(f", {name} {old:g} -> {new:g}" for name, old, new in pairs)
 
 
 def newest_intact(trainer: Trainer, folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -91,19 +122,26 @@ def newest_intact(trainer: Trainer, folder: Path) -> tuple[Path, dict[str, Any]]
     return path, checkpoint.load(path, *ENTRIES)
 
 
-def resume(trainer: Trainer, output: Path, flag: str) -> None:
+def resume(trainer: Trainer, output: Path, flag: str, *, elastic: bool = False) -> None:
     """Restore from the checkpoint that --resume names; "auto": from the one in `output`, if any.
+
+    `elastic`: where the number of processes has changed in mid-epoch, the epoch begins anew.
 
     Raises UserError for a checkpoint of another run and for one that not all nodes see.
     """
     if flag == "auto":
         folder = output / "checkpoints"
-        found = gather_objects((folder / checkpoint.LAST).exists(), trainer.world)
+        found = gather_objects((folder / checkpoint.LAST).exists(), trainer.world, "a check")
         if not any(found):
             return
         if not all(found):
             raise UserError(f"--output {output} must be a folder that all nodes see")
         path, state = newest_intact(trainer, folder)
+        if elastic and changes(trainer, state) and in_mid_epoch(state):
+            path = folder / checkpoint.EPOCH
+            if not path.exists():
+                return
+            state = checkpoint.load(path, *ENTRIES)
     else:
         path = Path(flag)
         state = checkpoint.load(path, *ENTRIES)

@@ -11,6 +11,8 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,15 @@ from fastimagenet.assemble import (
     with_copies,
     write_plan,
 )
-from fastimagenet.distributed import World, launched_world, process_group, run_processes
+from fastimagenet.distributed import (
+    World,
+    gather_objects,
+    launched_world,
+    process_group,
+    restarted,
+    run_processes,
+    started_by_us,
+)
 from fastimagenet.optimizer import BACKENDS as OPTIMIZER_BACKENDS
 from fastimagenet.recipe_book import RECIPES
 from fastimagenet.recorder import Recorder, Stopwatch
@@ -54,6 +64,28 @@ def parser() -> cli.Parser:
         help="go on from a checkpoint; auto: from the one in --output, if there is one",
     )
     add(
+        "--bucket-mb",
+        type=float,
+        default=25,
+        metavar="MB",
+        help="gradients that are exchanged at once; default 25",
+    )
+    add(
+        "--checkpoint-steps",
+        type=int,
+        default=1000,
+        metavar="M",
+        help="save every M updates and at epoch ends; 0: at epoch ends only; default 1000",
+    )
+    add(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="R",
+        help="of several processes, when one dies: start all again from the last checkpoint, up to "
+        "R times; default 3",
+    )
+    add(
         "--optimizer-backend",
         choices=OPTIMIZER_BACKENDS,
         default="torch",
@@ -64,6 +96,7 @@ def parser() -> cli.Parser:
         action="store_true",
         help="end after the evaluation that reaches the recipe's target",
     )
+    add("--profile", action="store_true", help="trace ten steps into --output/profile")
     add("--author", default="anonymous", help="for the DAWNBench entry, as are the next four")
     add("--author-email", default="unknown", metavar="ADDRESS")
     add("--hardware", help="default: what is found, such as 1 x NVIDIA H200")
@@ -92,17 +125,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.stop_at_target and not recipe.target:
         raise UserError("--stop-at-target needs a target, such as --set target=top1=0.94")
+    if args.nodes[0]:
+        check_elastic(args)
     recipe = with_copies(recipe, cli.data_folder(args))
-    launch = cli.launch_of(args)
+    launch = replace(cli.launch_of(args), max_restarts=args.max_restarts)
     world = launched_world(launch)
     world_size = launch.world_size if world is None else world.world_size
     if args.dry_run:
         data = cli.data_folder(args)
         train = read_split(data, "train", args.skip_list, check_files=False)
-        print(recipe.plan(world_size, len(train)).describe())  # noqa: T201
+        print(recipe.plan(world_size, len(train), args.global_batch).describe())  # noqa: T201
         return 0
     train, val = read_data(args, world)
-    plan = recipe.plan(world_size, len(train))
+    plan = recipe.plan(world_size, len(train), args.global_batch)
     if args.output is None:
         args.output = default_output(args.resume, recipe.name)
         argv += ["--output", str(args.output)]
@@ -112,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launch.world_size > 1:
             return run_processes(launch, "fastimagenet.train", argv)
         world = World(device="cpu" if launch.device == "cpu" else "cuda:0")
-    with process_group(world):
+    with process_group(world, args.timeout):
         return train_and_report(args, plan, world, train, val, clock, argv)
 
 
@@ -121,9 +156,26 @@ def check_numbers(args: argparse.Namespace) -> None:
     for flag, text in (("--author", args.author), ("--author-email", args.author_email)):
         if not text.strip():
             raise UserError(f"{flag} must not be empty: DAWNBench requires it")
+    for flag, number in (
+        ("--checkpoint-steps", args.checkpoint_steps),
+        ("--max-restarts", args.max_restarts),
+    ):
+        if number < 0:
+            raise UserError(f"{flag} must be 0 or more, not {number}")
+    if not 0 < args.bucket_mb < math.inf:
+        raise UserError(f"--bucket-mb must be above 0, not {args.bucket_mb:g}")
     cost = args.cost_per_hour
     if cost is not None and not 0 <= cost < math.inf:
         raise UserError(f"--cost-per-hour must be a number of US dollars, not {cost}")
+
+
+def check_elastic(args: argparse.Namespace) -> None:
+    """With --nodes MIN:MAX every start goes on by itself. Raises UserError for other flags."""
+    if args.output is None:
+        raise UserError("--nodes MIN:MAX needs --output DIR, the same folder on every node")
+    if args.resume not in (None, "auto"):
+        raise UserError(f"--resume {args.resume}: with --nodes MIN:MAX only --resume auto")
+    args.resume = "auto"
 
 
 def default_output(resume: str | None, name: str) -> Path:
@@ -153,20 +205,29 @@ def train_and_report(
     argv: list[str],
 ) -> int:
     """What one process does: model, training, and on rank 0 the files of the run."""
+    from fastimagenet.profiling import StepProfiler
     from fastimagenet.resume import resume
     from fastimagenet.summary import write_results
     from fastimagenet.trainer import Stopped
 
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
+    # Named after the time, it may have another name on another node.
+    args.output = gather_objects(args.output, world, "the choice of the folder")[0]
     trainer = make_trainer(
         *(args, plan, world, train, val, clock),
         recorder=Recorder(args.output, plan.total_steps) if world.is_main else None,
         folder=args.output,
         optimizer_backend=args.optimizer_backend,
+        checkpoint_steps=args.checkpoint_steps,
+        bucket_mb=args.bucket_mb,
     )
     trainer.stop_at_target = args.stop_at_target
-    if args.resume is not None:
-        resume(trainer, args.output, args.resume)
+    # What our launcher has let pass and starts again goes on with what it has left itself.
+    flag = "auto" if restarted() or (args.resume is None and started_by_us()) else args.resume
+    if flag is not None:
+        resume(trainer, args.output, flag, elastic=bool(args.nodes[0]))
+    if args.profile and world.is_main:
+        trainer.profiler = StepProfiler(args.output / "profile", trainer.device)
     if world.is_main:
         write_plan(args.output, plan, train, val)
     cli.say(world, plan.describe())
@@ -174,13 +235,16 @@ def train_and_report(
     try:
         trainer.fit()
     except Stopped:
+        trainer.recorder.unwritten.check()
         flags = f"--output {shlex.quote(str(args.output))} --resume auto"
         cli.say(world, f"stopped at step {trainer.step}; go on with {flags}")
         return cli.stopped_status(stopped_by)
     if world.is_main:
         command = shlex.join(["python", "-m", "fastimagenet.train", *argv])
-        page = write_results(args, trainer, val, started, command)
-        cli.say(world, f"report: {page}")
+        write = partial(write_results, args, trainer, val, started, command)
+        if trainer.recorder.unwritten.attempt("summary.json, report.html and dawnbench/", write):
+            cli.say(world, f"report: {args.output / 'report.html'}")
+    trainer.recorder.unwritten.check()
     return 0
 
 

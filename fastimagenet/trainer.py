@@ -7,6 +7,8 @@ log steps, the end of an epoch and the evaluation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastimagenet import checkpoint
-from fastimagenet.communication import CommunicationTimer
+from fastimagenet.communication import CommunicationTimer, synchronised
 from fastimagenet.distributed import World, all_reduce_sum, any_process, broadcast
 from fastimagenet.evaluation import Counts, evaluate
 from fastimagenet.faults import SCALER_PATIENCE_STEPS, LossWatch, out_of_memory_advice
 from fastimagenet.optimizer import make_optimizer
+from fastimagenet.peers import exchanging
 from fastimagenet.plan import Plan, PlannedPhase
 from fastimagenet.precision import autocast_dtype
+from fastimagenet.profiling import StepProfiler
 from fastimagenet.recorder import (
     EpochRecord,
     Recorder,
@@ -33,10 +37,13 @@ from fastimagenet.recorder import (
     train_seconds,
 )
 from fastimagenet.resume import state_of
+from fastimagenet.warm_up import warm_up
 from pipelines.loader import Loader
 
 LOG_EVERY_STEPS = 10
 Batches = Iterable[tuple[Tensor, Tensor]]
+Update = tuple[tuple[Tensor, Tensor], ...]
+"""The batches of a process that make one update."""
 
 
 class Stopped(Exception):
@@ -48,7 +55,9 @@ class Trainer:
 
     `make_loader(training)` gives the loaders, which yield images (B, 3, S, S) channels_last and
     labels on that device: (B,) int64, or (B, classes) float32 for a recipe that mixes images. With
-    a `folder`, the first process leaves checkpoints there, with the plain values `about` in them.
+    a `folder`, the first process leaves checkpoints there, at the ends of epochs and every
+    `checkpoint_steps` updates (0: not in mid-epoch), with the plain values `about` in them.
+    Several processes exchange their gradients `bucket_mb` MiB at a time.
     Raises UserError for what the user can mend: memory, precision, a diverging loss.
     """
 
@@ -64,14 +73,18 @@ class Trainer:
         folder: Path | None = None,
         about: dict[str, Any] | None = None,
         optimizer_backend: str = "torch",
+        checkpoint_steps: int = 0,
+        bucket_mb: float = 25,
     ) -> None:
         recipe = plan.recipe
         self.plan, self.world, self.recorder, self.folder = plan, world, recorder, folder
-        self.about = about or {}
+        self.about, self.checkpoint_steps = about or {}, checkpoint_steps
         self.train_loader, self.eval_loader = make_loader(True), make_loader(False)
         self.clock = clock or Stopwatch()
         self.device = torch.device(world.device)
         self.dtype = autocast_dtype(recipe.precision, self.device.type)
+        if recipe.sync_bn:
+            model = synchronised(model, self.device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, recipe, optimizer_backend)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -79,29 +92,37 @@ class Trainer:
         if recipe.ema_decay:
             average = get_ema_multi_avg_fn(recipe.ema_decay)
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.profiler: StepProfiler | None = None
         self.communication: CommunicationTimer | None = None
+        self._ddp: DistributedDataParallel | None = None
         self.step = 0
         """Updates done."""
         self.epoch = 0
         """The epoch in progress, from 0."""
         self.records: list[EpochRecord] = []
+        self.changed = ""
+        """What is not as it was before a resume, for the user."""
         self.stop_requested = False
         self.stop_at_target = False
         patience_steps = SCALER_PATIENCE_STEPS if self.scaler.is_enabled() else 1
         self.losses = LossWatch(self.device, patience_steps)
-        self._trained = self._wrapped()
+        self.trained = self._wrapped(bucket_mb)
         torch.backends.cudnn.benchmark = True
 
-    def _wrapped(self) -> nn.Module:
+    def _wrapped(self, bucket_mb: float) -> nn.Module:
         """The module that the training step calls: the model, distributed and compiled."""
         module: nn.Module = self.model
         if self.world.world_size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
-            ddp = DistributedDataParallel(
-                module, device_ids=devices, gradient_as_bucket_view=True, static_graph=True
-            )
-            self.communication = CommunicationTimer(ddp, self.plan.recipe.bf16_gradients)
-            module = ddp
+            with exchanging("the comparison of the models", self.world):
+                module = self._ddp = DistributedDataParallel(
+                    module,
+                    device_ids=devices,
+                    bucket_cap_mb=bucket_mb,
+                    gradient_as_bucket_view=True,
+                    static_graph=self.plan.accumulation == 1,
+                )
+            self.communication = CommunicationTimer(self._ddp, self.plan.recipe.bf16_gradients)
         if self.plan.recipe.compile:
             module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
         return module
@@ -109,15 +130,17 @@ class Trainer:
     def fit(self) -> None:
         """Train from the present step to the plan's end. Raises Stopped after a saved stop."""
         if self.plan.recipe.compile:
-            self.warm_up()
-        self.recorder.start(self.step, self.records)
+            warm_up(self)
+        self.recorder.start(self.step, self.records, renumbered=bool(self.changed))
         if self.step:
-            self._record_event("resumed")
+            self._record_event(f"resumed{self.changed}")
         self.clock.switch("compute")
         try:
             while self.epoch < self.plan.epochs and not (self.stop_at_target and self.at_target):
                 self.train_epoch()
         finally:
+            if self.profiler is not None:
+                self.profiler.close()
             self.train_loader.close()
             self.eval_loader.close()
             self.recorder.close()
@@ -136,15 +159,21 @@ class Trainer:
         first_step = phase.first_step + (self.epoch - phase.first_epoch) * phase.steps_per_epoch
         epoch_start, logged_step = train_seconds(self.clock.read()), self.step
         logged_at, start_step = epoch_start, self.step
-        self._trained.train()
-        for images, labels in self.clock.waiting(self.train_loader, "data_wait"):
-            loss = self.train_step(images, labels, phase)
+        self.trained.train()
+        batches = self.clock.waiting(self.train_loader, "data_wait")
+        for update in zip(*[batches] * self.plan.accumulation, strict=True):
+            loss = self.train_step(update, phase)
+            if self.profiler is not None:
+                self.profiler.step()
             last = self.step == first_step + phase.steps_per_epoch
             if self.step % LOG_EVERY_STEPS == 0 or last:
                 now = self._log(loss, phase, logged_step, logged_at)
                 logged_step, logged_at = self.step, now
             self._stop_if_asked()
-        self._synchronize()
+            if not last and self.checkpoint_steps and self.step % self.checkpoint_steps == 0:
+                self.losses.read(loss, self.plan)  # what has diverged is not worth keeping
+                self._save()
+        self.synchronize()
         seconds = train_seconds(self.clock.read()) - epoch_start
         # Of the updates made here: after a resume in mid-epoch there are fewer, or none.
         rate = (self.step - start_step) * phase.global_batch / seconds
@@ -152,36 +181,45 @@ class Trainer:
         self._record_epoch(phase, counts, rate)
         self.epoch += 1
         self.losses.total.zero_()
-        self._save(best=best_record(self.records, self.plan.recipe) is self.records[-1])
+        best = best_record(self.records, self.plan.recipe) is self.records[-1]
+        self._save(checkpoint.EPOCH, *((checkpoint.BEST,) if best else ()))
 
-    def train_step(self, images: Tensor, labels: Tensor, phase: PlannedPhase) -> Tensor:
-        """The plan's next update; the loss of this process's batch, a scalar, on the device."""
+    def train_step(self, batches: Update, phase: PlannedPhase) -> Tensor:
+        """The plan's next update; the loss of this process's batches, a scalar, on the device."""
         lr, momentum = self.plan.lr(self.step), self.plan.momentum(self.step)
-        loss = self.update(images, labels, lr, momentum, phase)
+        loss = self.update(batches, lr, momentum, phase)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         self.losses.update(loss, self.step)
         self.step += 1
         return loss
 
-    def update(
-        self, images: Tensor, labels: Tensor, lr: float, momentum: float, phase: PlannedPhase
-    ) -> Tensor:
+    def update(self, batches: Update, lr: float, momentum: float, phase: PlannedPhase) -> Tensor:
         """One update of the weights at these rates; the loss as `train_step` gives it."""
         for group in self.optimizer.param_groups:
             group["lr"], group["momentum"] = lr, momentum
         with out_of_memory_advice(phase.phase.batch_size, phase.phase.image_size, phase.index):
-            loss = self._forward_backward(images, labels)
+            with exchanging(f"the gradients of step {self.step}", self.world):
+                loss = self._add_gradients(batches)
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def _forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _add_gradients(self, batches: Update) -> Tensor:
+        """Of the mean loss over the batches; the last one has them exchanged."""
+        total = torch.zeros((), device=self.device)
+        for images, labels in batches[:-1]:
+            with self._ddp.no_sync() if self._ddp is not None else nullcontext():
+                total += self.forward_backward(images, labels, 1 / len(batches))
+        return total + self.forward_backward(*batches[-1], 1 / len(batches))
+
+    def forward_backward(self, images: Tensor, labels: Tensor, share: float = 1) -> Tensor:
+        """Add this share of the gradients of the mean loss over a batch; returns that share."""
         smoothing = self.plan.recipe.label_smoothing
         with self._autocast():
-            logits = self._trained(images)
-        loss = cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+            logits = self.trained(images)
+        loss = cross_entropy(logits.float(), labels, label_smoothing=smoothing) * share
         self.scaler.scale(loss).backward()
         if self.communication is not None:
             self.communication.after_backward()
@@ -231,12 +269,13 @@ class Trainer:
         """Exact counts over all processes, each with validation `batches` of its own."""
         smallest = self.plan.smallest_phase
         # BN statistics are local to a process; those of the first are saved, and judged.
-        broadcast(model.buffers(), self.world)
+        broadcast(model.buffers(), self.world, "the BN statistics")
         with out_of_memory_advice(smallest.phase.batch_size, image_size, smallest.index):
             counts = evaluate(
                 model, batches, device=self.device, autocast_dtype=self.dtype, tta=tta
             )
-        return Counts.from_tensor(all_reduce_sum(counts.tensor().to(self.device), self.world))
+        total = all_reduce_sum(counts.tensor().to(self.device), self.world, "validation counts")
+        return Counts.from_tensor(total)
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -246,7 +285,8 @@ class Trainer:
 
     def _record_epoch(self, phase: PlannedPhase, counts: Counts | None, rate: float) -> None:
         squares = self._squares(phase)
-        total = all_reduce_sum(self.losses.total.clone(), self.world).item()  # the epoch is over
+        losses = all_reduce_sum(self.losses.total.clone(), self.world, "the epoch's losses")
+        total = losses.item()  # the epoch is over: nothing is kept waiting
         seconds = self.clock.read()
         record = EpochRecord(
             step=self.step,
@@ -266,40 +306,19 @@ class Trainer:
         self.records.append(record)
         self.recorder.epoch(record)
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def warm_up(self) -> None:
-        """Compile the training step for every size of the plan, leaving the model as it was."""
-        with self.clock.section("compile"):
-            before = {name: value.clone() for name, value in self.model.state_dict().items()}
-            self._trained.train()
-            # The first phase of each shape; later ones find it compiled.
-            shapes = {(p.phase.image_size, p.phase.batch_size): p for p in self.plan.phases[::-1]}
-            for (image_size, batch_size), planned in shapes.items():
-                images = torch.zeros(batch_size, 3, image_size, image_size, device=self.device)
-                images = images.to(memory_format=torch.channels_last)
-                if self.device.type == "cuda" and self.dtype is not None:
-                    images = images.half()
-                # Of any kind, since the loss is not compiled.
-                labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-                with out_of_memory_advice(batch_size, image_size, planned.index):
-                    self._forward_backward(images, labels)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.model.load_state_dict(before)
-            self._synchronize()
-            if self.communication is not None:
-                self.communication.take_seconds()  # it belongs to the warm-up
 
     def _stop_if_asked(self) -> None:
         """Save and raise Stopped. Several processes agree on it at log steps, all at once."""
         alone = self.world.world_size == 1
         if not alone and self.step % LOG_EVERY_STEPS:
             return
-        if any_process(self.stop_requested, self.world):
-            self._save(best=False)
-            self._record_event("stopped and saved")
+        if any_process(self.stop_requested, self.world, f"the check at step {self.step}"):
+            if self._save():
+                self._record_event("stopped and saved")
             raise Stopped
 
     def _record_event(self, message: str) -> None:
@@ -311,8 +330,17 @@ class Trainer:
             message=f"{message} at step {self.step}",
         )
 
-    def _save(self, best: bool) -> None:
+    def _save(self, *names: str) -> bool:
+        """Leave a checkpoint as last.pt and under `names`.
+
+        False where the disk does not take it; then the earlier ones stay as they are.
+        """
         with self.clock.section("checkpoint"):
             state = state_of(self)
-            if self.world.is_main and self.folder is not None:
-                checkpoint.save_last(self.folder / "checkpoints", state, best)
+            if not self.world.is_main or self.folder is None:
+                return True
+            save = partial(checkpoint.save_last, self.folder / "checkpoints", state, names)
+            saved = self.recorder.unwritten.attempt(f"checkpoint of step {self.step}", save)
+        if not saved:
+            self._record_event("checkpoint not written")
+        return saved

@@ -46,7 +46,7 @@ def augment(
     wanted, count, size = spec.augmentation, images.shape[0], images.shape[2]
 
     def generator(word: int) -> np.random.Generator:
-        return np.random.default_rng((word, spec.seed, epoch, step, spec.shard_id))
+        return np.random.default_rng((word, spec.seed, epoch, *spec.place(step)))
 
     if wanted.auto_augment != "none" or wanted.color_jitter:
         statistics = 255 * np.array([spec.mean, spec.std], np.float32)

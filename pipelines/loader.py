@@ -52,6 +52,9 @@ class LoaderSpec:
     shard_id: int = 0
     """This process's global rank."""
     num_shards: int = 1
+    accumulation: int = 1
+    """Training: this shard reads what as many shards would have read, batch after batch: the
+    batches of an update whose gradients are added up."""
     seed: int = 0
     """The run's seed, the same on every shard."""
     device: str = "cpu"
@@ -89,11 +92,18 @@ class LoaderSpec:
         """Batches that this shard yields in `epoch`."""
         stage, count = self.stage_at(epoch), len(self.split)
         if self.training:
-            return train_steps(count, stage.batch_size, self.num_shards)
+            shards = self.num_shards * self.accumulation
+            return train_steps(count, stage.batch_size, shards) * self.accumulation
         if stage.rect:
             num_batches = -(-count // stage.batch_size)
             return len(eval_range(num_batches, self.shard_id, self.num_shards))
         return -(-len(eval_range(count, self.shard_id, self.num_shards)) // stage.batch_size)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """The step and the shard of which batch `step` of an epoch is, counted as if each batch of
+        an update had a shard of its own."""
+        step, part = divmod(step, self.accumulation)
+        return step, self.shard_id * self.accumulation + part
 
     def resized_side(self, image_size: int) -> int:
         """Validation: the shorter side of an image before the crop, in pixels."""

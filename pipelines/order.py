@@ -83,7 +83,7 @@ class Order:
             shape = stage.image_size, stage.image_size
         draws = None
         if self.spec.training:
-            key = (DRAWS, self.spec.seed, epoch, step, self.spec.shard_id)
+            key = (DRAWS, self.spec.seed, epoch, *self.spec.place(step))
             draws = draw(self.spec, np.random.default_rng(key), len(chosen), stage.min_scale)
         source = self.spec.source(stage).files
         files = [source[index] for index in chosen.tolist()]
@@ -98,7 +98,8 @@ class Order:
         if not spec.training:
             own = eval_range(len(spec.split), spec.shard_id, spec.num_shards)
             return np.arange(own.start, own.stop)[step * batch_size : (step + 1) * batch_size]
-        start = (step * spec.num_shards + spec.shard_id) * batch_size
+        step, shard = spec.place(step)
+        start = (step * spec.num_shards * spec.accumulation + shard) * batch_size
         return self.permutation(epoch)[start : start + batch_size]
 
     @cached_property
@@ -129,10 +130,11 @@ def check_batch_sizes(spec: LoaderSpec) -> None:
     """Raise UserError if training has a stage whose global batch is larger than the split."""
     if not spec.training:
         return
+    shards_of_update = spec.num_shards * spec.accumulation
     for stage in spec.stages:
-        if stage.batch_size * spec.num_shards > len(spec.split):
+        if stage.batch_size * shards_of_update > len(spec.split):
             shards = f" on each of {spec.num_shards} processes" if spec.num_shards > 1 else ""
-            most = len(spec.split) // spec.num_shards
+            most = len(spec.split) // shards_of_update
             raise UserError(
                 f"batch_size {stage.batch_size}{shards} is too large for "
                 f"{len(spec.split)} training images: at most {most}"

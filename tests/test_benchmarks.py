@@ -3,45 +3,197 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from benchmarks import start_up
+from benchmarks import loader_memory, start_up
+from benchmarks.hosts import permitted
+from benchmarks.intervals import estimate, ratio
+from benchmarks.loader_rivals import Task, by_pillow, by_torchvision, spdl
+from benchmarks.loaders import LOADERS
 from pipelines.errors import UserError
+from pipelines.prepare.__main__ import main as prepare
 from pipelines.split import read_split
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("flags", [[], ["--reflect-pad", "4"]], ids=["random-crop", "reflect-pad"])
+def run(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_intervals_are_those_of_student() -> None:
+    found = estimate([1.0, 2.0, 3.0])  # 2 +- 4.303 * 1 / sqrt(3)
+    assert (found.mean, found.low, found.high) == pytest.approx((2, -0.484, 4.484), abs=1e-3)
+    found = estimate([0.0] * 10 + [2.0] * 10)  # 1 +- 2.093 * 1.026 / sqrt(20), 19 degrees
+    assert found.high == pytest.approx(1.480, abs=1e-3)
+    found = ratio([2.0, 8.0], [1.0, 1.0])  # exp((ln 2 + ln 8) / 2) = 4
+    assert found.mean == pytest.approx(4)
+    assert found.high == pytest.approx(4 * 2**12.706)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param([], id="random-crop"),
+        pytest.param(["--reflect-pad", "4"], id="reflect-pad", marks=pytest.mark.slow),
+    ],
+)
 def test_loaders_writes_rates_ratios_and_what_they_were_measured_on(
     flags: list[str], cifar10: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("nvidia.dali")
-    command = [sys.executable, "-m", "benchmarks.loaders", "--data", str(cifar10)]
     sizes = ["--image-size", "32", "--batch-size", "50", "--rounds", "2", "--seconds", "0.2"]
     output = tmp_path / "result.json"
-    result = subprocess.run(
-        [*command, *sizes, *flags, "--json", str(output)], cwd=ROOT, capture_output=True, text=True
-    )
+    result = run("loaders", "--data", cifar10, *sizes, *flags, "--json", output)
     assert result.returncode == 0, result.stderr
-    assert "dali / dataloader" in result.stdout
     written = json.loads(output.read_text())
-    assert set(written["images_per_sec"]) == {"dataloader", "torchvision", "dali", "memory"}
-    for name, rates in written["rounds"].items():
-        assert written["images_per_sec"][name]["mean"] == pytest.approx(sum(rates) / 2)
+    (measured,) = written["measured"]
+    assert (measured["label"], measured["images"]) == (cifar10.name, 500)
+    taking_part = set(measured["images_per_sec"])
+    assert taking_part | set(written["left_out"]) == set(LOADERS)
+    assert set(written["left_out"]) <= {"spdl", *(["decode-crops"] if flags else [])}
+    assert set(measured["ratio_to_dataloader"]) == taking_part - {"dataloader"}
+    assert set(measured["ratio_to_decode"]) == taking_part - {"decode"}
+    assert measured["ratio_to_first"] == {}
+    for name, rates in measured["rounds"].items():
+        assert measured["images_per_sec"][name]["mean"] == pytest.approx(sum(rates) / 2)
     assert written["versions"]["torch"] and written["hardware"] and written["date"]
 
 
-def test_loaders_names_a_wrong_flag(cifar10: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.loaders", "--data", str(cifar10), "--rounds", "1"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_loaders_compares_folders_copies_and_shards(cifar10: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    prepare(["shard", str(cifar10), str(tmp_path / "shards")])
+    data = [f"originals={cifar10}", f"packed={tmp_path / 'shards'}"]
+    some = ["dali", "memory"]
+    sizes = ["--image-size", 32, 24, "--batch-size", 50, "--rounds", 2, "--seconds", 0.1]
+    output = tmp_path / "result.json"
+    result = run("loaders", "--data", *data, "--only", *some, *sizes, "--json", output)
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(output.read_text())["measured"]
+    assert [(one["image_size"], one["label"]) for one in measured] == [
+        (size, label) for size in (32, 24) for label in ("originals", "packed")
+    ]
+    for first, other in zip(measured[::2], measured[1::2], strict=True):
+        assert first["images"] == other["images"] == 500
+        assert list(other["ratio_to_first"]) == some
+        rates = [other["rounds"]["dali"][i] / first["rounds"]["dali"][i] for i in (0, 1)]
+        mean = math.sqrt(rates[0] * rates[1])
+        assert other["ratio_to_first"]["dali"]["mean"] == pytest.approx(mean)
+        assert other["ratio_to_dataloader"] == other["ratio_to_decode"] == {}  # not among them
+    header = next(line for line in result.stdout.splitlines() if line.startswith("|"))
+    assert "/ originals" in header
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rounds", "1"], "error: --rounds"),
+        (["--data", "a=x", "a=y"], "error: --data: two folders are called a"),
+    ],
+)
+def test_loaders_names_a_wrong_flag(flags: list[str], message: str) -> None:
+    result = run("loaders", *flags)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: --rounds")
+    assert result.stderr.startswith(message)
+
+
+@pytest.mark.parametrize("decode", [by_pillow, by_torchvision])
+def test_rivals_decode_what_pillow_decodes(
+    decode: Callable[[bytes], Any], photographs: Path
+) -> None:
+    file = read_split(photographs, "train").files[0]
+    with Image.open(file.path) as image:
+        expected = np.asarray(image.convert("RGB"))
+    found = decode(file.read())
+    pixels = found.permute(1, 2, 0).numpy() if decode is by_torchvision else np.asarray(found)
+    assert np.abs(pixels.astype(int) - expected).max() <= 1
+
+
+def test_spdl_reads_what_it_is_asked_for(cifar10: Path) -> None:
+    task = Task(split=read_split(cifar10, "train"), image_size=24, batch_size=500, threads=2)
+    with closing(spdl(task)) as batches:
+        try:
+            images, labels = next(batches)
+        except UserError as error:
+            pytest.skip(f"spdl {error}")
+    assert images.shape == (500, 3, 24, 24) and images.dtype == torch.float32
+    assert images.abs().max() < 3 and abs(images.mean()) < 0.5 and 0.5 < images.std() < 1.5
+    assert sorted(set(labels.tolist())) == list(range(10))
+
+
+def test_loader_memory_counts_workers(tmp_path: Path) -> None:
+    before, _ = loader_memory.memory()
+    child = subprocess.Popen(
+        [sys.executable, "-c", "held = bytearray(b'1') * 2**28; print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    after, _ = loader_memory.memory()
+    child.communicate(b"\n")
+    assert 256 < after - before < 300
+
+
+def test_loader_memory_writes_what_it_found(cifar10: Path, tmp_path: Path) -> None:
+    file = tmp_path / "memory.json"
+    sizes = ["--image-size", "24", "32", "--epochs", "6", "--batch-size", "50"]
+    flags = ["--data", cifar10, "--backend", "torchvision", *sizes, "--json", file]
+    result = run("loader_memory", *flags)
+    assert result.returncode == 0, result.stderr
+    written = json.loads(file.read_text())
+    epochs = written["epochs"]
+    assert [one["image_size"] for one in epochs] == [24, 24, 24, 32, 32, 32]
+    allocated = [one["allocated_mib"] for one in epochs]
+    assert written["allocated_spread"] == max(allocated[1:]) / min(allocated[1:]) - 1
+    own = [max(part) / min(part) - 1 for part in (allocated[1:3], allocated[4:])]
+    assert written["allocated_spread_at_a_size"] == max(own)
+    assert (tmp_path / "memory.svg").exists() and (tmp_path / "memory.png").exists()
+    result = run("loader_memory", "--data", cifar10, "--epochs", "7")
+    assert result.stderr.startswith("error: --epochs 7: at least 3 for each of 4 sizes")
+
+
+def test_memory_of_the_dali_loader_is_flat(photographs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    file = tmp_path / "memory.json"
+    flags = ["--data", photographs, "--image-size", "224", "--epochs", "6", "--json", file]
+    assert run("loader_memory", *flags).returncode == 0
+    assert json.loads(file.read_text())["allocated_spread"] < 0.05
+
+
+def test_prepare_rates_compares_with_mere_decoding(cifar10: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rates.json"
+    sizes = ["--short-side", 16, "--rounds", 2, "--seconds", 0.3, "--workers", 2]
+    result = run("prepare_rates", "--data", cifar10, *sizes, "--json", file)
+    assert result.returncode == 0, result.stderr
+    written = json.loads(file.read_text())
+    assert written["config"]["images"] == 700
+    for name in ("scan", "resize"):
+        ratios = [a / b for a, b in zip(*map(written["rounds"].get, (name, "decode")), strict=True)]
+        mean = math.sqrt(math.prod(ratios))
+        assert written["ratio_to_decode"][name]["mean"] == pytest.approx(mean)
+
+
+def test_prepare_rates_names_a_bad_file(tmp_path: Path) -> None:
+    bad = tmp_path / "train" / "a" / "bad.jpg"
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"nothing")
+    result = run("prepare_rates", "--data", tmp_path, "--seconds", 0.1)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: --data: {bad} cannot be decoded")
 
 
 def test_start_up_leaves_nothing_behind(photographs: Path, tmp_path: Path) -> None:
@@ -64,3 +216,17 @@ def test_start_up_leaves_nothing_behind(photographs: Path, tmp_path: Path) -> No
         start_up.main([*flags, "--scratch", "/proc"])
     with pytest.raises(UserError, match="--files must be at least 1000"):
         start_up.main([*flags[:2], "--files", "10"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not permitted(), reason="network namespaces are not permitted here")
+def test_a_run_that_meets_a_fault_ends_like_one_that_does_not(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.faults", "--faults", "1", "--json", str(output)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "| 1 | SIGKILL worker | " in result.stdout
+    written = json.loads(output.read_text())
+    assert written["identical"] == 1
+    (outcome,) = written["outcomes"]
+    assert [statuses[-1] for statuses in outcome["commands"]] == [0, 0]

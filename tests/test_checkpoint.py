@@ -73,11 +73,11 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
 
 def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
     for step, best in enumerate((True, True, False, False)):
-        checkpoint.save_last(tmp_path, {"step": step}, best)
+        checkpoint.save_last(tmp_path, {"step": step}, [checkpoint.BEST] if best else [])
     steps = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
     assert steps == {"last.pt": 3, "previous.pt": 2, "best.pt": 1}
     with pytest.raises(TypeError, match="cannot pickle"):
-        checkpoint.save_last(tmp_path, {"step": (item for item in ())}, True)
+        checkpoint.save_last(tmp_path, {"step": (item for item in ())}, [checkpoint.BEST])
     assert {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()} == steps
 
 

@@ -242,9 +242,10 @@ def positions(trainer: Trainer, num_it: int) -> list[tuple[int, int, int]]:
     found: list[tuple[int, int, int]] = []
     update = trainer.update
 
-    def updating(images: Tensor, *arguments: Any) -> Tensor:
+    def updating(batches: Any, *arguments: Any) -> Tensor:
+        ((images, _),) = batches
         found.append((trainer.train_loader.epoch, trainer.eval_loader.epoch, images.shape[-1]))
-        return update(images, *arguments)
+        return update(batches, *arguments)
 
     trainer.update = updating  # type: ignore[method-assign]
     lr_find2(trainer, end_lr=0.1, num_it=num_it)
@@ -335,7 +336,7 @@ def test_everything_is_as_it_was_whatever_happens(
 
 def train_two_steps(trainer: Trainer) -> None:
     for (images, labels), _ in zip(trainer.train_loader, range(2), strict=False):
-        trainer.train_step(images, labels, trainer.plan.phases[0])
+        trainer.train_step(((images, labels),), trainer.plan.phases[0])
 
 
 def test_a_step_broken_off_between_scaler_and_optimizer() -> None:
@@ -470,6 +471,7 @@ from fastimagenet.distributed import World, process_group
 from fastimagenet.recorder import NullRecorder
 from fastimagenet.trainer import Trainer
 from pipelines.errors import UserError
+from pipelines.images import whole_files
 from pipelines.split import Split
 from test_lr_finder import TWO_RECIPE, shard, state, assert_same
 from test_trainer import SPLIT, tiny_model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,20 @@ def orders(count: int, shards: int, batch_size: int, training: bool, seed: int =
 def epoch_of(order: Order, epoch: int) -> list[list[int]]:
     steps = order.spec.steps_at(epoch)
     return [order.batch(epoch, step).labels.tolist() for step in range(steps)]
+
+
+def test_batches_that_are_added_up_are_those_of_as_many_shards() -> None:
+    (one,), two = orders(29, 1, 3, True), orders(29, 2, 3, True)
+    one = Order(replace(one.spec, accumulation=2))
+    for epoch in range(2):
+        assert one.spec.steps_at(epoch) == 2 * two[0].spec.steps_at(epoch) == 8
+        for step in range(8):
+            ours, theirs = one.batch(epoch, step), two[step % 2].batch(epoch, step // 2)
+            assert ours.indices.tolist() == theirs.indices.tolist()
+            assert ours.draws is not None and theirs.draws is not None
+            assert np.array_equal(ours.draws.area, theirs.draws.area)
+    with pytest.raises(UserError, match="at most 9"):
+        Order(replace(orders(29, 1, 14, True)[0].spec, accumulation=3))
 
 
 CASES = [(n, w, b) for n in (*range(1, 25), 97) for w in range(1, 9) for b in (1, 2, 3, 7)]

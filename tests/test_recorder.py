@@ -18,6 +18,7 @@ from fastimagenet.recorder import (
     Stopwatch,
     train_seconds,
 )
+from tests.conftest import fill
 
 
 def step_record(step: int, loss: float = 1.0) -> StepRecord:
@@ -115,6 +116,24 @@ def test_going_on_drops_the_rows_that_come_again(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(tmp_path)] == [10, 20, 30]
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+def test_rows_that_a_full_disk_does_not_take_are_written_later(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder = Recorder(small_disk, 1000, io.StringIO())
+    recorder.start(0, [])
+    fill(small_disk)
+    for step in range(500):  # more than the page that is left of the file
+        recorder.step(step_record(step))
+    assert "rows of metrics.jsonl (No space left on device)" in str(recorder.unwritten)
+    said = capsys.readouterr().err
+    assert said.count("warning: rows of metrics.jsonl could not be written") == 1
+    (small_disk / "filler").unlink()
+    recorder.step(step_record(500))
+    assert str(recorder.unwritten) == ""
+    recorder.close()
+    assert [row["step"] for row in read_rows(small_disk)] == list(range(501))
 
 
 def test_a_run_that_goes_on_in_a_new_folder_has_its_earlier_epochs(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fastimagenet import checkpoint
 from fastimagenet.dawnbench import check_entry
 from fastimagenet.files import read_rows, rows_of
+from tests.conftest import fill
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--recipe", "tests/small.toml", "--device", "cpu"]
@@ -199,6 +203,34 @@ def test_a_stopped_group_saves_and_goes_on(cifar10: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_one_process_that_adds_up_gradients_does_what_two_do(cifar10: Path, tmp_path: Path) -> None:
+    """Up to rounding, in fp32. Running statistics of BN are not compared: two processes keep
+    those of the first one's batches, one process those of all."""
+    flags = ("--data", cifar10, *SMALL)
+    train(*flags, "--output", tmp_path / "two", "--nproc-per-node", 2)
+    out, _ = train(*flags, "--output", tmp_path / "one", "--global-batch", 100)
+    assert "an update adds up the gradients of 2 batches" in out
+    one, two = (checkpoint.load(tmp_path / n / "checkpoints" / "last.pt") for n in ("one", "two"))
+    assert one["step"] == two["step"] == 20
+    for name, value in two["model"].items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(one["model"][name], value, rtol=1e-3, atol=1e-4)
+    message = error_of(*flags, "--output", tmp_path / "odd", "--global-batch", 75)
+    assert "--global-batch must be a multiple of 50" in message
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_says_what_changes(cifar10: Path, tmp_path: Path) -> None:
+    flags = ("--data", cifar10, "--output", tmp_path / "run", *SMALL)
+    stop_soon(*flags, "--nproc-per-node", 2)
+    out, _ = train(*flags, "--resume", tmp_path / "run" / "checkpoints" / "epoch.pt")
+    assert ", processes 2 -> 1, global batch 100 -> 50, lr " in out
+    epochs = rows_of("epoch", read_rows(tmp_path / "run"))
+    assert [row["epoch"] for row in epochs] == [0, 1, 2]
+    assert epochs[-1]["step"] == 40
+
+
+@pytest.mark.slow
 def test_two_nodes_by_the_same_command(cifar10: Path, tmp_path: Path) -> None:
     """Two launchers on one machine meet at an endpoint, as two machines would."""
     with socket.socket() as free:
@@ -260,6 +292,17 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert done.stderr == ""
 
 
+def test_a_profile_is_a_trace_of_ten_steps(cifar10: Path, tmp_path: Path) -> None:
+    flags = ("--data", cifar10, "--output", tmp_path / "run", *SMALL, "--profile")
+    train(*flags, "--set", "eval_every_epochs=3")
+    with gzip.open(tmp_path / "run" / "profile" / "rank0.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    steps = {name for name in names if name.startswith("ProfilerStep#")}
+    assert len(steps) == 10
+    assert any("convolution_backward" in name for name in names)
+
+
 def test_list_print_and_dry_run(cifar10: Path, tmp_path: Path) -> None:
     out, _ = train("--list-recipes")
     assert [line.split()[0] for line in out.splitlines()][:2] == ["digits", "cifar10"]
@@ -278,13 +321,19 @@ def test_list_print_and_dry_run(cifar10: Path, tmp_path: Path) -> None:
         (["--recipe", "resnet"], "--recipe resnet is none of digits"),
         (["--set", "max_lr=0"], "recipe field max_lr must be above 0"),
         (["--epochs", "0"], "--epochs must be at least 1"),
-        (["--nodes", "0"], "--nodes must be at least 1"),
+        (["--nodes", "0"], "--nodes: must be at least 1"),
+        (["--nodes", "3:2"], "--nodes: 3:2: 1 <= MIN <= MAX must hold"),
         (["--seed", "-1"], "--seed must be 0 or more"),
         (["--author", " "], "--author must not be empty"),
         (["--cost-per-hour", "nan"], "--cost-per-hour must be a number of US dollars"),
         (["--device", "cuda"], "--device cuda: no CUDA device is there"),
         (["--nodes", "2"], "--nodes 2 needs --rdzv-endpoint HOST:PORT"),
         (["--optimizer-backend", "apex"], "NVIDIA apex is not installed; build NVIDIA apex from"),
+        (["--timeout", "0"], "--timeout must be above 0 seconds"),
+        (["--bucket-mb", "0"], "--bucket-mb must be above 0"),
+        (["--max-restarts", "-1"], "--max-restarts must be 0 or more"),
+        (["--nodes", "1:2"], "--nodes 2 needs --rdzv-endpoint HOST:PORT"),
+        (["--nodes", "2", "--rdzv-endpoint", "host"], "--rdzv-endpoint must be HOST:PORT"),
         (["--precision", "fp16"], "--precision fp16 needs a GPU"),
         (["--set", "target=", "--stop-at-target"], "--stop-at-target needs a target"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -365,18 +414,53 @@ def test_a_diverging_run_names_step_and_lr(cifar10: Path, tmp_path: Path) -> Non
     assert "the loss is not finite at step" in message
 
 
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Any:
-    """A file system of one MiB; skips where mounting is not permitted."""
-    folder = tmp_path / "full"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_no_disk_space_is_one_line(cifar10: Path, full_disk: Path) -> None:
-    message = error_of("--data", cifar10, "--output", full_disk / "out", *SMALL)
+def test_a_disk_that_is_full_at_the_start_is_one_line(cifar10: Path, small_disk: Path) -> None:
+    fill(small_disk)
+    message = error_of("--data", cifar10, "--output", small_disk / "out", *SMALL)
     assert "No space left on device" in message
+
+
+def test_a_disk_that_fills_up_does_not_end_the_run(
+    finished: Path, cifar10: Path, small_disk: Path
+) -> None:
+    output = small_disk / "out"
+    last = output / "checkpoints" / "last.pt"
+    flags = ("--data", cifar10, "--output", output, *SMALL)
+    process = start("fastimagenet.train", *flags, "--checkpoint-steps", 3)
+    while process.poll() is None:
+        if last.exists():
+            fill(small_disk)
+        time.sleep(0.002)
+    out, err = process.communicate()
+    assert process.returncode == 1, out + err
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert any("checkpoint of step" in line for line in warnings)
+    error = err.splitlines()[-1]
+    assert error.startswith("error: not written: ")
+    assert "checkpoint of step 40 (No space left on device)" in error
+    assert "epoch   3" in out  # it has trained and evaluated to the end of the recipe
+    (small_disk / "filler").unlink()
+    assert checkpoint.load(last)["step"] < 40
+    train(*flags, "--resume", "auto")
+    assert summary_of(output)["top1"] == summary_of(finished)["top1"]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    finished: Path, cifar10: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    last = folder / "checkpoints" / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    flags = ("--data", cifar10, "--output", folder, *SMALL, "--resume", "auto")
+    out, err = train(*flags)
+    note = f"note: checkpoint {last} cannot be read"
+    assert note in err and f"going on from {last.with_name('previous.pt')}" in err
+    assert "resumed at step 20" in out
+    assert losses_of(folder) == losses_of(finished)
+    assert summary_of(folder)["top1"] == summary_of(finished)["top1"]
+    for name in ("last.pt", "previous.pt"):
+        last.with_name(name).write_bytes(b"")
+    assert "previous.pt cannot be read" in train(*flags, status=2)[1]

@@ -20,6 +20,7 @@ from fastimagenet.recipes import Phase, Recipe
 from fastimagenet.recorder import NullRecorder, Stopwatch
 from fastimagenet.resume import restore, resume, state_of
 from fastimagenet.trainer import Stopped, Trainer
+from fastimagenet.warm_up import warm_up
 from pipelines import make_loader
 from pipelines.errors import UserError
 from pipelines.images import whole_files
@@ -169,20 +170,20 @@ def test_out_of_memory_says_what_was_tried_and_what_to_set() -> None:
 def test_warm_up_leaves_the_model_as_it_was() -> None:
     trainer = make_trainer()
     before = copy.deepcopy(trainer.model.state_dict())
-    trainer.warm_up()
+    warm_up(trainer)
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert trainer.clock.read()["compile"] > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["dali", "torchvision"])
-@pytest.mark.parametrize("stop_at", [3, 14, 15, 16, 17, 20])
-def test_resume_goes_on_bit_for_bit(
-    backend: str, stop_at: int, cifar10: Path, tmp_path: Path
-) -> None:
-    """Stopped in mid-epoch, at epoch ends and around the phase boundary (step 16)."""
+class Killed(Exception):
+    """Ends a training in the middle of an update."""
+
+
+@pytest.fixture(scope="module")
+def make_cifar10_trainer(cifar10: Path) -> Callable[..., Trainer]:
+    """Two phases over 500 images of CIFAR-10; the second begins at step 16."""
     recipe = replace(
         RECIPE,
         phases=(
@@ -193,19 +194,53 @@ def test_resume_goes_on_bit_for_bit(
     )
     train, val = read_split(cifar10, "train"), read_split(cifar10, "val")
 
-    def trainer(folder: Path) -> Trainer:
+    def make(backend: str, folder: Path, checkpoint_steps: int = 0) -> Trainer:
         model = tiny_model()
         model[-1] = nn.Linear(8, 10)  # type: ignore[operator]
-        make = loaders(recipe, backend, train, val)
-        plan = recipe.plan(1, len(train))
-        return Trainer(plan, model, World(), make, NullRecorder(), folder=folder)
+        return Trainer(
+            *(recipe.plan(1, len(train)), model, World(), loaders(recipe, backend, train, val)),
+            NullRecorder(),
+            folder=folder,
+            checkpoint_steps=checkpoint_steps,
+        )
 
-    torch.manual_seed(5)
-    whole = trainer(tmp_path / "whole")
-    whole.fit()
+    return make
 
+
+@pytest.fixture(scope="module", params=["dali", "torchvision"])
+def whole(
+    request: pytest.FixtureRequest,
+    make_cifar10_trainer: Callable[..., Trainer],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[str, Trainer]:
+    """The back end, and a run over it that nothing has disturbed."""
     torch.manual_seed(5)
-    first = trainer(tmp_path / "halves")
+    trainer = make_cifar10_trainer(request.param, tmp_path_factory.mktemp("whole"))
+    trainer.fit()
+    return request.param, trainer
+
+
+def check_the_rest(whole: Trainer, resumed: Trainer) -> None:
+    """Train on from the checkpoint in the folder, to the weights and figures of `whole`."""
+    assert resumed.folder is not None
+    restore(resumed, checkpoint.load(resumed.folder / "checkpoints" / "last.pt"))
+    resumed.fit()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    losses = [(r.train_loss, r.val_loss, r.top1) for r in whole.records]
+    assert losses == [(r.train_loss, r.val_loss, r.top1) for r in resumed.records]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [3, 16, 17])
+def test_a_stopped_training_goes_on_bit_for_bit(
+    stop_at: int,
+    whole: tuple[str, Trainer],
+    make_cifar10_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    backend, undisturbed = whole
+    first = make_cifar10_trainer(backend, tmp_path)
     update = first.train_step
 
     def stopping(*arguments: object) -> Tensor:
@@ -213,19 +248,47 @@ def test_resume_goes_on_bit_for_bit(
         first.stop_requested = first.step == stop_at
         return loss
 
+    torch.manual_seed(5)
     first.train_step = stopping  # type: ignore[method-assign]
     with pytest.raises(Stopped):
         first.fit()
     assert first.step == stop_at
     torch.manual_seed(99)
-    second = trainer(tmp_path / "halves")
-    restore(second, checkpoint.load(tmp_path / "halves" / "checkpoints" / "last.pt"))
-    second.fit()
+    check_the_rest(undisturbed, make_cifar10_trainer(backend, tmp_path))
 
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, second.model.state_dict()[name]), name
-    losses = [(r.train_loss, r.val_loss, r.top1) for r in whole.records]
-    assert losses == [(r.train_loss, r.val_loss, r.top1) for r in second.records]
+
+@pytest.mark.parametrize(
+    ("checkpoint_steps", "killed_at", "saved_at"),
+    [(5, 8, 5), (15, 16, 15), (15, 17, 16), (17, 19, 17)],
+    ids=["mid-epoch", "before a phase", "at its start", "after it"],
+)
+def test_a_killed_training_goes_on_bit_for_bit_from_its_last_checkpoint(
+    checkpoint_steps: int,
+    killed_at: int,
+    saved_at: int,
+    whole: tuple[str, Trainer],
+    make_cifar10_trainer: Callable[..., Trainer],
+    tmp_path: Path,
+) -> None:
+    """The second phase begins at step 16; the update after `killed_at` - 1 never ends."""
+    backend, undisturbed = whole
+    torch.manual_seed(5)
+    first = make_cifar10_trainer(backend, tmp_path, checkpoint_steps)
+    update = first.train_step
+
+    def dying(*arguments: object) -> Tensor:
+        loss = update(*arguments)  # type: ignore[arg-type]
+        if first.step == killed_at:
+            raise Killed
+        return loss
+
+    first.train_step = dying  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        first.fit()
+    torch.manual_seed(99)
+    second = make_cifar10_trainer(backend, tmp_path)
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["step"] == saved_at
+    check_the_rest(undisturbed, second)
 
 
 def test_the_parts_of_a_run_add_up_to_its_wall_time(tmp_path: Path) -> None:
@@ -269,11 +332,34 @@ def test_a_resumed_run_takes_the_clock_and_both_loaders_with_it(tmp_path: Path) 
     assert second.eval_loader.state_dict() == {"epoch": 3, "step": 0}
 
 
-def test_another_model_or_world_size_is_refused() -> None:
+def test_another_model_is_refused() -> None:
     trainer = make_trainer()
     trainer.fit()
-    state = state_of(trainer)
-    with pytest.raises(UserError, match="saved by 2 processes and cannot go on with 1"):
-        restore(make_trainer(), state | {"ranks": state["ranks"] * 2})
     with pytest.raises(UserError, match="the checkpoint is of another recipe"):
-        restore(make_trainer(model=nn.Linear(3, 3)), state)
+        restore(make_trainer(model=nn.Linear(3, 3)), state_of(trainer))
+
+
+def test_another_number_of_processes_goes_on_at_the_end_of_an_epoch_only() -> None:
+    """The state is made one of two processes: 50 images make 1 update of them, not 3."""
+    recipe = replace(RECIPE, lr_reference_batch=16)
+    trainer = make_trainer(recipe)
+    trainer.train_epoch()
+    state = state_of(trainer)
+    two = state | {"ranks": state["ranks"] * 2, "step": 1}
+    resumed = make_trainer(recipe)
+    restore(resumed, two)
+    assert (resumed.epoch, resumed.step) == (1, 3)
+    lr = [recipe.plan(2, 50).lr(1), recipe.plan(1, 50).lr(3)]
+    changed = f", processes 2 -> 1, global batch 32 -> 16, lr {lr[0]:g} -> {lr[1]:g}"
+    assert resumed.changed == changed
+    for _ in zip(range(2), resumed.train_loader, strict=False):
+        resumed.step += 1
+    middle = state_of(resumed)
+    middle["ranks"] *= 2
+    with pytest.raises(UserError, match=r"saved in mid-epoch, processes 2 -> 1, .*epoch\.pt"):
+        restore(make_trainer(recipe), middle)
+
+
+def test_synchronised_batch_norm_needs_a_gpu() -> None:
+    with pytest.raises(UserError, match="recipe field sync_bn = true needs a GPU"):
+        make_trainer(replace(RECIPE, sync_bn=True))

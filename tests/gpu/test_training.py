@@ -22,6 +22,7 @@ from fastimagenet.recipes import Phase, Recipe
 from fastimagenet.recorder import NullRecorder
 from fastimagenet.sweep import SweepRecord
 from fastimagenet.trainer import Trainer
+from fastimagenet.warm_up import warm_up
 from pipelines import make_loader
 from pipelines.errors import UserError
 from pipelines.images import whole_files
@@ -109,7 +110,7 @@ def test_a_sweep_in_mixed_precision_stays_near_fp32_and_leaves_no_trace(precisio
 def test_a_compiled_run_changes_phase_without_compiling_again(mixup: float) -> None:
     recipe = replace(RECIPE, precision="bf16", mixup=mixup)
     trainer = make_trainer(replace(recipe, compile=True))
-    trainer.warm_up()
+    warm_up(trainer)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     trainer.fit()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled

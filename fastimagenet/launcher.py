@@ -1,0 +1,166 @@
+"""torch's elastic agent: starts the processes of this node, and again when one has died."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+from contextlib import suppress
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousParameters,
+    registry,
+)
+
+from fastimagenet.disk import NotWritten
+from fastimagenet.distributed import RENDEZVOUS_TIMEOUT_SECONDS, STOPPED, Launch
+from pipelines.errors import UserError
+
+LAST_CALL_SECONDS = 10
+"""How long an elastic run that could start waits for more nodes."""
+SIOCGIFADDR = 0x8915
+SHUTDOWN_TIMEOUT_SECONDS = 600
+"""Time to save in after SIGTERM: a process may be in the middle of an evaluation."""
+
+
+class Agent(LocalElasticAgent):
+    """The elastic agent, which says why it restarts, and lets be what ended on purpose."""
+
+    elastic = False
+    """Whether the run goes on when nodes leave."""
+
+    # The agent calls it several times a second.
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        failures = list(result.failures.values())
+        if self.elastic and failures and all(f.exitcode in STOPPED for f in failures):
+            self._remaining_restarts += 1  # a node leaves: not a fault
+        elif any(said_by(failure) or failure.exitcode in STOPPED for failure in failures):
+            self._remaining_restarts = 0
+        elif failures and self._remaining_restarts:
+            maximum = worker_group.spec.max_restarts
+            first = min(failures, key=lambda failure: failure.timestamp)
+            rank = worker_group.workers[first.local_rank].global_rank
+            restart = maximum - self._remaining_restarts + 1
+            text = f"note: rank {rank} {cause(first)}; restart {restart} of {maximum}"
+            print(f"{text}, from the last checkpoint", file=sys.stderr, flush=True)  # noqa: T201
+        return result
+
+
+def said_by(failure: ProcessFailure) -> str:
+    """What the process left by `report_to_launcher`; "" if it died of something else."""
+    message = failure.error_file_data["message"]
+    return str(message["message"]).partition(": ")[2] if isinstance(message, dict) else ""
+
+
+def cause(failure: ProcessFailure) -> str:
+    """How a process ended."""
+    if failure.exitcode < 0:
+        return f"was killed by {signal.Signals(-failure.exitcode).name}"
+    return f"ended with exit status {failure.exitcode}"
+
+
+def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
+    """As `fastimagenet.distributed.run_processes`."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # A new store for each start: in the shared one the dead processes still have their addresses.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    address, is_host = address_towards(launch.rdzv_endpoint)
+    if launch.rdzv_endpoint and (interface := interface_of(address)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    meeting = RendezvousParameters(
+        backend="c10d",
+        endpoint=launch.rdzv_endpoint or "localhost:0",
+        run_id="fastimagenet",
+        min_nodes=launch.min_nodes or launch.nodes,
+        max_nodes=launch.nodes,
+        local_addr=address,
+        is_host=is_host,
+        join_timeout=RENDEZVOUS_TIMEOUT_SECONDS,
+        last_call_timeout=LAST_CALL_SECONDS,
+    )
+    try:
+        handler = registry.get_rendezvous_handler(meeting)
+        spec = WorkerSpec(
+            role="",
+            local_world_size=launch.nproc_per_node,
+            entrypoint=sys.executable,
+            args=("-u", "-m", module, *argv),
+            rdzv_handler=handler,
+            max_restarts=launch.max_restarts,
+            monitor_interval=0.1,
+            local_addr=address,
+        )
+        agent = Agent(spec, DefaultLogsSpecs(), shutdown_timeout=SHUTDOWN_TIMEOUT_SECONDS)
+        agent.elastic = launch.min_nodes > 0
+        result = agent.run()
+        handler.shutdown()
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except RendezvousClosedError:
+        raise UserError("the run has ended on another node, which says why") from None
+    except RendezvousError as error:
+        raise UserError(
+            f"--rdzv-endpoint {launch.rdzv_endpoint}: the {launch.nodes} nodes did not meet within "
+            f"{RENDEZVOUS_TIMEOUT_SECONDS} s ({error}); type the same command on every node"
+        ) from None
+    return 0 if result is None else status_of(result)
+
+
+def address_towards(endpoint: str | None) -> tuple[str, bool]:
+    """This machine's address on the way to where the nodes meet, and whether that is here.
+
+    Unlike the host's name, others can reach it. Raises UserError naming the flag.
+    """
+    if endpoint is None:
+        return "127.0.0.1", True
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--rdzv-endpoint must be HOST:PORT, not {endpoint}")
+    try:
+        family, *_, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[
+            0
+        ]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)  # UDP: nothing is sent
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise UserError(f"--rdzv-endpoint {endpoint}: {host} cannot be reached: {error}") from None
+    return own, own == place[0]
+
+
+def interface_of(address: str) -> str:
+    """The name of the network interface with this IPv4 address, such as "eth0"; "" for none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            with suppress(OSError):  # an interface without an address
+                answer = fcntl.ioctl(any_socket, SIOCGIFADDR, request)
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return ""
+
+
+def status_of(result: RunResult) -> int:
+    """The exit status of the first process that failed, otherwise 0.
+
+    Raises what a process has reported: processes that it took down with it die of other causes.
+    """
+    failures = sorted(result.failures.values(), key=lambda failure: failure.timestamp)
+    for failure in failures:
+        if text := said_by(failure):
+            raise UserError(text) if failure.exitcode == 2 else NotWritten(text)
+    if not failures:
+        return 0
+    code = failures[0].exitcode
+    return 128 - code if code < 0 else code

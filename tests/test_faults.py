@@ -1,0 +1,109 @@
+"""What clusters do to a run of several processes, which are real ones: killed, stopped, left alone.
+
+Each run has to end with the weights and figures of one that nothing has disturbed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastimagenet import checkpoint
+from fastimagenet.files import read_rows, rows_of
+from tests.test_train import SMALL, losses_of, start, train
+
+pytestmark = pytest.mark.slow
+TWO = [*SMALL, "--nproc-per-node", 2, "--checkpoint-steps", 3]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of two processes, 20 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train("--data", cifar10, "--output", folder, *TWO)
+    return folder
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Until it holds; fails when the process has ended before, or after five minutes."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def workers(agent: subprocess.Popen[str]) -> list[int]:
+    """The processes that a launcher has started, by rank."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    ranks = {}
+    for child in map(int, children):
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks.update({int(e[5:]): child for e in environment if e.startswith(b"RANK=")})
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def check_equal(folder: Path, undisturbed: Path) -> None:
+    """The same weights, losses and figures, bit for bit."""
+    ends = [checkpoint.load(f / "checkpoints" / "last.pt") for f in (folder, undisturbed)]
+    for name, value in ends[1]["model"].items():
+        assert torch.equal(ends[0]["model"][name], value), name
+    assert losses_of(folder) == losses_of(undisturbed)
+    figures = [
+        [(row["epoch"], row["train_loss"], row["top1"]) for row in rows_of("epoch", read_rows(f))]
+        for f in (folder, undisturbed)
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_a_killed_worker_is_started_again_from_the_last_checkpoint(
+    undisturbed: Path, cifar10: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    process = start("fastimagenet.train", "--data", cifar10, "--output", folder, *TWO)
+    wait_for((folder / "checkpoints" / "last.pt").exists, process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert "note: rank 1 was killed by SIGKILL; restart 1 of 3, from the last checkpoint" in err
+    assert "resumed at step " in out
+    check_equal(folder, undisturbed)
+
+
+def test_a_straggler_is_named_within_the_timeout(cifar10: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    flags = ("--timeout", 5, "--max-restarts", 0)
+    process = start("fastimagenet.train", "--data", cifar10, "--output", folder, *TWO, *flags)
+    wait_for((folder / "checkpoints" / "last.pt").exists, process)
+    straggler = workers(process)[1]
+    os.kill(straggler, signal.SIGSTOP)
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    os.kill(straggler, signal.SIGKILL)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1, line + err
+    assert line.startswith("error: rank 0, in ") and ": no word from rank 1 (" in line
+    assert "Traceback" not in err
+
+
+def test_no_process_outlives_its_launcher(undisturbed: Path, cifar10: Path, tmp_path: Path) -> None:
+    """Otherwise it would write into the folder of the run that goes on."""
+    folder = tmp_path / "run"
+    flags = ("--data", cifar10, "--output", folder, *TWO)
+    process = start("fastimagenet.train", *flags)
+    wait_for((folder / "checkpoints" / "last.pt").exists, process)
+    orphans = workers(process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{orphan}/cmdline").exists() for orphan in orphans):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    train(*flags, "--resume", "auto")
+    check_equal(folder, undisturbed)
