@@ -25,14 +25,23 @@ from fastimagenet import cli
 from fastimagenet.assemble import chosen_recipe, with_copies
 from fastimagenet.files import write_object
 from fastimagenet.recipes import Recipe
-from fastimagenet.train import check_numbers
+from fastimagenet.train import check_entry_flags
 from pipelines.datasets import dataset_name
 from pipelines.errors import UserError
 from pipelines.split import read_split
 
 PASSED_ON = (
     *("data", "recipe", "skip_list", "on_bad_image", "backend", "device", "precision"),
-    *("nproc_per_node", "epochs", "author", "author_email", "hardware", "cost_per_hour"),
+    *(
+        "nproc_per_node",
+        "timeout",
+        "global_batch",
+        "epochs",
+        "author",
+        "author_email",
+        "hardware",
+        "cost_per_hour",
+    ),
 )
 """Flags that train has, too."""
 
@@ -62,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    check_numbers(args)
+    check_entry_flags(args)
     if args.runs < 1:
         raise UserError(f"--runs must be at least 1, not {args.runs}")
-    if args.nodes > 1:
+    if args.nodes != (0, 1):
         raise UserError("--nodes: the runs are started on this machine alone, as --nodes 1")
     recipe = target_recipe(args)
     if args.output is None:
@@ -107,7 +116,7 @@ def make_trainings(args: argparse.Namespace, recipe: Recipe) -> list[Training]:
     )
     if dataset_name(split.classes) == "CIFAR10" and recipe.target.startswith("top5"):
         raise UserError("--target: the entries of CIFAR-10 hold top-1 only; name top1=VALUE")
-    plan = recipe.plan(cli.launch_of(args).world_size, len(split))
+    plan = recipe.plan(cli.launch_of(args).world_size, len(split), args.global_batch)
     flags = ["--stop-at-target"] if args.stop_at_target else []
     for name in PASSED_ON:
         value = getattr(args, name)
