@@ -25,8 +25,8 @@ from fastimagenet.run_folder import Run, read_run
 from pipelines.errors import UserError
 
 HEADER = (
-    *("run", "top-1", "top-5", "train time", "time to target", "wall time", "epochs", "updates"),
-    *("max_lr", "schedule", "data", "hardware"),
+    *("run", "hardware", "top-1", "top-5", "train time", "time to target", "wall time"),
+    *("epochs", "updates", "max_lr", "schedule", "data"),
 )
 TERMINAL = ("run", "max_lr", "schedule", "updates", "top-1", "train time", "time to target")
 """The columns that the terminal gets."""
@@ -108,6 +108,7 @@ def row(name: str, run: Run) -> tuple[str, ...]:
     reached = time_to_target(run.epochs, *run.target) if run.target else None
     return (
         name,
+        summary["hardware"],
         percent(summary["top1"]),
         percent(summary["top5"]),
         duration(summary["train_seconds"]),
@@ -118,7 +119,6 @@ def row(name: str, run: Run) -> tuple[str, ...]:
         f"{recipe['max_lr']:g}",
         schedule_text(recipe),
         summary["dataset"],
-        summary["hardware"],
     )
 
 

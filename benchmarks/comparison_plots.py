@@ -171,7 +171,10 @@ def draw_time_split(axes: Axes, what: Comparison) -> None:
 
 def add_legends(figure: Figure, axes: Axes, what: Comparison, published: bool = True) -> None:
     """The runs above the axes; the entries by their numbers below the figure."""
-    lines = [Line2D([], [], label=name, **look(index)) for index, name in enumerate(what.runs)]
+    lines = [
+        Line2D([], [], label=f"{name}, {run.summary['hardware']}", **look(index))
+        for index, (name, run) in enumerate(what.runs.items())
+    ]
     axes.legend(handles=lines, loc="lower left", bbox_to_anchor=(0, 1.0), **(LEGEND | {"ncols": 2}))
     if published and what.entries:
         numbers = [

@@ -4,7 +4,7 @@
 
 Every run is a `python -m fastimagenet.train` of its own, in OUTPUT/seedS. The same command goes on
 where it was stopped, and repeats no run that is finished. The status is 1 if a run has missed the
-target.
+target, or failed, as one does whose loss is not finite any more.
 """
 
 from __future__ import annotations
@@ -25,14 +25,23 @@ from fastimagenet import cli
 from fastimagenet.assemble import chosen_recipe, with_copies
 from fastimagenet.files import write_object
 from fastimagenet.recipes import Recipe
-from fastimagenet.train import check_numbers
+from fastimagenet.train import check_entry_flags
 from pipelines.datasets import dataset_name
 from pipelines.errors import UserError
 from pipelines.split import read_split
 
 PASSED_ON = (
     *("data", "recipe", "skip_list", "on_bad_image", "backend", "device", "precision"),
-    *("nproc_per_node", "epochs", "author", "author_email", "hardware", "cost_per_hour"),
+    *(
+        "nproc_per_node",
+        "timeout",
+        "global_batch",
+        "epochs",
+        "author",
+        "author_email",
+        "hardware",
+        "cost_per_hour",
+    ),
 )
 """Flags that train has, too."""
 
@@ -62,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    check_numbers(args)
+    check_entry_flags(args)
     if args.runs < 1:
         raise UserError(f"--runs must be at least 1, not {args.runs}")
-    if args.nodes > 1:
+    if args.nodes != (0, 1):
         raise UserError("--nodes: the runs are started on this machine alone, as --nodes 1")
     recipe = target_recipe(args)
     if args.output is None:
@@ -73,15 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainings = make_trainings(args, recipe)
     for training in trainings:
         check_folder(training, os.path.abspath(cli.data_folder(args)))
-    status = train_all(trainings, around=measured_energy)
+    failed: list[Training] = []
+    status = train_all(trainings, around=measured_energy, failed=failed)
     finished = [training for training in trainings if training.finished]
     if not finished:
         print("\nno run is finished: nothing to report yet")
-        return status
+        return status or 1
     command = shlex.join(["python", "-m", "benchmarks.dawnbench", *argv])
-    result = read_results(finished, args.runs, args.cost_per_hour, command, args.output)
+    result = read_results(
+        finished, [run.seed for run in failed], args.runs, args.cost_per_hour, command, args.output
+    )
     print(f"\n{write_results(result, args.output)}\nall of it: {args.output}", flush=True)
-    return status or (1 if result.reached < result.n else 0)
+    return status or int(result.success_rate < 1)
 
 
 def target_recipe(args: argparse.Namespace) -> Recipe:
@@ -104,7 +116,7 @@ def make_trainings(args: argparse.Namespace, recipe: Recipe) -> list[Training]:
     )
     if dataset_name(split.classes) == "CIFAR10" and recipe.target.startswith("top5"):
         raise UserError("--target: the entries of CIFAR-10 hold top-1 only; name top1=VALUE")
-    plan = recipe.plan(cli.launch_of(args).world_size, len(split))
+    plan = recipe.plan(cli.launch_of(args).world_size, len(split), args.global_batch)
     flags = ["--stop-at-target"] if args.stop_at_target else []
     for name in PASSED_ON:
         value = getattr(args, name)

@@ -54,8 +54,11 @@ class Result:
     """Runs that were asked for."""
     n: int
     """Runs that are finished."""
+    failed_seeds: list[int]
+    """Of runs that ended with an error, such as a loss that is not finite."""
     reached: int
     success_rate: float
+    """reached / (n + failed)."""
     clocks: dict[str, str]
     """What each clock counts."""
     seconds_to_target: dict[str, Row]
@@ -73,7 +76,12 @@ class Result:
 
 
 def read_results(
-    finished: list[Training], planned: int, cost_per_hour: float | None, command: str, output: Path
+    finished: list[Training],
+    failed_seeds: list[int],
+    planned: int,
+    cost_per_hour: float | None,
+    command: str,
+    output: Path,
 ) -> Result:
     """From the files of at least one finished run. The entry of the median goes to `output`/entry.
 
@@ -103,8 +111,9 @@ def read_results(
         target=target,
         planned=planned,
         n=len(runs),
+        failed_seeds=failed_seeds,
         reached=len(reached),
-        success_rate=len(reached) / len(runs),
+        success_rate=len(reached) / (len(runs) + len(failed_seeds)),
         clocks=CLOCKS,
         seconds_to_target={
             clock: spread([seconds[clock] for seconds in reached]) for clock in CLOCKS if reached
@@ -178,8 +187,7 @@ def table(result: Result) -> str:
         f"{result.hardware}; {result.precision}; torch {result.versions['torch']}, "
         f"Python {result.versions['python']}; {result.date}.",
         "",
-        f"{result.reached} of {result.n} finished runs reached the target"
-        + (f"; {result.planned - result.n} not finished." if result.planned > result.n else "."),
+        success_text(result),
         "",
     ]
     if result.reached:
@@ -202,6 +210,15 @@ def table(result: Result) -> str:
             f"{result.entry_hours:.8f} hours, in `entry/`"
         ]
     return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
+
+
+def success_text(result: Result) -> str:
+    """How many of how many."""
+    text = f"{result.reached} of {result.n} finished runs reached the target"
+    if result.failed_seeds:
+        text += f"; failed with an error: seed {', '.join(map(str, result.failed_seeds))}"
+    missing = result.planned - result.n - len(result.failed_seeds)
+    return text + (f"; {missing} not finished." if missing else ".")
 
 
 def seconds_of(result: Result, clock: str) -> list[str]:

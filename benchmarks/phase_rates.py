@@ -25,6 +25,7 @@ from fastimagenet.recipes import Phase, Recipe
 from fastimagenet.recorder import Stopwatch
 from fastimagenet.trainer import Trainer
 from fastimagenet.warm_up import warm_up
+from pipelines.errors import UserError
 from pipelines.loader import Loader
 from pipelines.split import Split
 
@@ -75,7 +76,12 @@ def phase_trainer(
 
 
 def this_process(args: argparse.Namespace) -> World:
-    """One process and device; the loader has its share of the cores, as one of several."""
+    """One process and device; the loader has its share of the cores, as one of several.
+
+    Raises UserError for flags that it cannot follow.
+    """
+    if args.global_batch is not None:
+        raise UserError("--global-batch: the rates are of one process and its own batches")
     launch = cli.launch_of(args)
     device = "cpu" if launch.device == "cpu" else "cuda:0"
     return World(local_world_size=launch.nproc_per_node, device=device)

@@ -68,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = chosen_recipe(args)
     if args.target is not None:
         recipe = replace(recipe, target=args.target)
-    launch = cli.launch_of(argparse.Namespace(**vars(args) | {"nodes": 1}))
+    nodes = args.nodes[1]
+    # Only this machine is probed, and it meets no other.
+    launch = cli.launch_of(argparse.Namespace(**vars(args) | {"nodes": (0, 1)}))
     gpus = args.gpus or launch.nproc_per_node
-    world_size = args.nodes * gpus
+    world_size = nodes * gpus
     if args.output is None:
         args.output = Path("runs") / f"plan-{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     world = World(local_world_size=gpus, device="cpu" if launch.device == "cpu" else "cuda:0")
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe,
         probe,
         dataset=dataset,
-        nodes=args.nodes,
+        nodes=nodes,
         world_size=world_size,
         budget_seconds=60 * args.minutes,
         node_price=args.price,
@@ -99,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "precision": precision,
         "versions": versions(),
         "data": dataset or cli.data_folder(args).name,
-        "nodes": args.nodes,
+        "nodes": nodes,
         "gpus_per_node": gpus,
         "minutes": args.minutes,
         "node_usd_per_hour": args.price,
@@ -109,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{table(result, found)}\nall of it: {args.output}", flush=True)
     flags = ["--data", str(args.data)] if args.data else []
     flags += ["--recipe", str(args.output / "recipe.toml")]
-    flags += ["--nodes", str(args.nodes)] if args.nodes > 1 else []
+    flags += ["--nodes", str(nodes)] if nodes > 1 else []
     print(f"train it: {shlex.join(['python', '-m', 'fastimagenet.train', *flags])}")
     return 0
 
@@ -120,6 +122,8 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--minutes must be a number above 0, not {args.minutes}")
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"--gpus must be at least 1, not {args.gpus}")
+    if args.global_batch is not None:
+        raise UserError("--global-batch: the batches are the recipe's; --set phases.0.batch_size=N")
     if args.price is not None and not 0 <= args.price < 1e9:
         raise UserError(f"--price must be a number of US dollars, not {args.price}")
     if not 0 < args.probe_seconds < 3600:

@@ -55,11 +55,13 @@ def check_folder(training: Training, data: str) -> None:
 def train_all(
     trainings: list[Training],
     around: Callable[[Training], AbstractContextManager[None]] = lambda _: nullcontext(),
+    failed: list[Training] | None = None,
 ) -> int:
     """Train what is not finished, one after the other, until one fails or a signal comes.
 
     SIGTERM, Ctrl-C and a closed terminal make the training save and leave. `around` is entered
-    before each training and left after it. Returns the exit status.
+    before each training and left after it. With a list for those that `failed`, they are put there
+    and the next one is trained. Returns the exit status.
     """
     stopped_by: list[int] = []
     child: subprocess.Popen[bytes] | None = None
@@ -89,5 +91,7 @@ def train_all(
             return 128 + stopped_by[0]
         if status:
             print(f"{title}: ended with status {status}", file=sys.stderr)
-            return status if status > 0 else 128 - status
+            if failed is None:
+                return status if status > 0 else 128 - status
+            failed.append(training)
     return 0

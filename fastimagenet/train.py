@@ -152,10 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that would only be found wrong once the training is over."""
-    for flag, text in (("--author", args.author), ("--author-email", args.author_email)):
-        if not text.strip():
-            raise UserError(f"{flag} must not be empty: DAWNBench requires it")
+    """Raise UserError for flags that would only be found wrong later on."""
+    check_entry_flags(args)
     for flag, number in (
         ("--checkpoint-steps", args.checkpoint_steps),
         ("--max-restarts", args.max_restarts),
@@ -164,6 +162,13 @@ def check_numbers(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} must be 0 or more, not {number}")
     if not 0 < args.bucket_mb < math.inf:
         raise UserError(f"--bucket-mb must be above 0, not {args.bucket_mb:g}")
+
+
+def check_entry_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for what would spoil the DAWNBench entry once the training is over."""
+    for flag, text in (("--author", args.author), ("--author-email", args.author_email)):
+        if not text.strip():
+            raise UserError(f"{flag} must not be empty: DAWNBench requires it")
     cost = args.cost_per_hour
     if cost is not None and not 0 <= cost < math.inf:
         raise UserError(f"--cost-per-hour must be a number of US dollars, not {cost}")

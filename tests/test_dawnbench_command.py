@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from test_dawnbench import epoch_rows, write_run
 
 from benchmarks.dawnbench import main
 from benchmarks.dawnbench_results import ENERGY, Result, read_results, table
+from benchmarks.energy import gpu_joules
 from benchmarks.intervals import estimate
 from benchmarks.trainings import Training
 from fastimagenet.dawnbench import clocks_at_target, result_hours, write_entry
@@ -97,8 +100,11 @@ def test_a_wrong_flag_is_named_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
-def written_result(tmp_path: Path, *trains: float, cost: float | None = None) -> Result:
-    """Of runs whose third epoch, at `trains` seconds, is the first of 94.12 %; 0: none is."""
+def written_result(
+    tmp_path: Path, *trains: float, cost: float | None = None, failed: list[int] | None = None
+) -> Result:
+    """Of runs whose third epoch, at `trains` seconds, is the first of 94.12 %; 0: none is. Three
+    more were asked for."""
     trainings = []
     for seed, train in enumerate(trains):
         rows = epoch_rows()
@@ -112,7 +118,7 @@ def written_result(tmp_path: Path, *trains: float, cost: float | None = None) ->
         )
         plan = named_recipe("digits").plan(1, 1437)
         trainings.append(Training(run="digits", seed=seed, plan=plan, folder=folder, flags=[]))
-    return read_results(trainings, len(trains), cost, "-", tmp_path)
+    return read_results(trainings, failed or [], len(trains) + 3, cost, "-", tmp_path)
 
 
 def test_intervals_are_students(tmp_path: Path) -> None:
@@ -149,12 +155,50 @@ def test_runs_that_missed_are_counted_and_not_averaged(tmp_path: Path) -> None:
     assert "(one run)" in text
 
 
+def test_a_run_that_failed_counts_against_the_success_rate(tmp_path: Path) -> None:
+    result = written_result(tmp_path, 270.0, 280.0, 0.0, failed=[3])
+    assert result.success_rate == 2 / 4
+    text = table(result)
+    assert "2 of 3 finished runs reached the target; failed with an error: seed 3; 2 not" in text
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_does_not_keep_the_others_back(cifar10: Path, tmp_path: Path) -> None:
+    """A file is where the folder of the first seed should be."""
+    (tmp_path / "seed0").write_text("in the way")
+    flags = ("--data", cifar10, *SMALL, "--runs", 2, "--epochs", 1, "--target", "top1=0.02")
+    out, err = command(*flags, "--output", tmp_path, status=1)
+    assert "run small, seed 0: ended with status 2" in err
+    assert "1 of 1 finished runs reached the target; failed with an error: seed 0." in out
+
+
 def test_energy_is_told_only_where_every_run_was_measured(tmp_path: Path) -> None:
     write_object(tmp_path / "seed0" / ENERGY, {"gpu_kwh": 0.5})
     assert written_result(tmp_path, 270.0, 280.0).gpu_kwh is None
     write_object(tmp_path / "seed1" / ENERGY, {"gpu_kwh": 0.7})
     energy = written_result(tmp_path, 270.0, 280.0).gpu_kwh
     assert energy is not None and energy["mean"] == pytest.approx(0.6)
+
+
+def test_the_counters_of_the_visible_gpus_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for NVML, as there may be no GPU here: it counts in millijoules."""
+    nvml: Any = ModuleType("pynvml")
+    nvml.NVMLError = RuntimeError
+    nvml.nvmlInit = lambda: None
+    nvml.nvmlDeviceGetCount = lambda: 3
+    nvml.nvmlDeviceGetHandleByIndex = lambda index: index
+    nvml.nvmlDeviceGetTotalEnergyConsumption = lambda gpu: 1000 * 10**gpu
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_joules() == 111
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    assert gpu_joules() == 101
+
+    def old_gpu(gpu: int) -> int:
+        raise nvml.NVMLError("not supported")
+
+    nvml.nvmlDeviceGetTotalEnergyConsumption = old_gpu
+    assert gpu_joules() is None
 
 
 def test_clocks_read_the_row_that_reached_the_target() -> None:
