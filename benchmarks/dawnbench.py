@@ -32,16 +32,8 @@ from pipelines.split import read_split
 
 PASSED_ON = (
     *("data", "recipe", "skip_list", "on_bad_image", "backend", "device", "precision"),
-    *(
-        "nproc_per_node",
-        "timeout",
-        "global_batch",
-        "epochs",
-        "author",
-        "author_email",
-        "hardware",
-        "cost_per_hour",
-    ),
+    *("nproc_per_node", "timeout", "global_batch", "epochs"),
+    *("author", "author_email", "hardware", "cost_per_hour"),
 )
 """Flags that train has, too."""
 

@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome = drawn(KINDS[number % len(KINDS)], undisturbed, generator)
         disturbed(outcome, data, expected, generator)
         outcomes.append(outcome)
-        print(table([outcome]).splitlines()[-1], flush=True)
+        print(table(outcomes).splitlines()[-1], flush=True)
     print(table(outcomes))
     if args.json:
         args.json.write_text(json.dumps(report(args, undisturbed, outcomes), indent=2) + "\n")

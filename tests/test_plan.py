@@ -248,6 +248,7 @@ def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path) -> None:
         (["--minutes", "1", "--gpus", "0"], "--gpus must be at least 1"),
         (["--minutes", "1", "--price", "-1"], "--price must be"),
         (["--minutes", "1", "--target", "93"], "target must be such as"),
+        (["--minutes", "1", "--global-batch", "64"], "--global-batch: the batches are"),
     ],
 )
 def test_a_wrong_flag_is_named(flags: list[str], message: str, tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ def test_operations_of_a_linear_network_by_hand() -> None:
     assert moved >= 4 * (8 * 12 + 12 * 5 + 8 * 5)
 
 
-@pytest.mark.parametrize("flags", [["--rounds", "1"], ["--seconds", "0"]])
+@pytest.mark.parametrize(
+    "flags", [["--rounds", "1"], ["--seconds", "0"], ["--global-batch", "64", "--device", "cpu"]]
+)
 def test_a_wrong_flag_is_named(flags: list[str]) -> None:
     with pytest.raises(UserError, match=flags[0]):
         main(flags)
