@@ -108,7 +108,7 @@ def shared_floats(pixels: Tensor) -> Tensor:
 
     `default_collate` knows where that is. Floats that lie elsewhere are copied there as they are
     sent, and malloc leaves ever more holes of a batch each: workers with batches of 50 at 224 px
-    grew from 190 MiB to 1 GiB in 14 epochs, and keep to 150 to 180 MiB this way.
+    grew from 190 MiB to up to 1 GiB in 14 epochs, and keep to 150 to 180 MiB this way.
     """
     nothing = torch.zeros(()).expand(pixels.shape[1:])
     return default_collate([nothing] * len(pixels)).copy_(pixels)
