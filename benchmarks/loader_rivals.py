@@ -2,7 +2,8 @@
 
 All give what `pipelines.loader` promises of a training batch, but for its order: images
 (B, 3, S, S) float32, normalised, and labels; they draw with replacement and never end. FFCV is not
-among them: it reads only files of its own format, and its package could not be built here.
+among them: it reads only files of its own format, and its package does not install from PyPI by pip
+alone.
 """
 
 from __future__ import annotations
@@ -61,9 +62,8 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.decode(self.split.files[index].read())), int(
-            self.split.labels[index]
-        )
+        image = self.decode(self.split.files[index].read())
+        return self.transform(image), int(self.split.labels[index])
 
 
 def dataloader(task: Task) -> Generator[Any]:
@@ -107,7 +107,7 @@ def by_torchvision(data: bytes) -> Tensor:
 
 
 def from_workers(dataset: Dataset[Any], count: int, task: Task) -> Generator[Any]:
-    """Batches of `count` images, by a DataLoader with as many workers as others have threads."""
+    """Batches of a DataLoader over `count` images, with as many workers as others have threads."""
     # One endless epoch: with few images a new iterator for each would be most of the time.
     sampler = RandomSampler(range(count), replacement=True, num_samples=ENDLESS)
     # Workers are not forked from this process, where other loaders have threads.
