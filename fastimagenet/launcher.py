@@ -85,7 +85,8 @@ def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
         min_nodes=launch.min_nodes or launch.nodes,
         max_nodes=launch.nodes,
         local_addr=address,
-        is_host=is_host,
+        # Several launchers on one machine: the first one hosts, which torch finds out by itself.
+        is_host=None if address.startswith("127.") else is_host,
         join_timeout=RENDEZVOUS_TIMEOUT_SECONDS,
         last_call_timeout=LAST_CALL_SECONDS,
     )
