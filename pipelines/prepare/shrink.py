@@ -101,7 +101,7 @@ def kept_metadata(image: Image.Image) -> dict[str, bytes]:
 
 
 def encode(image: Image.Image, quality: int, metadata: dict[str, bytes]) -> bytes:
-    """A baseline JPEG; chroma has half the resolution, as that of most cameras."""
+    """A baseline JPEG without chroma subsampling."""
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality, subsampling="4:2:0", **metadata)
+    image.save(file, "JPEG", quality=quality, subsampling="4:4:4", **metadata)
     return file.getvalue()
