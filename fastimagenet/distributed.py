@@ -183,11 +183,16 @@ def run_processes(launch: Launch, module: str, argv: list[str]) -> int:
             f"--nodes {launch.nodes} needs --rdzv-endpoint HOST:PORT, the same on every node "
             "(or start it under torchrun or srun)"
         )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.nproc_per_node)))
-    os.environ[LAUNCHER] = str(os.getpid())
     from fastimagenet.launcher import run_agent
 
-    return run_agent(launch, module, argv)
+    before = dict(os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.nproc_per_node)))
+    os.environ[LAUNCHER] = str(os.getpid())
+    try:
+        return run_agent(launch, module, argv)
+    finally:  # what this process starts later is not of this run
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def end_with_launcher() -> None:
