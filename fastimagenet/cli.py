@@ -30,6 +30,8 @@ from pipelines.s3 import SCHEME, fetched
 from pipelines.split import ON_BAD_IMAGE
 
 if TYPE_CHECKING:
+    import torch
+
     from fastimagenet.trainer import Trainer
 
 
@@ -56,7 +58,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="who decodes; auto: dali where installed, else torchvision",
     )
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add_device_flag(parser)
     add("--precision", choices=PRECISIONS, help="in place of the recipe's")
     add(
         "--nodes",
@@ -79,6 +81,11 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         help=f"to wait for the other processes before giving up; default {TIMEOUT_SECONDS}",
     )
     add("--rdzv-endpoint", metavar="HOST:PORT", help="where nodes meet, the same on every node")
+
+
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """--device, as every command has it."""
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
 
 
 def data_argument(text: str) -> Path:
@@ -134,6 +141,14 @@ def launch_of(args: argparse.Namespace, *, elastic: bool = False) -> Launch:
     if min_nodes and not elastic:
         raise UserError(f"--nodes {min_nodes}:{nodes} is for fastimagenet.train: --nodes {nodes}")
     return plan_launch(nodes, args.nproc_per_node, args.device, args.rdzv_endpoint, min_nodes)
+
+
+def one_device(device: str) -> torch.device:
+    """That of a command of a single process. Raises UserError where --device is not there."""
+    import torch
+
+    launch = plan_launch(1, 1, device, None)
+    return torch.device("cpu" if launch.device == "cpu" else "cuda:0")
 
 
 def data_folder(args: argparse.Namespace) -> Path:
