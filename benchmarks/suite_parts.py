@@ -1,0 +1,211 @@
+"""The parts of the GPU suite: what each runs, for how long at most, and what it leaves.
+
+Every part is a command of its own, so that an error on the GPU ends with its process. On a CPU the
+same commands run at tiny sizes: that rehearses the suite, and its figures say nothing of a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastimagenet.files import Row, read_object, read_rows, rows_of
+from fastimagenet.recipe_book import RECIPES, named_recipe
+
+Words = list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What the suite was asked for."""
+
+    device: str
+    """ "cuda" or "cpu"."""
+    data: Path | None = None
+    """Photographs: train/CLASS/*, val/CLASS/*."""
+    cifar10: Path | None = None
+
+    @property
+    def small(self) -> bool:
+        """Whether this only rehearses."""
+        return self.device == "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part."""
+
+    name: str
+    title: str
+    seconds: int
+    """What it is given; what earlier parts left comes on top."""
+    command: Callable[[Setup, Path, float], Words]
+    """From the setup, the part's folder and its seconds: what follows `python -m`."""
+    read: Callable[[Path], Row]
+    """The figures in its folder, as far as it got; {} for none."""
+    needs: str = ""
+    """The field of the setup without which it cannot run."""
+
+
+def ceilings(setup: Setup, folder: Path, _: float) -> Words:
+    seconds = "0.6" if setup.small else "6"
+    return [*words("benchmarks.device_ceilings", setup), "--seconds", seconds, *json(folder)]
+
+
+def gpu_tests(setup: Setup, folder: Path, _: float) -> Words:
+    return ["pytest", "tests/gpu", "-v", "--color=no", "-p", "no:cacheprovider"]
+
+
+def training(recipe: str) -> Callable[[Setup, Path, float], Words]:
+    """A run of the recipe by the plain command."""
+
+    def command(setup: Setup, folder: Path, _: float) -> Words:
+        small: Words = []
+        if setup.small:
+            phases = range(len(named_recipe(recipe).phases))
+            settings = ["compile=false", *(f"phases.{i}.batch_size=100" for i in phases)]
+            small = ["--epochs", "2", *flags_of(settings)]
+        run = words("fastimagenet.train", setup, "cifar10", "memory")
+        return [*run, "--recipe", recipe, *small, "--output", str(folder / "run")]
+
+    return command
+
+
+def lr_finder(setup: Setup, folder: Path, _: float) -> Words:
+    sweep = ["--num-it", "12"] if setup.small else []
+    run = words("fastimagenet.lr_find", setup, "cifar10", "memory")
+    return [*run, "--recipe", "cifar10", *sweep, "--output", str(folder / "sweep")]
+
+
+def stall(setup: Setup, folder: Path, _: float) -> Words:
+    """The recipe `imagenet`, from the photographs themselves even where there are copies."""
+    settings = [f"phases.{i}.data=original" for i in range(len(named_recipe("imagenet").phases))]
+    turns = ["--rounds", "3", "--seconds", "0.8"]
+    if setup.small:
+        settings = ["phases=[{epochs=1,image_size=32,batch_size=2,data='original'}]"]
+        settings += ["lr_spans=[[0,1,1,1]]"]
+        turns = ["--rounds", "2", "--seconds", "0.1"]
+    run = words("benchmarks.throughput", setup, "data", "dali")
+    return [*run, "--recipe", "imagenet", *flags_of(settings), *turns, "--output", str(folder)]
+
+
+def decode(setup: Setup, folder: Path, seconds: float) -> Words:
+    run = [*words("benchmarks.decode_sweep", setup), "--data", str(setup.data), *json(folder)]
+    if setup.small:
+        sizes = ["--image-size", "32", "48", "--batch-size", "8", "--threads", "1", "2"]
+        return [*run, *sizes, "--entries", "200", "--seconds", "0.1"]
+    return [*run, "--limit", f"{seconds - 8:.0f}"]
+
+
+def steps(setup: Setup, folder: Path, seconds: float) -> Words:
+    run = [*words("benchmarks.suite_steps", setup), *json(folder)]
+    if setup.small:  # compiling takes minutes on a small CPU
+        sizes = ["--image-size", "32", "--batch-size", "2", "4", "--variants"]
+        return [*run, "--seconds", "0.2", *sizes]
+    # A variant begun within the limit compiles for up to a minute.
+    return [*run, "--limit", f"{max(30.0, seconds - 60):.0f}"]
+
+
+def words(module: str, setup: Setup, data: str = "", backend: str = "") -> Words:
+    """The module with its device; with `data`, of one process, that reads it through `backend`."""
+    found = [module, "--device", setup.device]
+    if data:
+        one_process = ["--nproc-per-node", "1", "--backend", backend]
+        found += ["--data", str(getattr(setup, data)), *one_process]
+    return found
+
+
+def flags_of(settings: Words) -> Words:
+    """Recipe fields as flags."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def json(folder: Path) -> Words:
+    return ["--json", str(folder / "result.json")]
+
+
+def read_json(name: str) -> Callable[[Path], Row]:
+    """What the file `name` holds."""
+
+    def read(folder: Path) -> Row:
+        path = folder / name
+        return read_object(path) if path.exists() else {}
+
+    return read
+
+
+TEST = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
+"""A line of pytest -v; it is there before the next test begins, so also where that one hangs."""
+BEGUN = re.compile(r"^(tests/\S+::.+?) ?$", re.MULTILINE)
+
+
+def read_tests(folder: Path) -> Row:
+    """Counts by outcome, and the names of what did not pass."""
+    log = folder / "log.txt"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    found = TEST.findall(text)
+    counts: dict[str, int] = {}
+    for _, outcome in found:
+        counts[outcome.lower()] = counts.get(outcome.lower(), 0) + 1
+    bad = [name for name, outcome in found if outcome in ("FAILED", "ERROR")]
+    return {"counts": counts, "failures": bad, "unfinished": BEGUN.findall(text)}
+
+
+RUN_FIELDS = (
+    *("recipe", "model", "data", "dataset", "device", "precision", "backend", "hardware"),
+    *("epochs", "steps", "top1", "tta_top1", "train_seconds", "eval_seconds", "wall_seconds"),
+    *("time_split_seconds", "images_per_sec", "target", "time_to_target_seconds", "seed"),
+)
+
+
+def read_run(folder: Path) -> Row:
+    """The run's summary, and accuracy by training time of its evaluated epochs."""
+    summary = read_json("run/summary.json")(folder)
+    epochs = [
+        {name: row[name] for name in ("epoch", "train_seconds", "image_size", "top1")}
+        for row in rows_of("epoch", read_rows(folder / "run"))
+        if row["top1"] is not None
+    ]
+    if not summary and not epochs:
+        return {}
+    return {name: summary[name] for name in RUN_FIELDS if name in summary} | {"evaluated": epochs}
+
+
+def cifar10_part(recipe: str) -> Part:
+    return Part(
+        name=recipe, title=f"CIFAR-10, recipe {recipe}", seconds=35,
+        command=training(recipe), read=read_run, needs="cifar10",
+    )  # fmt: skip
+
+
+PARTS = (
+    Part(
+        name="ceilings", title="What the device does at most", seconds=20,
+        command=ceilings, read=read_json("result.json"),
+    ),
+    Part(
+        name="tests", title="The tests that need a GPU", seconds=120,
+        command=gpu_tests, read=read_tests,
+    ),
+    *(cifar10_part(recipe) for recipe in ("cifar10", "cifar10-speed") if recipe in RECIPES),
+    Part(
+        name="lr-finder", title="LR finder on CIFAR-10", seconds=20,
+        command=lr_finder, read=read_json("sweep/lr_find.json"), needs="cifar10",
+    ),
+    Part(
+        name="stall", title="What reading costs the training, phase by phase", seconds=60,
+        command=stall, read=read_json("throughput.json"), needs="data",
+    ),
+    Part(
+        name="decode", title="DALI's decoding of photographs", seconds=60,
+        command=decode, read=read_json("result.json"), needs="data",
+    ),
+    Part(
+        name="steps", title="The training step of ResNet-50", seconds=120,
+        command=steps, read=read_json("result.json"),
+    ),
+)  # fmt: skip
+"""In the order in which they run: together less than eight minutes, and the last ones, which
+measure as much as there is time for, get what the others left."""

@@ -1,0 +1,133 @@
+"""The suite's sweep of the ResNet-50 training step: `benchmarks.training_step` within a time limit.
+
+Eager at every size first, its batch doubled for as long as that pays; then, size by size, compiled
+and with CUDA graphs at the best of these batches, as compiling takes most of the time. The file is
+written after each measurement. A CUDA error leaves a process unusable: another one takes its place
+and goes on behind what the file has.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastimagenet import cli
+from fastimagenet.files import Row, read_object, write_object
+
+if TYPE_CHECKING:
+    from benchmarks.training_step import StepRate
+
+PAYS = 1.02
+"""A batch of twice the images that gives this many times the rate is worth trying on from."""
+BROKEN = ("CUDA error", "AcceleratorError", "cudaError")
+"""Words of errors after which nothing works on the GPU in that process."""
+
+
+class Sweep:
+    """What was measured so far, kept in a file."""
+
+    def __init__(self, path: Path, device: str, seconds: float, deadline: float) -> None:
+        self.path, self.device, self.seconds, self.deadline = path, device, seconds, deadline
+        self.rates: list[Row] = read_object(path)["rates"] if path.exists() else []
+
+    def report(self, rate: StepRate) -> None:
+        """Keep and print a measurement; after a CUDA error, begin anew."""
+        self.rates.append(asdict(rate))
+        self.write(cut=True)
+        print(rate, flush=True)
+        if any(word in rate.error for word in BROKEN):
+            sys.stderr.flush()
+            os.execv(
+                sys.executable, [sys.executable, "-m", "benchmarks.suite_steps", *sys.argv[1:]]
+            )
+
+    def write(self, cut: bool) -> None:
+        """`cut`: there would be more to measure."""
+        write_object(self.path, {"cut_by_limit": cut, "rates": self.rates})
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def of(self, size: int, variant: str) -> list[Row]:
+        """The measurements at a size in a variant."""
+        found = [rate for rate in self.rates if rate["variant"] == variant]
+        return [rate for rate in found if rate["image_size"] == size]
+
+    def best_batch(self, size: int) -> int | None:
+        """The batch at which the eager step is fastest; None: it never ran."""
+        ran = [rate for rate in self.of(size, "eager") if not rate["error"]]
+        best = max(ran, key=lambda rate: rate["images_per_sec"]["mean"], default=None)
+        return None if best is None else best["batch_size"]
+
+    def measure(self, size: int, variant: str, batches: Sequence[int]) -> None:
+        """Unless it is there already, or the time is over."""
+        from benchmarks.training_step import sweep
+
+        done = {rate["batch_size"] for rate in self.of(size, variant)}
+        left = [batch for batch in batches if batch not in done]
+        if left and not self.over:
+            sweep([size], [variant], left, device=self.device, seconds=self.seconds,
+                  report=self.report)  # fmt: skip
+
+    def eager(self, size: int, batches: Sequence[int]) -> None:
+        """The batches, and larger ones for as long as each doubling pays."""
+        self.measure(size, "eager", batches)
+        while not self.over:
+            rates = sorted(self.of(size, "eager"), key=lambda rate: rate["batch_size"])[-2:]
+            means = [rate["images_per_sec"]["mean"] for rate in rates if not rate["error"]]
+            if len(means) < 2 or means[1] < PAYS * means[0]:
+                return
+            self.measure(size, "eager", [2 * rates[1]["batch_size"]])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sweep; returns the exit status, 1 where a measurement failed."""
+    start = time.monotonic()
+    parser = cli.make_parser(
+        "benchmarks.suite_steps",
+        "Sweep the training step of ResNet-50 within a time limit.",
+        "python -m benchmarks.suite_steps --limit 150 --json steps.json",
+    )
+    cli.add_device_flag(parser)
+    add = parser.add_argument
+    add("--image-size", type=int, nargs="+", default=[224, 128, 160, 192, 288], metavar="S")
+    add("--batch-size", type=int, nargs="+", default=[128, 256, 512], metavar="B")
+    add("--variants", nargs="+", default=["compiled", "graphs"], metavar="V", help="beside eager")
+    add("--seconds", type=float, default=1.0, help="of each measurement, default 1")
+    add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
+    add("--json", type=Path, required=True, metavar="FILE", help="gone on from where it exists")
+    args = parser.parse_args(argv)
+    if args.json.exists():  # a second process: the limit is that of the first
+        start -= time.time() - args.json.with_suffix(".start").stat().st_mtime
+    else:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.with_suffix(".start").touch()
+    device = str(cli.one_device(args.device))
+    sweep = Sweep(args.json, device, args.seconds, start + args.limit)
+    for size in args.image_size:
+        sweep.eager(size, args.batch_size)
+    for size in args.image_size:
+        batch = sweep.best_batch(size)
+        for variant in args.variants if batch is not None else []:
+            sweep.measure(size, variant, [batch])
+    sweep.write(cut=sweep.over)
+    failed = [rate for rate in sweep.rates if rate["error"] and not out_of_memory(rate)]
+    for rate in failed:
+        name = f"{rate['variant']} at {rate['image_size']} px, batch {rate['batch_size']}"
+        print(f"error: {name}: {rate['error']}", file=sys.stderr)
+    return 1 if failed or not sweep.rates else 0
+
+
+def out_of_memory(rate: Row) -> bool:
+    """Whether the batch was too large: the end of a sweep, no failure."""
+    return "out of memory" in rate["error"] or "batch_size" in rate["error"]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.exit_status(main, None))

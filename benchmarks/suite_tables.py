@@ -1,0 +1,192 @@
+"""The GPU suite's figures as tables, for Markdown and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fastimagenet.files import Row
+from fastimagenet.formats import duration, number, percent, plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A table with its heading, and a line below it."""
+
+    title: str
+    header: tuple[str, ...] = ()
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    note: str = ""
+
+
+def sections(result: Row) -> list[Section]:
+    """The parts and what became of them, then a table for each that has figures."""
+    found = [overview(result)]
+    for name, part in result["parts"].items():
+        if part["figures"]:
+            header, rows, note = TABLES[name](part["figures"])
+            mark = " (CPU rehearsal)" if part["rehearsal"] else ""
+            measured = f"On {part['device']}{mark}. {note}"
+            title = f"{part['title']}{mark}"
+            found.append(Section(title=title, header=header, rows=rows, note=measured.rstrip()))
+    return found
+
+
+def overview(result: Row) -> Section:
+    """One line for each part."""
+    rows = [
+        (
+            name,
+            part["status"] + (" (CPU rehearsal)" if part["rehearsal"] else ""),
+            part["device"] or "-",
+            f"{part['seconds']:.0f} s" if part["seconds"] else "-",
+            part["reason"].replace("|", "/") or "-",
+        )
+        for name, part in result["parts"].items()
+    ]
+    seconds = sum(part["seconds"] for part in result["parts"].values())
+    header = ("part", "status", "measured on", "time", "why not")
+    return Section(title="Parts", header=header, rows=rows, note=f"{seconds:.0f} s in all.")
+
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]], str]
+
+
+def ceilings(figures: Row) -> Table:
+    rows = [
+        (
+            f"matrix product, {figures['dtype']}",
+            interval(figures["matmul_flops_per_sec"], 1e-12, " TFLOP/s"),
+        ),
+        ("copy, read and written", interval(figures["copy_bytes_per_sec"], 1e-9, " GB/s")),
+    ]
+    names = ("name", "memory_bytes", "multiprocessors", "compute_capability", "cuda", "cudnn")
+    rows += [(name.replace("_", " "), str(figures[name])) for name in names if name in figures]
+    note = f"Means with 95 % intervals over {figures['rounds']} turns."
+    return ("ceiling", "measured"), rows, note
+
+
+def tests(figures: Row) -> Table:
+    rows = [(outcome, str(count)) for outcome, count in figures["counts"].items()]
+    bad = figures["failures"] + [f"{name} did not end" for name in figures["unfinished"]]
+    return ("outcome", "tests"), rows, f"Not passed: {'; '.join(bad)}." if bad else ""
+
+
+def run(figures: Row) -> Table:
+    """A finished run, or the accuracies of one that was not."""
+    if "top1" not in figures:
+        rows = [(str(row["epoch"] + 1), duration(row["train_seconds"]), percent(row["top1"]))
+                for row in figures["evaluated"]]  # fmt: skip
+        return ("epochs done", "train time", "top-1"), rows, "The run did not end."
+    target = figures["target"]
+    reached = figures["time_to_target_seconds"]
+    mark = "no target" if target is None else f"{target['metric']} {percent(target['value'])}: "
+    if target is not None:
+        mark += "not reached" if reached is None else duration(reached)
+    header = ("top-1", "with TTA", "train time", "wall time", "images/s", "epochs", "target")
+    row = (
+        percent(figures["top1"]),
+        percent(figures["tta_top1"]),
+        duration(figures["train_seconds"]),
+        duration(figures["wall_seconds"]),
+        number(figures["images_per_sec"], ",.0f"),
+        str(figures["epochs"]),
+        mark,
+    )
+    about = f"{figures['dataset']}, {figures['precision']}, back end {figures['backend']}, n = 1."
+    return header, [row], about
+
+
+def lr_finder(figures: Row) -> Table:
+    header = ("weight decay", "iterations", "ended", "max_lr suggested", "time")
+    rows = [
+        (
+            plain(sweep["weight_decay"]),
+            str(figures["num_it"]),
+            str(sweep.get("ended", "-")),
+            plain(figures["max_lr"], 3),
+            duration(figures["seconds"]),
+        )
+        for sweep in figures["sweeps"]
+    ]
+    return header, rows, f"Recipe {figures['recipe']}, {figures['image_size']} px."
+
+
+def stall(figures: Row) -> Table:
+    header = ("phase", "loader", "model", "both", "stall", "data wait", "FLOP/s", "memory")
+    rows = [
+        (
+            f"{phase['image_size']} px x {phase['batch_size']}",
+            *(interval(phase[f"{part}_images_per_sec"]) for part in ("loader", "model", "both")),
+            interval(phase["stall"], 100, " %"),
+            percent(phase["data_wait_share"]["mean"], 1),
+            percent(phase["share_of_matmul"], 0) + " of the ceiling",
+            gibibytes(phase["rates"]["memory_bytes"]),
+        )
+        for phase in figures["phases"]
+    ]
+    note = f"Images/s with 95 % intervals over {figures['rounds']} rounds of {figures['seconds']:g}"
+    note += f" s; {figures['images']:,} photographs, back end {figures['backend']}, "
+    return header, rows, f"{note}{figures['precision']}. stall = 1 - both / model."
+
+
+def decode(figures: Row) -> Table:
+    header = ("size", "threads", "hardware share", "prefetch", "preallocated", "images/s")
+    rows = [
+        (
+            f"{rate['image_size']} px",
+            str(rate["threads"]),
+            plain(rate["settings"]["hw_decoder_load"]) if figures["decoder"] == "mixed" else "-",
+            str(rate["settings"]["prefetch"]),
+            "yes" if rate["settings"]["width_hint"] else "no",
+            interval(rate["images_per_sec"]) if rate["images_per_sec"] else rate["error"],
+        )
+        for rate in figures["rates"]
+    ]
+    note = f"{figures['decoder']} decoding of {figures['photographs']:,} photographs as "
+    note += f"{figures['entries']:,} entries, from the page cache."
+    cut = " The time ended before the sweep." if figures["cut_by_limit"] else ""
+    return header, rows, note + cut
+
+
+def steps(figures: Row) -> Table:
+    header = ("size", "variant", "batch", "images/s", "of the floor's", "peak memory")
+    rows = []
+    for rate in sorted(figures["rates"], key=lambda rate: rate["image_size"]):
+        floor = rate["floor_images_per_sec"]
+        share = rate["images_per_sec"]["mean"] / floor if floor else None
+        rows.append(
+            (
+                f"{rate['image_size']} px",
+                rate["variant"],
+                str(rate["batch_size"]),
+                rate["error"] or interval(rate["images_per_sec"]),
+                "-" if rate["error"] else percent(share, 0),
+                "-" if rate["error"] else gibibytes(rate["peak_memory_bytes"]),
+            )
+        )
+    note = "Forward, backward and update on a synthetic batch that stays on the device."
+    cut = " The time ended before the sweep." if figures["cut_by_limit"] else ""
+    return header, rows, note + cut
+
+
+TABLES: dict[str, Callable[[Row], Table]] = {
+    "ceilings": ceilings,
+    "tests": tests,
+    "cifar10": run,
+    "cifar10-speed": run,
+    "lr-finder": lr_finder,
+    "stall": stall,
+    "decode": decode,
+    "steps": steps,
+}
+
+
+def interval(value: Row, scale: float = 1.0, unit: str = "") -> str:
+    """Such as "1,204 (1,190 .. 1,218)"."""
+    mean, low, high = (f"{scale * value[key]:,.4g}" for key in ("mean", "low", "high"))
+    return f"{mean} ({low} .. {high}){unit}"
+
+
+def gibibytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
