@@ -94,6 +94,9 @@ class Recipe:
     """auto: bf16 on a GPU, fp32 on a CPU."""
     compile: bool = False
     """torch.compile the training step; every size is warmed up before the clock starts."""
+    cuda_graphs: bool = False
+    """With compile, on GPUs: replay forward and backward pass as one CUDA graph each per size, so
+    that no kernel waits for its launch."""
     bf16_gradients: bool = False
     """Compress gradients to bf16 for the all-reduce between processes."""
     sync_bn: bool = False
@@ -158,6 +161,8 @@ class Recipe:
             reach = self.lr_spans[-1][1] if self.lr_spans else 0
             rule = f"spans that end with the last epoch, {epochs}"
             _require(reach == epochs, "lr_spans", rule, self.lr_spans)
+        valid = self.compile or not self.cuda_graphs
+        _require(valid, "cuda_graphs", "false where compile is false", self.cuda_graphs)
         resnet = self.model in RESNETS
         for field in ("blur_pool", "small_stem"):
             valid = resnet or not getattr(self, field)

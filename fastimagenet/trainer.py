@@ -37,7 +37,7 @@ from fastimagenet.recorder import (
     train_seconds,
 )
 from fastimagenet.resume import state_of
-from fastimagenet.warm_up import warm_up
+from fastimagenet.warm_up import compiled, graph_safe_gradients, warm_up
 from pipelines.loader import Loader
 
 LOG_EVERY_STEPS = 10
@@ -123,9 +123,7 @@ class Trainer:
                     static_graph=self.plan.accumulation == 1,
                 )
             self.communication = CommunicationTimer(self._ddp, self.plan.recipe.bf16_gradients)
-        if self.plan.recipe.compile:
-            module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
-        return module
+        return compiled(module, self.plan.recipe, self.device)
 
     def fit(self) -> None:
         """Train from the present step to the plan's end. Raises Stopped after a saved stop."""
@@ -209,6 +207,8 @@ class Trainer:
     def _add_gradients(self, batches: Update) -> Tensor:
         """Of the mean loss over the batches; the last one has them exchanged."""
         total = torch.zeros((), device=self.device)
+        if self.plan.recipe.cuda_graphs and len(batches) > 1:
+            graph_safe_gradients(self.model)
         for images, labels in batches[:-1]:
             with self._ddp.no_sync() if self._ddp is not None else nullcontext():
                 total += self.forward_backward(images, labels, 1 / len(batches))

@@ -1,0 +1,96 @@
+"""The floor of a training step: the time that its computing and moving must take.
+
+    python -m benchmarks.step_floor --sizes 224 --ceilings 989 4.8
+
+`benchmarks.step_layers` says what is counted. A layer takes the longer of its two times, as if its
+passes overlapped; layers follow one another.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.run_table import markdown
+from benchmarks.step_layers import TRACED, Layer, count_model
+from fastimagenet.cli import exit_status, make_parser
+from fastimagenet.model import make_model
+from fastimagenet.recipe_book import named_recipe
+from fastimagenet.recipes import Recipe
+
+NUM_CLASSES = 1000
+"""Of ImageNet."""
+
+
+def count_layers(recipe: Recipe, image_size: int) -> list[Layer]:
+    """The layers of the recipe's network for ImageNet, in order."""
+    with torch.device("meta"):
+        model = make_model(
+            recipe.model, NUM_CLASSES, blur_pool=recipe.blur_pool, small_stem=recipe.small_stem
+        )
+        image = torch.empty(TRACED, 3, image_size, image_size)
+    return count_model(model, image)
+
+
+def floor_images_per_sec(
+    layers: Sequence[Layer],
+    batch_size: int,
+    width: int,
+    flops_per_sec: float,
+    bytes_per_sec: float,
+) -> float:
+    """What no step can be faster than; `width`: bytes of an activation."""
+    seconds = sum(
+        max(layer.flops / flops_per_sec, layer.bytes(batch_size, width) / bytes_per_sec)
+        for layer in layers
+    )
+    return 1 / seconds
+
+
+def table(layers: Sequence[Layer], batch_size: int, ceilings: Sequence[float] | None) -> str:
+    """Markdown: by height of the results, what an image costs in bf16; seconds where `ceilings`,
+    in TFLOP/s and TB/s, are given."""
+    rows = [("results", "layers", "GFLOP", "MB", "FLOP/B", "us")]
+    for size in [*dict.fromkeys(layer.image_size for layer in layers), 0]:
+        chosen = [layer for layer in layers if size in (layer.image_size, 0)]
+        flops = sum(layer.flops for layer in chosen)
+        moved = sum(layer.bytes(batch_size, 2) for layer in chosen)
+        seconds = "-"
+        if ceilings is not None:
+            at_most = [value * 1e12 for value in ceilings]
+            seconds = f"{1e6 / floor_images_per_sec(chosen, batch_size, 2, *at_most):.2f}"
+        name = f"{size} x {size}" if size else "all"
+        cells = (f"{flops / 1e9:.3f}", f"{moved / 1e6:.1f}", f"{flops / moved:.0f}", seconds)
+        rows.append((name, str(len(chosen)), *cells))
+    return markdown(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = make_parser(
+        "benchmarks.step_floor",
+        "Count what a training step must compute and move for an image, in bf16.",
+        "python -m benchmarks.step_floor --sizes 224 --batch-size 256 --ceilings 989 4.8",
+    )
+    add = parser.add_argument
+    add("--recipe", default="imagenet", metavar="NAME", help="default imagenet")
+    add("--sizes", type=int, nargs="+", default=[224], metavar="S", help="default 224")
+    add("--batch-size", type=int, default=256, help="that weights are divided by; default 256")
+    add("--ceilings", type=float, nargs=2, metavar=("TFLOPS", "TBS"), help="of a device")
+    args = parser.parse_args(argv)
+    recipe = named_recipe(args.recipe, 1)
+    for size in args.sizes:
+        layers = count_layers(recipe, size)
+        print(f"\n{recipe.model} at {size} px, batch {args.batch_size}, bf16, a step and image:\n")
+        print(table(layers, args.batch_size, args.ceilings))
+        if args.ceilings is not None:
+            at_most = [value * 1e12 for value in args.ceilings]
+            rate = floor_images_per_sec(layers, args.batch_size, 2, *at_most)
+            print(f"\nat most {rate:,.0f} images/s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main, None))

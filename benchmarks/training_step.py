@@ -1,0 +1,295 @@
+"""How fast the training step is, by image size, batch size and variant, and how far from its floor.
+
+    python -m benchmarks.training_step --sizes 128 224 --variants eager compiled graphs
+
+The step is the Trainer's own, in bf16 and channels_last with the fused optimizer, on a synthetic
+batch that stays on the device; learning rate 0, so that nothing diverges. The variants are fields
+of the recipe, so users can have each of them. For each size and variant the batch grows until
+memory ends. The floor is what the ceilings measured on this device allow for what
+`benchmarks.step_layers` counts.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.ceilings import calls_per_sec, copy_bytes_per_sec, matmul_flops_per_sec
+from benchmarks.intervals import Estimate, estimate
+from benchmarks.phase_rates import memory_bytes, update
+from benchmarks.run_table import markdown
+from benchmarks.step_floor import NUM_CLASSES, count_layers, floor_images_per_sec
+from benchmarks.step_layers import Layer
+from benchmarks.step_variants import VARIANTS, synthetic_trainer, variant_recipe
+from fastimagenet import cli
+from fastimagenet.distributed import plan_launch
+from fastimagenet.files import write_object
+from fastimagenet.model import MODELS
+from fastimagenet.recipe_book import named_recipe
+from fastimagenet.recipes import Recipe
+from fastimagenet.warm_up import warm_up
+from pipelines.environment import processor, versions
+from pipelines.errors import UserError
+
+SIZES = (128, 160, 192, 224, 288)
+BATCHES = {"cuda": (64, 128, 256, 512, 1024), "cpu": (8, 16)}
+ROUNDS = 5
+WIDTH = 2
+"""Bytes of an activation in bf16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRate:
+    """One size, variant and batch size, on one device."""
+
+    image_size: int
+    variant: str
+    batch_size: int
+    images_per_sec: Estimate
+    """Over ROUNDS turns; 0 where there is an error."""
+    peak_memory_bytes: int
+    """GPU: the most that torch had allocated, compilation included. CPU: the most that the process
+    has had resident up to here."""
+    flops_per_image: float
+    """Of a step, as the floor counts them; a multiply-add is two."""
+    bytes_per_image: float
+    floor_images_per_sec: float | None
+    """What no step can be faster than, from the ceilings measured here; None with an error."""
+    error: str
+    """Why there is no rate; "" otherwise."""
+
+    @property
+    def share_of_floor(self) -> float:
+        """Measured / floor; 0 with an error."""
+        return self.images_per_sec.mean / (self.floor_images_per_sec or 1)
+
+    def __str__(self) -> str:
+        start = f"{self.image_size} px  {self.variant:8}  batch {self.batch_size:4}  "
+        if self.error:
+            return start + self.error
+        return (
+            f"{start}{self.images_per_sec} images/s, {100 * self.share_of_floor:.1f} % of the "
+            f"floor's {self.floor_images_per_sec:,.0f}, {self.peak_memory_bytes / 2**30:.2f} GiB"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """What a device does at most, measured."""
+
+    flops_per_sec: float
+    """Of a large bf16 matrix product."""
+    bytes_per_sec: float
+    """Read and written by a large copy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What was measured, on what, and when."""
+
+    command: str
+    date: str
+    hardware: str
+    versions: dict[str, str]
+    load_average: float
+    """Of the machine at the start, over the minute before: well above 0, others ran too."""
+    recipe: str
+    model: str
+    rounds: int
+    seconds: float
+    """Of all rounds of a rate together."""
+    rates: list[StepRate]
+
+
+def sweep(
+    sizes: Sequence[int],
+    variants: Sequence[str],
+    batches: Sequence[int],
+    *,
+    device: str,
+    seconds: float,
+    report: Callable[[StepRate], object],
+    recipe: Recipe | None = None,
+) -> list[StepRate]:
+    """Every size and variant with each of the batch sizes, smallest first, until memory ends.
+
+    `device` is "cpu" or "cuda:INDEX". A rate takes `seconds`, in ROUNDS parts, and goes to `report`
+    (such as `print`) at once. What fails gets a row with its error and ends that batch sweep; the
+    next variant follows. `recipe`: `imagenet` for one node unless given.
+    """
+    recipe = recipe or named_recipe("imagenet", 1)
+    ceilings = measure_ceilings(torch.device(device), seconds)
+    rates: list[StepRate] = []
+    for size in sizes:
+        layers = count_layers(recipe, size)
+        for variant in variants:
+            for batch_size in sorted(batches):
+                chosen = variant_recipe(recipe, variant, size, batch_size)
+                rates.append(rate_of(chosen, variant, layers, ceilings, device, seconds))
+                report(rates[-1])
+                if rates[-1].error:
+                    break
+    return rates
+
+
+def measure_ceilings(device: torch.device, seconds: float) -> Ceilings:
+    """The best of ROUNDS turns each: a ceiling is not an average."""
+    turn = seconds / ROUNDS
+    return Ceilings(
+        flops_per_sec=max(
+            matmul_flops_per_sec(device, torch.bfloat16, turn) for _ in range(ROUNDS)
+        ),
+        bytes_per_sec=max(copy_bytes_per_sec(device, turn) for _ in range(ROUNDS)),
+    )
+
+
+def rate_of(
+    recipe: Recipe,
+    variant: str,
+    layers: Sequence[Layer],
+    ceilings: Ceilings,
+    device: str,
+    seconds: float,
+) -> StepRate:
+    """The rate of a recipe of one phase, or the error that it ends with."""
+    phase = recipe.phases[0]
+    rates, peak, error = [0.0] * ROUNDS, 0, ""
+    floor: float | None = floor_images_per_sec(
+        layers, phase.batch_size, WIDTH, ceilings.flops_per_sec, ceilings.bytes_per_sec
+    )
+    free_memory(torch.device(device))
+    try:
+        rates, peak = measure(recipe, device, seconds)
+    except Exception as raised:  # of any kind: what a compiler may raise is no closed list
+        floor, error = None, " ".join(str(raised).split())[:300] or type(raised).__name__
+    return StepRate(
+        image_size=phase.image_size,
+        variant=variant,
+        batch_size=phase.batch_size,
+        images_per_sec=estimate(rates),
+        peak_memory_bytes=peak,
+        flops_per_image=float(sum(layer.flops for layer in layers)),
+        bytes_per_image=sum(layer.bytes(phase.batch_size, WIDTH) for layer in layers),
+        floor_images_per_sec=floor,
+        error=error,
+    )
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what the measurement before has left: networks, compiled code, CUDA graphs."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def measure(recipe: Recipe, device: str, seconds: float) -> tuple[list[float], int]:
+    """Images per second, round by round, and the peak of the memory in bytes."""
+    trainer = synthetic_trainer(recipe, device, NUM_CLASSES)
+    if recipe.compile:
+        warm_up(trainer)
+    images, labels = next(iter(trainer.train_loader))
+    turn = seconds / ROUNDS
+    rates = [
+        len(labels) * calls_per_sec(lambda: update(trainer, images, labels), trainer.device, turn)
+        for _ in range(ROUNDS)
+    ]
+    return rates, memory_bytes(trainer.device)
+
+
+def best(rates: Sequence[StepRate]) -> list[StepRate]:
+    """The fastest batch size of each size and variant that has a rate."""
+    chosen: dict[tuple[int, str], StepRate] = {}
+    for rate in sorted(rates, key=lambda rate: rate.images_per_sec.mean):
+        if not rate.error:
+            chosen[rate.image_size, rate.variant] = rate
+    return sorted(chosen.values(), key=rates.index)
+
+
+def table(rates: Sequence[StepRate]) -> str:
+    """Markdown: the best batch of every size and variant."""
+    header = ("step", "batch", "images/s", "floor", "measured / floor", "GFLOP", "MB", "memory")
+    rows = [
+        (
+            f"{rate.image_size} px {rate.variant}",
+            str(rate.batch_size),
+            str(rate.images_per_sec),
+            f"{rate.floor_images_per_sec:,.0f}",
+            f"{100 * rate.share_of_floor:.1f} %",
+            f"{rate.flops_per_image / 1e9:.1f}",
+            f"{rate.bytes_per_image / 1e6:.0f}",
+            f"{rate.peak_memory_bytes / 2**30:.2f} GiB",
+        )
+        for rate in best(rates)
+    ]
+    return markdown([header, *rows])
+
+
+def parser() -> cli.Parser:
+    """All flags of the command."""
+    result = cli.make_parser(
+        "benchmarks.training_step",
+        "Measure the training step on synthetic data by size, variant and batch, beside its floor.",
+        "python -m benchmarks.training_step --sizes 224 --json step.json",
+    )
+    add = result.add_argument
+    add("--recipe", default="imagenet", metavar="NAME", help="default imagenet")
+    add("--model", choices=MODELS, help="in place of the recipe's")
+    add("--sizes", type=int, nargs="+", default=SIZES, metavar="S")
+    add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    add("--batches", type=int, nargs="+", metavar="B", help="default: by device")
+    add("--seconds", type=float, default=10.0, help="of each rate, in five parts; default 10")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--json", type=Path, help="write the result here as well")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    load_average = os.getloadavg()[0]
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(argv)
+    if not 0 < args.seconds < 3600:
+        raise UserError(f"--seconds must be above 0, not {args.seconds}")
+    kind = plan_launch(1, 1, args.device, None).device
+    recipe = named_recipe(args.recipe, 1)
+    recipe = replace(recipe, model=args.model or recipe.model)
+    rates = sweep(
+        args.sizes,
+        args.variants,
+        args.batches or BATCHES[kind],
+        device="cpu" if kind == "cpu" else "cuda:0",
+        seconds=args.seconds,
+        report=lambda rate: print(rate, flush=True),
+        recipe=recipe,
+    )
+    result = Result(
+        command=shlex.join(["python", "-m", "benchmarks.training_step", *argv]),
+        date=time.strftime("%Y-%m-%d"),
+        hardware=processor() if kind == "cpu" else torch.cuda.get_device_name(0),
+        versions=versions(),
+        load_average=load_average,
+        recipe=recipe.name,
+        model=recipe.model,
+        rounds=ROUNDS,
+        seconds=args.seconds,
+        rates=rates,
+    )
+    print(f"\n{result.hardware}; torch {torch.__version__}; {recipe.name}, {recipe.model}, bf16\n")
+    print(table(rates))
+    if args.json is not None:
+        write_object(args.json, asdict(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.exit_status(main, None))
