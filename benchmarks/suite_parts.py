@@ -62,11 +62,7 @@ def training(recipe: str) -> Callable[[Setup, Path, float], Words]:
     """A run of the recipe by the plain command."""
 
     def command(setup: Setup, folder: Path, _: float) -> Words:
-        small: Words = []
-        if setup.small:
-            phases = range(len(named_recipe(recipe).phases))
-            settings = ["compile=false", *(f"phases.{i}.batch_size=100" for i in phases)]
-            small = ["--epochs", "2", *flags_of(settings)]
+        small = ["--epochs", "2", *small_batches(recipe)] if setup.small else []
         run = words("fastimagenet.train", setup, "cifar10", "memory")
         return [*run, "--recipe", recipe, *small, "--output", str(folder / "run")]
 
@@ -74,7 +70,7 @@ def training(recipe: str) -> Callable[[Setup, Path, float], Words]:
 
 
 def lr_finder(setup: Setup, folder: Path, _: float) -> Words:
-    sweep = ["--num-it", "12"] if setup.small else []
+    sweep = ["--num-it", "12", *small_batches("cifar10")] if setup.small else []
     run = words("fastimagenet.lr_find", setup, "cifar10", "memory")
     return [*run, "--recipe", "cifar10", *sweep, "--output", str(folder / "sweep")]
 
@@ -87,7 +83,7 @@ def stall(setup: Setup, folder: Path, _: float) -> Words:
         settings = ["phases=[{epochs=1,image_size=32,batch_size=2,data='original'}]"]
         settings += ["lr_spans=[[0,1,1,1]]"]
         turns = ["--rounds", "2", "--seconds", "0.1"]
-    run = words("benchmarks.throughput", setup, "data", "dali")
+    run = words("benchmarks.throughput", setup, "data", "auto")
     return [*run, "--recipe", "imagenet", *flags_of(settings), *turns, "--output", str(folder)]
 
 
@@ -102,7 +98,7 @@ def decode(setup: Setup, folder: Path, seconds: float) -> Words:
 def steps(setup: Setup, folder: Path, seconds: float) -> Words:
     run = [*words("benchmarks.suite_steps", setup), *json(folder)]
     if setup.small:  # compiling takes minutes on a small CPU
-        sizes = ["--image-size", "32", "--batch-size", "2", "4", "--variants"]
+        sizes = ["--image-size", "32", "--batch-size", "2", "--variants"]
         return [*run, "--seconds", "0.2", *sizes]
     # A variant begun within the limit compiles for up to a minute.
     return [*run, "--limit", f"{max(30.0, seconds - 60):.0f}"]
@@ -115,6 +111,12 @@ def words(module: str, setup: Setup, data: str = "", backend: str = "") -> Words
         one_process = ["--nproc-per-node", "1", "--backend", backend]
         found += ["--data", str(getattr(setup, data)), *one_process]
     return found
+
+
+def small_batches(recipe: str) -> Words:
+    """Flags that make the recipe one for a few hundred images and a small CPU."""
+    phases = range(len(named_recipe(recipe).phases))
+    return flags_of(["compile=false", *(f"phases.{i}.batch_size=50" for i in phases)])
 
 
 def flags_of(settings: Words) -> Words:
@@ -136,21 +138,22 @@ def read_json(name: str) -> Callable[[Path], Row]:
     return read
 
 
-TEST = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
-"""A line of pytest -v; it is there before the next test begins, so also where that one hangs."""
-BEGUN = re.compile(r"^(tests/\S+::.+?) ?$", re.MULTILINE)
+TEST = re.compile(r"^(tests/\S+::.+?) +(?:(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*)?$", re.M)
+"""A line of pytest -v. A test's name is there before it begins, its outcome once it has ended."""
 
 
 def read_tests(folder: Path) -> Row:
     """Counts by outcome, and the names of what did not pass."""
     log = folder / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    found = TEST.findall(text)
-    counts: dict[str, int] = {}
-    for _, outcome in found:
-        counts[outcome.lower()] = counts.get(outcome.lower(), 0) + 1
-    bad = [name for name, outcome in found if outcome in ("FAILED", "ERROR")]
-    return {"counts": counts, "failures": bad, "unfinished": BEGUN.findall(text)}
+    names: dict[str, list[str]] = {}
+    for name, outcome in TEST.findall(text):
+        names.setdefault(outcome.lower() or "unfinished", []).append(name)
+    bad = ("failed", "error", "unfinished")
+    return {
+        "counts": {outcome: len(found) for outcome, found in names.items()},
+        "not_passed": [name for outcome in bad for name in names.get(outcome, [])],
+    }
 
 
 RUN_FIELDS = (

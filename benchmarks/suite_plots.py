@@ -131,11 +131,11 @@ def phases(stall: Row) -> Figure | None:
 
 def accuracies(own: Row) -> Figure | None:
     """Plain top-1 against training time of the runs on CIFAR-10."""
-    runs = {name: own[name] for name in ("cifar10", "cifar10-speed") if name in own}
+    runs: Row = {name: own[name] for name in ("cifar10", "cifar10-speed") if name in own}
     longest = max((row["train_seconds"] for run in runs.values() for row in run["evaluated"]),
                   default=0.0)  # fmt: skip
     unit, length = time_unit(longest)
-    lines = {
+    lines: dict[str, Points] = {
         name: [(row["train_seconds"] / length, 100 * row["top1"]) for row in run["evaluated"]]
         for name, run in runs.items()
     }

@@ -1,4 +1,4 @@
-"""What the GPU suite has found so far: as data, as Markdown and as a page, all rewritten together."""
+"""What the GPU suite has found so far: as data, as Markdown and as a page."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class Result:
     @property
     def name(self) -> str:
         """Of the files: date, hardware and what ran, as in benchmarks/results."""
-        words = re.sub(r"[^a-z0-9]+", "-", self.hardware.partition(",")[0].lower()).strip("-")
+        machine = self.hardware.partition(",")[0].lower().replace(" x ", "x-", 1)
+        words = re.sub(r"[^a-z0-9]+", "-", machine).strip("-")
         return f"{self.date}-{words}-gpu-suite{'-rehearsal' if self.rehearsal else ''}"
 
     @property

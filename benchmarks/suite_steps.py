@@ -14,13 +14,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from benchmarks.training_step import StepRate, sweep
 from fastimagenet import cli
 from fastimagenet.files import Row, read_object, write_object
-
-if TYPE_CHECKING:
-    from benchmarks.training_step import StepRate
 
 PAYS = 1.02
 """A batch of twice the images that gives this many times the rate is worth trying on from."""
@@ -28,7 +25,7 @@ BROKEN = ("CUDA error", "AcceleratorError", "cudaError")
 """Words of errors after which nothing works on the GPU in that process."""
 
 
-class Sweep:
+class StepSweep:
     """What was measured so far, kept in a file."""
 
     def __init__(self, path: Path, device: str, seconds: float, deadline: float) -> None:
@@ -42,9 +39,8 @@ class Sweep:
         print(rate, flush=True)
         if any(word in rate.error for word in BROKEN):
             sys.stderr.flush()
-            os.execv(
-                sys.executable, [sys.executable, "-m", "benchmarks.suite_steps", *sys.argv[1:]]
-            )
+            again = [sys.executable, "-m", "benchmarks.suite_steps", *sys.argv[1:]]
+            os.execv(sys.executable, again)
 
     def write(self, cut: bool) -> None:
         """`cut`: there would be more to measure."""
@@ -56,8 +52,8 @@ class Sweep:
 
     def of(self, size: int, variant: str) -> list[Row]:
         """The measurements at a size in a variant."""
-        found = [rate for rate in self.rates if rate["variant"] == variant]
-        return [rate for rate in found if rate["image_size"] == size]
+        wanted = size, variant
+        return [rate for rate in self.rates if (rate["image_size"], rate["variant"]) == wanted]
 
     def best_batch(self, size: int) -> int | None:
         """The batch at which the eager step is fastest; None: it never ran."""
@@ -67,10 +63,10 @@ class Sweep:
 
     def measure(self, size: int, variant: str, batches: Sequence[int]) -> None:
         """Unless it is there already, or the time is over."""
-        from benchmarks.training_step import sweep
-
         done = {rate["batch_size"] for rate in self.of(size, variant)}
         left = [batch for batch in batches if batch not in done]
+        if any(map(out_of_memory, self.of(size, variant))):
+            return
         if left and not self.over:
             sweep([size], [variant], left, device=self.device, seconds=self.seconds,
                   report=self.report)  # fmt: skip
@@ -98,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--image-size", type=int, nargs="+", default=[224, 128, 160, 192, 288], metavar="S")
     add("--batch-size", type=int, nargs="+", default=[128, 256, 512], metavar="B")
-    add("--variants", nargs="+", default=["compiled", "graphs"], metavar="V", help="beside eager")
+    add("--variants", nargs="*", default=["compiled", "graphs"], metavar="V", help="beside eager")
     add("--seconds", type=float, default=1.0, help="of each measurement, default 1")
     add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
     add("--json", type=Path, required=True, metavar="FILE", help="gone on from where it exists")
@@ -109,24 +105,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.with_suffix(".start").touch()
     device = str(cli.one_device(args.device))
-    sweep = Sweep(args.json, device, args.seconds, start + args.limit)
+    found = StepSweep(args.json, device, args.seconds, start + args.limit)
     for size in args.image_size:
-        sweep.eager(size, args.batch_size)
+        found.eager(size, args.batch_size)
     for size in args.image_size:
-        batch = sweep.best_batch(size)
-        for variant in args.variants if batch is not None else []:
-            sweep.measure(size, variant, [batch])
-    sweep.write(cut=sweep.over)
-    failed = [rate for rate in sweep.rates if rate["error"] and not out_of_memory(rate)]
+        batch = found.best_batch(size)
+        if batch is not None:
+            for variant in args.variants:
+                found.measure(size, variant, [batch])
+    found.write(cut=found.over)
+    failed = [rate for rate in found.rates if rate["error"] and not out_of_memory(rate)]
     for rate in failed:
         name = f"{rate['variant']} at {rate['image_size']} px, batch {rate['batch_size']}"
         print(f"error: {name}: {rate['error']}", file=sys.stderr)
-    return 1 if failed or not sweep.rates else 0
+    return 1 if failed or not found.rates else 0
 
 
 def out_of_memory(rate: Row) -> bool:
     """Whether the batch was too large: the end of a sweep, no failure."""
-    return "out of memory" in rate["error"] or "batch_size" in rate["error"]
+    return "out of memory" in rate["error"]
 
 
 if __name__ == "__main__":

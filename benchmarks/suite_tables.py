@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from fastimagenet.files import Row
 from fastimagenet.formats import duration, number, percent, plain
@@ -15,7 +15,7 @@ class Section:
 
     title: str
     header: tuple[str, ...] = ()
-    rows: list[tuple[str, ...]] = field(default_factory=list)
+    rows: Sequence[tuple[str, ...]] = ()
     note: str = ""
 
 
@@ -49,7 +49,7 @@ def overview(result: Row) -> Section:
     return Section(title="Parts", header=header, rows=rows, note=f"{seconds:.0f} s in all.")
 
 
-Table = tuple[tuple[str, ...], list[tuple[str, ...]], str]
+Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]], str]
 
 
 def ceilings(figures: Row) -> Table:
@@ -68,8 +68,8 @@ def ceilings(figures: Row) -> Table:
 
 def tests(figures: Row) -> Table:
     rows = [(outcome, str(count)) for outcome, count in figures["counts"].items()]
-    bad = figures["failures"] + [f"{name} did not end" for name in figures["unfinished"]]
-    return ("outcome", "tests"), rows, f"Not passed: {'; '.join(bad)}." if bad else ""
+    bad = "; ".join(figures["not_passed"])
+    return ("outcome", "tests"), rows, f"Not passed: {bad}." if bad else ""
 
 
 def run(figures: Row) -> Table:
@@ -150,7 +150,7 @@ def decode(figures: Row) -> Table:
 
 
 def steps(figures: Row) -> Table:
-    header = ("size", "variant", "batch", "images/s", "of the floor's", "peak memory")
+    header = ("size", "variant", "batch", "images/s", "measured / floor", "peak memory")
     rows = []
     for rate in sorted(figures["rates"], key=lambda rate: rate["image_size"]):
         floor = rate["floor_images_per_sec"]

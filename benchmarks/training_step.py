@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -140,6 +141,7 @@ def sweep(
     return rates
 
 
+@cache
 def measure_ceilings(device: torch.device, seconds: float) -> Ceilings:
     """The best of ROUNDS turns each: a ceiling is not an average."""
     turn = seconds / ROUNDS
