@@ -1,0 +1,165 @@
+"""What a run on a GPU survives: a stop in mid-epoch, a killed worker, too large a batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastimagenet.distributed import World
+from fastimagenet.files import read_rows, rows_of
+from fastimagenet.model import make_model
+from fastimagenet.plan import Plan
+from fastimagenet.recipe_book import named_recipe
+from fastimagenet.recipes import Phase, Recipe
+from fastimagenet.recorder import NullRecorder
+from fastimagenet.trainer import Trainer
+from pipelines import make_loader
+from pipelines.errors import UserError
+from pipelines.images import whole_files
+from pipelines.loader import Loader, LoaderSpec, Stage
+from pipelines.split import Split, read_split
+from tests.test_faults import wait_for, workers
+from tests.test_train import start, stop_soon, train
+
+DEVICE = "cuda"
+EPOCHS = 30
+LONG = [
+    *("--recipe", "tests/small.toml", "--device", DEVICE, "--nproc-per-node", 1),
+    *("--epochs", EPOCHS, "--set", "eval_every_epochs=10", "--checkpoint-steps", 5),
+]
+"""Of 500 images of CIFAR-10: 10 epochs of 10 updates at 8 px, 10 at 16 px, 10 of 20 at 24 px."""
+
+
+def rest(loader: Loader, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """On the CPU, all batches that are left of so many epochs."""
+    while loader.epoch < epochs:
+        for images, labels in loader:
+            yield images.float().cpu(), labels.cpu()
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5, 6])
+def test_mixed_decode_goes_on_with_the_same_labels_and_sizes(steps: int, photographs: Path) -> None:
+    """From mid-epoch, and from one step before, at and behind the change of size and batch size."""
+    pytest.importorskip("nvidia.dali")
+    spec = LoaderSpec(
+        split=read_split(photographs, "train"),
+        stages=(
+            Stage(epochs=1, image_size=96, batch_size=100),
+            Stage(epochs=1, image_size=128, batch_size=125),
+        ),
+        training=True,
+        device=f"{DEVICE}:0" if DEVICE == "cuda" else DEVICE,
+        half=DEVICE == "cuda",
+    )
+    whole, resumed = make_loader("dali", spec), make_loader("dali", spec)
+    batches = rest(whole, 2)
+    for _ in range(steps):
+        next(batches)
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    count = 0
+    for (images, labels), (again, same) in zip(batches, rest(resumed, 2), strict=True):
+        assert torch.equal(labels, same)
+        assert images.shape == again.shape
+        # The hardware decoder need not take the same images again.
+        assert (images - again).abs().mean() * 255 * 0.226 < 1
+        count += 1
+    assert count == 9 - steps
+    whole.close()
+    resumed.close()
+
+
+def check_whole(folder: Path) -> None:
+    """All updates are there once, at the plan's rates and sizes, and the run ended."""
+    plan = json.loads((folder / "plan.json").read_text())
+    rows = rows_of("step", read_rows(folder))
+    assert sorted({row["step"] for row in rows}) == list(range(10, plan["total_steps"] + 1, 10))
+    sizes = {row["epoch"]: row["image_size"] for row in rows_of("epoch", read_rows(folder))}
+    expected = [phase["image_size"] for phase in plan["phases"] for _ in range(phase["epochs"])]
+    assert [sizes[epoch] for epoch in range(EPOCHS)] == expected
+    assert (folder / "summary.json").exists()
+
+
+def test_a_stopped_run_goes_on(cifar10: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    flags = ["--data", cifar10, "--output", tmp_path / "run", *LONG, "--backend", "dali"]
+    stop_soon(*flags)
+    out, _ = train(*flags, "--resume", "auto")
+    assert "resumed at step " in out
+    check_whole(tmp_path / "run")
+
+
+def test_a_killed_worker_is_started_again_from_the_last_checkpoint(
+    cifar10: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    agent = ["--standalone", "--nproc-per-node", 1, "--max-restarts", 2]
+    flags = ["--data", cifar10, "--output", folder, *LONG, "--resume", "auto"]
+    command = [*agent, "-m", "fastimagenet.train", *flags]
+    process = start("torch.distributed.run", *command)
+    wait_for((folder / "checkpoints" / "last.pt").exists, process)
+    os.kill(workers(process)[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert "resumed at step " in out
+    check_whole(folder)
+
+
+class Little:
+    """Two GiB of the GPU for this process, until it is left."""
+
+    def __enter__(self) -> None:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(2 * 2**30 / total)
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+def make_trainer(plan: Plan, split: Split) -> Trainer:
+    def loader(training: bool) -> Loader:
+        stages = plan.train_stages() if training else plan.eval_stages()
+        spec = LoaderSpec(split=split, stages=stages, training=training, device="cuda:0", half=True)
+        return make_loader("synthetic", spec)
+
+    model = make_model("resnet50", 10)
+    return Trainer(plan, model, World(device="cuda:0"), loader, NullRecorder())
+
+
+def test_a_batch_that_does_not_fit_is_named_and_a_smaller_one_trains() -> None:
+    """In the same process: what the first one took is given back."""
+    split = Split(whole_files([""]) * 512, [i % 10 for i in range(512)], tuple("abcdefghij"))
+    recipe = Recipe(
+        name="test",
+        phases=(Phase(epochs=1, image_size=224, batch_size=512),),
+        max_lr=0.01,
+        precision="bf16",
+    )
+    smaller = replace(recipe, phases=(Phase(epochs=1, image_size=64, batch_size=16),))
+    with Little():
+        with pytest.raises(UserError, match=r"batch_size 512 at 224 px: --set phases\.0\.batch"):
+            make_trainer(recipe.plan(1, 512), split).fit()
+        trainer = make_trainer(smaller.plan(1, 512), split)
+        trainer.fit()
+    assert trainer.step == 32
+
+
+def test_the_command_that_runs_out_of_memory_ends_with_one_line(photographs: Path) -> None:
+    """The recipe `imagenet` in fp32 with all 500 photographs in one batch at 1,024 px."""
+    recipe = named_recipe("imagenet")
+    assert recipe.model == "resnet50"
+    phases = "phases=[{epochs=1,image_size=1024,batch_size=500}]"
+    flags = ["--set", phases, "--set", "lr_spans=[[0,1,1,1]]", "--precision", "fp32"]
+    flags += ["--device", DEVICE, "--nproc-per-node", 1, "--backend", "synthetic"]
+    _, err = train("--data", photographs, "--recipe", "imagenet", *flags, status=2)
+    assert "is out of memory with batch_size 500 at 1024 px" in err
+    assert "Traceback" not in err
