@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.output.resolve()
     result = begin(setup, shlex.join(["python", "-m", "benchmarks.gpu_suite", *argv]))
     signal.signal(signal.SIGTERM, leave)
-    given, start = 0, time.monotonic()
+    given, shown, start = 0, True, time.monotonic()
     for part in PARTS:
         given += part.seconds * (REHEARSAL_TIMES if setup.small else 1)
         if part.name not in args.only or part.name in args.skip:
@@ -83,11 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = run_part(part, setup, folder / part.name, limit, result.hardware)
             print(f"  {found.status} after {found.seconds:.0f} s  {found.reason}", flush=True)
         result.parts[part.name] = found
-        paths = write_results(result, folder)
-    print("\n".join(map(str, paths)))
+        shown = write_all(result, folder)
+    print(f"results: {folder / result.name}.json, .md and .html")
     if result.failed:
         print(f"failed: {', '.join(result.failed)}", file=sys.stderr)
-    return 1 if result.failed else 0
+    return 1 if result.failed or not shown else 0
+
+
+def write_all(result: Result, folder: Path) -> bool:
+    """Whether tables and page could be made of the figures, which are kept in any case."""
+    try:
+        write_results(result, folder)
+    except Exception as error:  # nothing that is drawn is worth the time on the GPU
+        print(f"no tables or page: {error!r}", file=sys.stderr)
+        return False
+    return True
 
 
 def make_setup(args: argparse.Namespace) -> Setup:

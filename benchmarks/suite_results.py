@@ -71,11 +71,11 @@ class Result:
 
 
 def write_results(result: Result, folder: Path) -> list[Path]:
-    """NAME.json, .md and .html, each whole; their paths."""
+    """NAME.json, .md and .html, each whole; their paths. The figures come first."""
     data = asdict(result)
-    tables = sections(data)
     paths = [folder / f"{result.name}{suffix}" for suffix in (".json", ".md", ".html")]
     write_object(paths[0], data)
+    tables = sections(data)
     write_text(paths[1], text(result, tables))
     write_text(paths[2], page(result, data, tables))
     return paths
