@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp, log, sqrt
 from statistics import fmean, stdev
@@ -19,7 +20,18 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} ({self.low:.4g} .. {self.high:.4g})"
+        return shown(vars(self))
+
+
+def shown(value: Mapping[str, float], scale: float = 1.0, unit: str = "") -> str:
+    """An estimate as JSON has it, such as "1,204 (1,190 .. 1,218)"."""
+    mean, low, high = (short(scale * value[key]) for key in ("mean", "low", "high"))
+    return f"{mean} ({low} .. {high}){unit}"
+
+
+def short(value: float) -> str:
+    """Four digits, or all of them before the point: "0.02143", "11,152"."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def estimate(values: list[float]) -> Estimate:

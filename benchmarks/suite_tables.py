@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.intervals import shown
 from fastimagenet.files import Row
 from fastimagenet.formats import duration, number, percent, plain
 
@@ -56,9 +57,9 @@ def ceilings(figures: Row) -> Table:
     rows = [
         (
             f"matrix product, {figures['dtype']}",
-            interval(figures["matmul_flops_per_sec"], 1e-12, " TFLOP/s"),
+            shown(figures["matmul_flops_per_sec"], 1e-12, " TFLOP/s"),
         ),
-        ("copy, read and written", interval(figures["copy_bytes_per_sec"], 1e-9, " GB/s")),
+        ("copy, read and written", shown(figures["copy_bytes_per_sec"], 1e-9, " GB/s")),
     ]
     names = ("name", "memory_bytes", "multiprocessors", "compute_capability", "cuda", "cudnn")
     rows += [(name.replace("_", " "), str(figures[name])) for name in names if name in figures]
@@ -117,8 +118,8 @@ def stall(figures: Row) -> Table:
     rows = [
         (
             f"{phase['image_size']} px x {phase['batch_size']}",
-            *(interval(phase[f"{part}_images_per_sec"]) for part in ("loader", "model", "both")),
-            interval(phase["stall"], 100, " %"),
+            *(shown(phase[f"{part}_images_per_sec"]) for part in ("loader", "model", "both")),
+            shown(phase["stall"], 100, " %"),
             percent(phase["data_wait_share"]["mean"], 1),
             percent(phase["share_of_matmul"], 0) + " of the ceiling",
             gibibytes(phase["rates"]["memory_bytes"]),
@@ -139,7 +140,7 @@ def decode(figures: Row) -> Table:
             plain(rate["settings"]["hw_decoder_load"]) if figures["decoder"] == "mixed" else "-",
             str(rate["settings"]["prefetch"]),
             "yes" if rate["settings"]["width_hint"] else "no",
-            interval(rate["images_per_sec"]) if rate["images_per_sec"] else rate["error"],
+            shown(rate["images_per_sec"]) if rate["images_per_sec"] else rate["error"],
         )
         for rate in figures["rates"]
     ]
@@ -160,7 +161,7 @@ def steps(figures: Row) -> Table:
                 f"{rate['image_size']} px",
                 rate["variant"],
                 str(rate["batch_size"]),
-                rate["error"] or interval(rate["images_per_sec"]),
+                rate["error"] or shown(rate["images_per_sec"]),
                 "-" if rate["error"] else percent(share, 0),
                 "-" if rate["error"] else gibibytes(rate["peak_memory_bytes"]),
             )
@@ -180,12 +181,6 @@ TABLES: dict[str, Callable[[Row], Table]] = {
     "decode": decode,
     "steps": steps,
 }
-
-
-def interval(value: Row, scale: float = 1.0, unit: str = "") -> str:
-    """Such as "1,204 (1,190 .. 1,218)"."""
-    mean, low, high = (f"{scale * value[key]:,.4g}" for key in ("mean", "low", "high"))
-    return f"{mean} ({low} .. {high}){unit}"
 
 
 def gibibytes(count: float) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.ceilings import copy_bytes_per_sec, matmul_flops_per_sec
-from benchmarks.intervals import Estimate, estimate
+from benchmarks.intervals import Estimate, estimate, short, shown
 from benchmarks.phase_rates import PhaseRates, measure_phase, phase_trainer, this_process
 from benchmarks.run_table import markdown
 from fastimagenet import cli
@@ -44,6 +44,8 @@ DEFINITIONS = {
     "operations can take it above 100 %.",
     "memory": "GPU: the most that torch had allocated. CPU: the most that was resident.",
 }
+
+SHARES = {"model_flops_per_sec": "share_of_matmul", "model_bytes_per_sec": "share_of_copy"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,11 +199,13 @@ def table(result: Row) -> str:
     rows = [
         (
             f"{phase['image_size']} px x {phase['batch_size']}",
-            *(interval(phase[f"{part}_images_per_sec"]) for part in rates),
-            interval(phase["stall"], 100, " %"),
+            *(shown(phase[f"{part}_images_per_sec"]) for part in rates),
+            shown(phase["stall"], 100, " %"),
             f"{100 * phase['data_wait_share']['mean']:.1f} %",
-            f"{phase['model_flops_per_sec'] / 1e9:,.4g} G, {100 * phase['share_of_matmul']:.0f} %",
-            f"{phase['model_bytes_per_sec'] / 1e9:,.4g} G, {100 * phase['share_of_copy']:.0f} %",
+            *(
+                f"{short(phase[rate] / 1e9)} G, {100 * phase[share]:.0f} %"
+                for rate, share in SHARES.items()
+            ),
             f"{phase['rates']['memory_bytes'] / 2**30:.2f} GiB",
         )
         for phase in result["phases"]
@@ -218,19 +222,13 @@ def table(result: Row) -> str:
             "",
             markdown([header, *rows]),
             "",
-            f"Ceilings measured here: matrix product {interval(matmul, 1e-9, ' GFLOP/s')}, copy "
-            f"{interval(copy, 1e-9, ' GB/s')}.",
+            f"Ceilings measured here: matrix product {shown(matmul, 1e-9, ' GFLOP/s')}, copy "
+            f"{shown(copy, 1e-9, ' GB/s')}.",
             "",
             *(f"- {name}: {words}" for name, words in result["definitions"].items()),
             "",
         ]
     )
-
-
-def interval(value: Row, scale: float = 1.0, unit: str = "") -> str:
-    """Such as "1,204 (1,190 .. 1,218)"."""
-    mean, low, high = (f"{scale * value[key]:,.4g}" for key in ("mean", "low", "high"))
-    return f"{mean} ({low} .. {high}){unit}"
 
 
 if __name__ == "__main__":

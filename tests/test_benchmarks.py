@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks import loader_memory, start_up
 from benchmarks.hosts import permitted
-from benchmarks.intervals import estimate, ratio
+from benchmarks.intervals import Estimate, estimate, ratio, shown
 from benchmarks.loader_rivals import Task, by_pillow, by_torchvision, spdl
 from benchmarks.loaders import LOADERS
 from pipelines.errors import UserError
@@ -42,6 +42,12 @@ def test_intervals_are_those_of_student() -> None:
     found = ratio([2.0, 8.0], [1.0, 1.0])  # exp((ln 2 + ln 8) / 2) = 4
     assert found.mean == pytest.approx(4)
     assert found.high == pytest.approx(4 * 2**12.706)
+
+
+def test_estimates_are_told_without_exponents() -> None:
+    assert str(Estimate(11152.4, 950.26, 0.0123456)) == "11,152 (950.3 .. 0.01235)"
+    found = shown({"mean": 7.8e14, "low": 1e12, "high": 1e15}, 1e-12, " TFLOP/s")
+    assert found == "780 (1 .. 1,000) TFLOP/s"
 
 
 @pytest.mark.parametrize(

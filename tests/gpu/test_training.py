@@ -106,10 +106,12 @@ def test_a_sweep_in_mixed_precision_stays_near_fp32_and_leaves_no_trace(precisio
     trainer.fit()
 
 
-@pytest.mark.parametrize("mixup", [0.0, 0.2])
-def test_a_compiled_run_changes_phase_without_compiling_again(mixup: float) -> None:
+@pytest.mark.parametrize("mixup, cuda_graphs", [(0.0, False), (0.2, False), (0.0, True)])
+def test_a_compiled_run_changes_phase_without_compiling_again(
+    mixup: float, cuda_graphs: bool
+) -> None:
     recipe = replace(RECIPE, precision="bf16", mixup=mixup)
-    trainer = make_trainer(replace(recipe, compile=True))
+    trainer = make_trainer(replace(recipe, compile=True, cuda_graphs=cuda_graphs))
     warm_up(trainer)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     trainer.fit()
