@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "hardware_probed": hardware,
         "precision": precision,
         "versions": versions(),
-        "data": dataset or cli.data_folder(args).name,
+        "data": dataset or cli.data_name(args),
         "nodes": nodes,
         "gpus_per_node": gpus,
         "minutes": args.minutes,

@@ -13,6 +13,7 @@ from fastimagenet import recipe_toml
 from fastimagenet.figures import new_figure, with_legend, write_files
 from fastimagenet.files import Row, read_object, write_object, write_text
 from fastimagenet.formats import NO_BREAK, duration, percent, time_unit
+from fastimagenet.recipes import Recipe
 from fastimagenet.time_plots import TIME_COLOURS
 from pipelines.errors import UserError
 
@@ -85,7 +86,7 @@ def row(each: Candidate) -> tuple[str, ...]:
     return (
         each.name,
         str(recipe.epochs),
-        ", ".join(f"{phase.image_size} px x {phase.epochs}" for phase in recipe.phases),
+        ", ".join(f"{size} px x {epochs}" for size, epochs in epochs_by_size(recipe).items()),
         ", ".join(dict.fromkeys(f"{batch:,}" for batch in each.global_batches)),
         f"{each.steps:,}",
         duration(each.train_seconds),
@@ -94,6 +95,14 @@ def row(each: Candidate) -> tuple[str, ...]:
         percent(accuracy.get("top1"), 1),
         percent(accuracy.get("top5"), 1),
     )
+
+
+def epochs_by_size(recipe: Recipe) -> dict[int, int]:
+    """Variants of a recipe have phases of equal sizes, told as one."""
+    sizes = dict.fromkeys((phase.image_size for phase in recipe.phases), 0)
+    for phase in recipe.phases:
+        sizes[phase.image_size] += phase.epochs
+    return sizes
 
 
 def picture(found: list[Candidate], minutes: float) -> Figure:

@@ -149,7 +149,7 @@ def measure(args: argparse.Namespace, recipe: Recipe, command: str, load_average
         versions=versions(),
         load_average=load_average,
         recipe=recipe.name,
-        data=cli.data_folder(args).name,
+        data=cli.data_name(args),
         images=len(train),
         rounds=args.rounds,
         seconds=args.seconds,

@@ -160,6 +160,11 @@ def data_folder(args: argparse.Namespace) -> Path:
     return digits_folder()
 
 
+def data_name(args: argparse.Namespace) -> str:
+    """What the data are called where no more is known of them."""
+    return "the embedded digits" if args.data is None else data_folder(args).resolve().name
+
+
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     """As that of `pipelines.cli`, and 1 where files are missing or another process is.
 
