@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup = make_setup(args)
     folder = args.output.resolve()
     result = begin(setup, shlex.join(["python", "-m", "benchmarks.gpu_suite", *argv]))
+    print(result.rehearsal or result.hardware, flush=True)
     signal.signal(signal.SIGTERM, leave)
     given, shown, start = 0, True, time.monotonic()
     for part in PARTS:

@@ -55,31 +55,34 @@ class StepSweep:
         wanted = size, variant
         return [rate for rate in self.rates if (rate["image_size"], rate["variant"]) == wanted]
 
-    def best_batch(self, size: int) -> int | None:
-        """The batch at which the eager step is fastest; None: it never ran."""
-        ran = [rate for rate in self.of(size, "eager") if not rate["error"]]
-        best = max(ran, key=lambda rate: rate["images_per_sec"]["mean"], default=None)
-        return None if best is None else best["batch_size"]
-
     def measure(self, size: int, variant: str, batches: Sequence[int]) -> None:
-        """Unless it is there already, or the time is over."""
+        """Those that are not there already."""
         done = {rate["batch_size"] for rate in self.of(size, variant)}
         left = [batch for batch in batches if batch not in done]
-        if any(map(out_of_memory, self.of(size, variant))):
-            return
-        if left and not self.over:
+        if left:
             sweep([size], [variant], left, device=self.device, seconds=self.seconds,
                   report=self.report)  # fmt: skip
 
     def eager(self, size: int, batches: Sequence[int]) -> None:
-        """The batches, and larger ones for as long as each doubling pays."""
-        self.measure(size, "eager", batches)
-        while not self.over:
-            rates = sorted(self.of(size, "eager"), key=lambda rate: rate["batch_size"])[-2:]
-            means = [rate["images_per_sec"]["mean"] for rate in rates if not rate["error"]]
-            if len(means) < 2 or means[1] < PAYS * means[0]:
-                return
-            self.measure(size, "eager", [2 * rates[1]["batch_size"]])
+        """The batches, and larger ones for as long as each doubling pays and memory lasts."""
+        while batches and not self.over:
+            if not any(map(out_of_memory, self.of(size, "eager"))):
+                self.measure(size, "eager", batches)
+            ran = [rate for rate in self.of(size, "eager") if not rate["error"]]
+            ran.sort(key=lambda rate: rate["batch_size"])
+            means = [rate["images_per_sec"]["mean"] for rate in ran[-2:]]
+            pays = len(ran) == len(self.of(size, "eager")) > 1 and means[1] > PAYS * means[0]
+            batches = [2 * ran[-1]["batch_size"]] if pays else []
+
+    def at_best_batch(self, size: int, variant: str) -> None:
+        """The batch at which the eager step is fastest, halved where memory does not last."""
+        ran = [rate for rate in self.of(size, "eager") if not rate["error"]]
+        best = max(ran, key=lambda rate: rate["images_per_sec"]["mean"], default=None)
+        batch = 0 if best is None else best["batch_size"]
+        while batch and not self.over:
+            self.measure(size, variant, [batch])
+            gone = [rate["batch_size"] for rate in self.of(size, variant) if out_of_memory(rate)]
+            batch = batch // 2 if batch in gone else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,10 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for size in args.image_size:
         found.eager(size, args.batch_size)
     for size in args.image_size:
-        batch = found.best_batch(size)
-        if batch is not None:
-            for variant in args.variants:
-                found.measure(size, variant, [batch])
+        for variant in args.variants:
+            found.at_best_batch(size, variant)
     found.write(cut=found.over)
     failed = [rate for rate in found.rates if rate["error"] and not out_of_memory(rate)]
     for rate in failed:
