@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = re.compile(r"(?<![\w.-])(\d[\d,]*\.?\d*|\.\d+)(k| %)?(?!\w)")
-FACTORS = {"k": 1e-3, " %": 100.0, "": 1.0}
+FACTORS = {"k": 1e-3, " %": 100.0, " TFLOP/s": 1e-12, " GB/s": 1e-9, " GiB": 2**-30, "": 1.0}
+"""From a number in a result file to the one in a table, by the unit behind it or its cell."""
 
 
 def numbers(value: Any) -> Iterator[float]:
@@ -38,8 +39,10 @@ def unfounded(text: str, known: list[float]) -> list[str]:
     for before, line in zip(["", *lines], lines, strict=False):
         if not (line.startswith("|") and before.startswith("|")) or line.startswith("|--"):
             continue  # no table, or its header
-        for cell in line.split("|")[2:]:
-            for digits, unit in FIGURE.findall(cell):
+        for cell in map(str.rstrip, line.split("|")[2:]):
+            ending = next(unit for unit in FACTORS if cell.endswith(unit))
+            for digits, own in FIGURE.findall(cell):
+                unit = own or ending
                 value, half = float(digits.replace(",", "")), 0.5001 / 10 ** places(digits)
                 low, high = ((value + side) / FACTORS[unit] for side in (-half, half))
                 place = bisect_left(known, low)
@@ -63,8 +66,10 @@ def test_every_figure_in_a_table_of_results_is_in_a_result_file(path: Path) -> N
 
 def test_a_made_up_figure_is_refused() -> None:
     table = "| what | rate | share |\n|---|---|---|\n| a 5 | 1,235 (1.2k) | 14.5 % |\n"
-    assert unfounded(table, [0.14496, 1234.6]) == []
-    found = unfounded(table, [0.146, 1233.9])
+    table += "| b | 780 (771 .. 790) TFLOP/s | 9 s, 2 MiB |\n"
+    others = [2, 9, 7.7111e14, 7.798e14, 7.9e14]
+    assert unfounded(table, sorted([0.14496, 1234.6, *others])) == []
+    found = unfounded(table, sorted([0.146, 1233.9, *others]))
     assert [text.split(" in ")[0] for text in found] == ["1,235", "14.5 %"]
 
 
