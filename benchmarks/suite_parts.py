@@ -183,7 +183,7 @@ def cifar10_part(recipe: str, seconds: int) -> Part:
     )  # fmt: skip
 
 
-CIFAR10 = {"cifar10": 45, "cifar10-speed": 60}
+CIFAR10 = {"cifar10": 40, "cifar10-speed": 50}
 """Recipes and seconds; the second one is compiled first."""
 
 
@@ -193,7 +193,7 @@ PARTS = (
         command=ceilings, read=read_json("result.json"),
     ),
     Part(
-        name="tests", title="The tests that need a GPU", seconds=110,
+        name="tests", title="The tests that need a GPU", seconds=140,
         command=gpu_tests, read=read_tests,
     ),
     *(cifar10_part(name, seconds) for name, seconds in CIFAR10.items() if name in RECIPES),
@@ -202,11 +202,11 @@ PARTS = (
         command=lr_finder, read=read_json("sweep/lr_find.json"), needs="cifar10",
     ),
     Part(
-        name="stall", title="What reading costs the training, phase by phase", seconds=55,
+        name="stall", title="What reading costs the training, phase by phase", seconds=50,
         command=stall, read=read_json("throughput.json"), needs="data",
     ),
     Part(
-        name="decode", title="DALI's decoding of photographs", seconds=55,
+        name="decode", title="DALI's decoding of photographs", seconds=50,
         command=decode, read=read_json("result.json"), needs="data",
     ),
     Part(

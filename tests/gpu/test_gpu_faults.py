@@ -45,9 +45,9 @@ def rest(loader: Loader, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
             yield images.float().cpu(), labels.cpu()
 
 
-@pytest.mark.parametrize("steps", [1, 4, 5, 6])
+@pytest.mark.parametrize("steps", [2, 4, 5])
 def test_mixed_decode_goes_on_with_the_same_labels_and_sizes(steps: int, photographs: Path) -> None:
-    """From mid-epoch, and from one step before, at and behind the change of size and batch size."""
+    """From mid-epoch, and from one step before and at the change of size and batch size."""
     pytest.importorskip("nvidia.dali")
     spec = LoaderSpec(
         split=read_split(photographs, "train"),
