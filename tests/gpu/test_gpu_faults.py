@@ -29,10 +29,9 @@ from pipelines.split import Split, read_split
 from tests.test_faults import wait_for, workers
 from tests.test_train import start, stop_soon, train
 
-DEVICE = "cuda"
 EPOCHS = 30
 LONG = [
-    *("--recipe", "tests/small.toml", "--device", DEVICE, "--nproc-per-node", 1),
+    *("--recipe", "tests/small.toml", "--device", "cuda", "--nproc-per-node", 1),
     *("--epochs", EPOCHS, "--set", "eval_every_epochs=10", "--checkpoint-steps", 5),
 ]
 """Of 500 images of CIFAR-10: 10 epochs of 10 updates at 8 px, 10 at 16 px, 10 of 20 at 24 px."""
@@ -56,8 +55,8 @@ def test_mixed_decode_goes_on_with_the_same_labels_and_sizes(steps: int, photogr
             Stage(epochs=1, image_size=128, batch_size=125),
         ),
         training=True,
-        device=f"{DEVICE}:0" if DEVICE == "cuda" else DEVICE,
-        half=DEVICE == "cuda",
+        device="cuda:0",
+        half=True,
     )
     whole, resumed = make_loader("dali", spec), make_loader("dali", spec)
     batches = rest(whole, 2)
@@ -161,7 +160,7 @@ def test_the_command_that_runs_out_of_memory_ends_with_one_line(
     """The recipe `imagenet` in fp32 with all 500 photographs in one batch at 1,024 px."""
     phases = "phases=[{epochs=1,image_size=1024,batch_size=500}]"
     flags = ["--set", phases, "--set", "lr_spans=[[0,1,1,1]]", "--precision", "fp32"]
-    flags += ["--device", DEVICE, "--nproc-per-node", 1, "--backend", "synthetic"]
+    flags += ["--device", "cuda", "--nproc-per-node", 1, "--backend", "synthetic"]
     flags += ["--output", tmp_path / "run"]
     _, err = train("--data", photographs, "--recipe", "imagenet", *flags, status=2)
     assert "is out of memory with batch_size 500 at 1024 px" in err
