@@ -14,18 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastimagenet.distributed import World
+from benchmarks.step_variants import synthetic_trainer
 from fastimagenet.files import read_rows, rows_of
-from fastimagenet.model import make_model
-from fastimagenet.plan import Plan
 from fastimagenet.recipes import Phase, Recipe
-from fastimagenet.recorder import NullRecorder
-from fastimagenet.trainer import Trainer
 from pipelines import make_loader
 from pipelines.errors import UserError
-from pipelines.images import whole_files
 from pipelines.loader import Loader, LoaderSpec, Stage
-from pipelines.split import Split, read_split
+from pipelines.split import read_split
 from tests.test_faults import wait_for, workers
 from tests.test_train import start, stop_soon, train
 
@@ -124,19 +119,8 @@ class Little:
         torch.cuda.empty_cache()
 
 
-def make_trainer(plan: Plan, split: Split) -> Trainer:
-    def loader(training: bool) -> Loader:
-        stages = plan.train_stages() if training else plan.eval_stages()
-        spec = LoaderSpec(split=split, stages=stages, training=training, device="cuda:0", half=True)
-        return make_loader("synthetic", spec)
-
-    model = make_model("resnet50", 10)
-    return Trainer(plan, model, World(device="cuda:0"), loader, NullRecorder())
-
-
 def test_a_batch_that_does_not_fit_is_named_and_a_smaller_one_trains() -> None:
     """In the same process: what the first one took is given back."""
-    split = Split(whole_files([""]) * 512, [i % 10 for i in range(512)], tuple("abcdefghij"))
     recipe = Recipe(
         name="test",
         phases=(Phase(epochs=1, image_size=224, batch_size=512),),
@@ -146,12 +130,12 @@ def test_a_batch_that_does_not_fit_is_named_and_a_smaller_one_trains() -> None:
     smaller = replace(recipe, phases=(Phase(epochs=1, image_size=64, batch_size=16),))
     with Little():
         with pytest.raises(UserError, match=r"batch_size 512 at 224 px: --set phases\.0\.batch"):
-            make_trainer(recipe.plan(1, 512), split).fit()
+            synthetic_trainer(recipe, "cuda:0", 10).fit()
         gc.collect()  # the error holds on to frames, and these to tensors
         torch.cuda.empty_cache()
-        trainer = make_trainer(smaller.plan(1, 512), split)
+        trainer = synthetic_trainer(smaller, "cuda:0", 10)
         trainer.fit()
-    assert trainer.step == 32
+    assert trainer.step == 2
 
 
 def test_the_command_that_runs_out_of_memory_ends_with_one_line(
