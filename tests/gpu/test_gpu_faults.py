@@ -125,6 +125,8 @@ def test_a_batch_that_does_not_fit_is_named_and_a_smaller_one_trains() -> None:
         name="test",
         phases=(Phase(epochs=1, image_size=224, batch_size=512),),
         max_lr=0.01,
+        schedule="piecewise",
+        lr_spans=((0, 1, 1, 1),),
         precision="bf16",
     )
     smaller = replace(recipe, phases=(Phase(epochs=1, image_size=64, batch_size=16),))
