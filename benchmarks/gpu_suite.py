@@ -36,7 +36,7 @@ from pipelines.folder import find_split
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = tuple(part.name for part in PARTS)
-REHEARSAL_TIMES = 4
+REHEARSAL_TIMES = 10
 """What a part is given on a CPU that others may be using, in place of what it has on a GPU."""
 TAIL_LINES = 40
 GRACE_SECONDS = 5
