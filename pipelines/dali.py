@@ -33,8 +33,6 @@ from pipelines.split import undecodable
 from pipelines.stream import StreamLoader
 
 Bytes = NDArray[np.uint8]
-QUEUE_DEPTH = 2
-"""Batches that are made ahead; on a GPU other depths are not yet measured."""
 OUT_OF_MEMORY = ("out of memory", "bad_alloc", "cudaErrorMemoryAllocation", "allocation failed")
 
 
@@ -78,7 +76,7 @@ class DaliLoader(StreamLoader):
                     # DALI does not know of torch's streams: its memory is held on to until the
                     # work that was queued on it is done.
                     held.append((images, target, torch.cuda.current_stream().record_event()))
-                    if len(held) > QUEUE_DEPTH:
+                    if len(held) > self.spec.dali.prefetch:
                         held.popleft()[-1].synchronize()
         finally:
             del pipeline  # the last reference: its threads end
@@ -153,7 +151,7 @@ def build(spec: LoaderSpec, feed: Feed, packed: bool) -> Pipeline:
         batch_size=max(stage.batch_size for stage in spec.stages),
         num_threads=spec.num_threads,
         device_id=torch.device(spec.device).index if on_gpu else None,
-        prefetch_queue_depth=QUEUE_DEPTH,
+        prefetch_queue_depth=spec.dali.prefetch,
         exec_dynamic=True,
     )
     with pipeline:

@@ -15,9 +15,6 @@ from nvidia.dali.data_node import DataNode
 from pipelines.loader import LoaderSpec
 from pipelines.order import ATTEMPTS
 
-HW_DECODER_LOAD = 0.99
-"""Share of the images that the hardware decoder takes where there is one; not yet measured."""
-
 
 def random_crop_graph(
     spec: LoaderSpec,
@@ -118,7 +115,12 @@ def decoder_options(spec: LoaderSpec) -> dict[str, Any]:
     options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
     if spec.device == "cpu":
         return options | {"device": "cpu"}
-    return options | {"device": "mixed", "hw_decoder_load": HW_DECODER_LOAD}
+    settings = spec.dali
+    options |= {"device": "mixed", "hw_decoder_load": settings.hw_decoder_load}
+    if settings.width_hint and settings.height_hint:
+        options["preallocate_width_hint"] = settings.width_hint
+        options["preallocate_height_hint"] = settings.height_hint
+    return options
 
 
 def centre(room: DataNode) -> DataNode:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.augmentation import Augmentation
+from pipelines.dali_settings import DaliSettings
 from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.split import Split
 
@@ -79,6 +80,8 @@ class LoaderSpec:
     """Training: what comes after crop and flip."""
     resize_ratio: float = DECODE_MARGIN
     """Validation: the short side becomes round(image_size * resize_ratio) before the crop."""
+    dali: DaliSettings = field(default_factory=DaliSettings)
+    """For the back end dali; no other one looks at it."""
 
     def stage_at(self, epoch: int) -> Stage:
         """The stage that holds for `epoch` (from 0)."""

@@ -5,16 +5,21 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("nvidia.dali")
 
 from pipelines.dali import DaliLoader, check_one_dali
+from pipelines.dali_graph import decoder_options
+from pipelines.dali_settings import DaliSettings
 from pipelines.errors import UserError
+from pipelines.images import whole_files
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.split import read_split
+from pipelines.split import Split, read_split
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = (
@@ -33,6 +38,29 @@ def test_one_stream_serves_sizes_batch_sizes_and_scales(cifar10: Path) -> None:
             streams.add(id(loader.stream))
     loader.close()
     assert len(streams) == 1
+
+
+def test_settings_change_no_batch(cifar10: Path) -> None:
+    spec = LoaderSpec(split=read_split(cifar10, "train"), stages=STAGES, training=True)
+    deep = replace(spec, num_threads=3, dali=DaliSettings(prefetch=5, hw_decoder_load=0.3))
+    loaders = DaliLoader(spec), DaliLoader(deep)
+    for (images, labels), (others, other_labels) in zip(*loaders, strict=True):
+        assert torch.equal(images, others) and torch.equal(labels, other_labels)
+    for loader in loaders:
+        loader.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_settings_reach_the_decoder(device: str) -> None:
+    settings = DaliSettings(hw_decoder_load=0.25, width_hint=4000, height_hint=3000)
+    split = Split(whole_files(["a"]), [0], ("a",))
+    spec = LoaderSpec(split=split, stages=STAGES, training=True, device=device, dali=settings)
+    options = decoder_options(spec)
+    hints = (options.get("preallocate_width_hint"), options.get("preallocate_height_hint"))
+    given = (options["device"], options.get("hw_decoder_load"), *hints)
+    on_gpu = ("mixed", 0.25, 4000, 3000)
+    assert given == (on_gpu if device != "cpu" else ("cpu", None, None, None))
+    assert "preallocate_width_hint" not in decoder_options(replace(spec, dali=DaliSettings()))
 
 
 def test_two_dali_packages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
