@@ -7,6 +7,7 @@ are cores: what torch would share out among them is done in pieces, or by numpy.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,23 @@ Output = tuple[Any, Tensor, Batch]
 """Decoded images of any shapes, as DALI gives them, their labels, and what they are."""
 
 
+class Memory:
+    """Memory of batches, used again once nobody holds any part of them: to have the pages of fresh
+    memory mapped can take as long as resizing."""
+
+    def __init__(self) -> None:
+        self.free: deque[NDArray[np.float32]] = deque(maxlen=3)
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of that shape with anything in it."""
+        block = self.free.pop() if self.free else None
+        if block is None or block.shape != shape:
+            block = np.empty(shape, np.float32)
+        lent = block.view()  # which every tensor that shares the memory keeps alive
+        weakref.finalize(lent, self.free.append, block).atexit = False
+        return torch.from_numpy(lent)
+
+
 def finished(
     spec: LoaderSpec, outputs: Iterator[Output]
 ) -> Generator[tuple[Tensor, Tensor, Batch]]:
@@ -36,25 +54,21 @@ def finished(
 
     Each batch is worked on while the one before is used.
     """
+    memory = Memory()
     with ThreadPoolExecutor(spec.num_threads) as pool:
         started: deque[tuple[Tensor, Tensor, Batch, list[Future[None]]]] = deque()
         for decoded, labels, batch in outputs:
-            images = torch.empty(len(labels), *batch.shape, 3)
+            images = memory.take((len(labels), *batch.shape, 3))
+            rows = images.numpy()
             mean, std = (
                 np.tile(255 * np.array(values, np.float32), batch.shape[1])
                 for values in (spec.mean, spec.std)
             )
             jobs = [
                 pool.submit(
-                    finish,
-                    spec,
-                    torch.from_dlpack(decoded[index]),
-                    batch,
-                    index,
-                    (mean, std),
-                    image,
+                    finish, spec, torch.from_dlpack(decoded[at]), batch, at, (mean, std), rows[at]
                 )
-                for index, image in enumerate(images.numpy())
+                for at in range(len(labels))
             ]
             started.append((images, labels, batch, jobs))
             if len(started) == 1:
