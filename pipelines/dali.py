@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, types
 from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]
+from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class DaliLoader(StreamLoader):
         batches = self.order.batches(epoch, step)
         threads = self.spec.num_threads
         source = with_bytes(batches, threads) if self.packed else with_paths(batches)
-        feed = Feed(self.spec, source)
+        feed = Feed(self.spec, source, finish=self.spec.device != "cpu")
         pipeline = build(self.spec, feed, self.packed)
         try:
             complete = finished if self.spec.device == "cpu" else held
@@ -80,32 +81,43 @@ class DaliLoader(StreamLoader):
 class Feed:
     """The source of the pipeline's inputs; remembers the batches that are on their way."""
 
-    def __init__(self, spec: LoaderSpec, batches: Iterator[tuple[Batch, list[Bytes]]]) -> None:
+    def __init__(
+        self, spec: LoaderSpec, batches: Iterator[tuple[Batch, list[Bytes]]], finish: bool
+    ) -> None:
+        """`finish`: the pipeline resizes and normalises, too."""
         self.batches = batches
         self.crops = spec.training and not spec.reflect_pad
-        self.on_gpu = spec.device != "cpu"
+        self.finish = finish
         self.under_way: deque[Batch] = deque()
 
-    @property
-    def kinds(self) -> list[tuple[Any, int]]:
-        """Type and dimensions of what a call gives of each image."""
+    def nodes(self) -> tuple[DataNode, DataNode, list[DataNode], list[DataNode]]:
+        """In a pipeline: files and labels; for crops, offset, area and ratio; to finish, shape and,
+        for crops, mirror."""
         kinds = [(types.UINT8, 1), (types.INT64, 0)]
         kinds += 3 * [(types.FLOAT, 1)] if self.crops else []
-        kinds += [(types.FLOAT, 1)] if self.on_gpu else []
-        return kinds + ([(types.INT32, 0)] if self.on_gpu and self.crops else [])
+        kinds += [(types.FLOAT, 1)] if self.finish else []
+        kinds += [(types.INT32, 0)] if self.finish and self.crops else []
+        files, labels, *others = fn.external_source(
+            source=self,
+            num_outputs=len(kinds),
+            batch=True,
+            dtype=[dtype for dtype, _ in kinds],
+            ndim=[ndim for _, ndim in kinds],
+        )
+        draws = 3 * self.crops
+        return files, labels, others[:draws], others[draws:]
 
     def __call__(self) -> list[Any]:
-        """One batch as DALI takes it: files, labels; for crops, offset, area and ratio; on a GPU,
-        shape and, for crops, mirror."""
+        """One batch, in the order of `nodes`."""
         batch, files = next(self.batches)
         self.under_way.append(batch)
         values: list[Any] = [files, batch.labels]
         draws = batch.draws if self.crops else None
         if draws is not None:
             values += [draws.offset, draws.area, draws.ratio]
-        if self.on_gpu:
+        if self.finish:
             values.append(np.tile(np.array(batch.shape, np.float32), (len(files), 1)))
-        if self.on_gpu and draws is not None:
+        if self.finish and draws is not None:
             values.append(draws.mirror)
         return values
 
@@ -166,35 +178,33 @@ def with_bytes(batches: Iterator[Batch], num_threads: int) -> Generator[tuple[Ba
             yield batch, encoded
 
 
-def build(spec: LoaderSpec, feed: Feed, packed: bool) -> Pipeline:
-    """Make the pipeline that turns what `feed` gives into (images HWC, labels).
-
-    On a CPU the images are only decoded, and cropped at random; `finished` does the rest.
-    `packed`: the feed gives encoded images, else the paths of files.
-    """
+def empty_pipeline(spec: LoaderSpec) -> Pipeline:
+    """For the batches, threads and device of the spec."""
     on_gpu = spec.device != "cpu"
-    pipeline = Pipeline(
+    return Pipeline(
         batch_size=max(stage.batch_size for stage in spec.stages),
         num_threads=spec.num_threads,
         device_id=torch.device(spec.device).index if on_gpu else None,
         prefetch_queue_depth=spec.dali.prefetch,
         exec_dynamic=True,
     )
+
+
+def build(spec: LoaderSpec, feed: Feed, packed: bool) -> Pipeline:
+    """Make the pipeline that turns what `feed` gives into (images HWC, labels).
+
+    Unless the feed is one to finish with, images are only decoded, and cropped at random: then
+    `finished` does the rest.
+    `packed`: the feed gives encoded images, else the paths of files.
+    """
+    pipeline = empty_pipeline(spec)
     with pipeline:
-        files, labels, *inputs = fn.external_source(
-            source=feed,
-            num_outputs=len(feed.kinds),
-            batch=True,
-            dtype=[dtype for dtype, _ in feed.kinds],
-            ndim=[ndim for _, ndim in feed.kinds],
-        )
+        files, labels, draws, view = feed.nodes()
         encoded = files if packed else fn.io.file.read(files)
-        draws = [inputs.pop(0) for _ in range(3 * feed.crops)]
         images = decoded_graph(spec, encoded, draws)
-        if on_gpu:
-            shape, *mirror = inputs
-            images = finished_graph(spec, encoded, images, (shape[0], shape[1]), *mirror)
-        pipeline.set_outputs(images, labels.gpu() if on_gpu else labels)
+        if feed.finish:
+            images = finished_graph(spec, encoded, images, *view)
+        pipeline.set_outputs(images, labels if spec.device == "cpu" else labels.gpu())
     pipeline.build()
     return pipeline
 

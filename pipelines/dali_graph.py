@@ -30,14 +30,14 @@ def decoded_graph(spec: LoaderSpec, encoded: DataNode, draws: Sequence[DataNode]
 
 
 def finished_graph(
-    spec: LoaderSpec, encoded: DataNode, images: DataNode, shape: Pair, *mirror: DataNode
+    spec: LoaderSpec, encoded: DataNode, images: DataNode, shape: DataNode, *mirror: DataNode
 ) -> DataNode:
-    """Decoded images resized, cropped, mirrored and normalised; for `reflect_pad`, which augments
-    the batch afterwards, as whole images of `shape`."""
+    """Decoded images resized to `shape`, cropped, mirrored and normalised."""
+    high, wide = shape[0], shape[1]
     if not spec.training:
-        return validation_view(spec, encoded, images, shape)
+        return validation_view(spec, encoded, images, (high, wide))
     options = {"mirror": mirror[0]} if mirror else {}
-    return normalise(spec, resize(images, *shape), **options)
+    return normalise(spec, resize(images, high, wide), **options)
 
 
 def random_window(
