@@ -19,11 +19,13 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, types
 from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]
+from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from pipelines.batch_crop import reflect_crop
-from pipelines.dali_graph import random_crop_graph, validation_graph, whole_image_graph
+from pipelines.dali_finish import Output, finished
+from pipelines.dali_graph import decoded_graph, finished_graph
 from pipelines.damage import Damage
 from pipelines.errors import UserError
 from pipelines.headers import check_file
@@ -53,31 +55,17 @@ class DaliLoader(StreamLoader):
         """Whether images are read here; DALI's operator reads whole files only."""
 
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
-        held: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
         batches = self.order.batches(epoch, step)
         threads = self.spec.num_threads
         source = with_bytes(batches, threads) if self.packed else with_paths(batches)
-        feed = Feed(source, crops=not self.spec.reflect_pad)
+        feed = Feed(self.spec, source, finish=self.spec.device != "cpu")
         pipeline = build(self.spec, feed, self.packed)
         try:
-            while True:
-                try:
-                    images, labels = pipeline.run()
-                except RuntimeError as error:
-                    raise unreadable(feed, error) from error
-                draws = feed.taken().draws
-                images = torch.from_dlpack(images.as_tensor())
-                batch = images.permute(0, 3, 1, 2)
-                if draws is not None and self.spec.reflect_pad:
-                    batch = self.reflect_crop(batch, draws)
-                target = torch.from_dlpack(labels.as_tensor())
-                yield batch, target
-                if self.spec.device != "cpu":
-                    # DALI does not know of torch's streams: its memory is held on to until the
-                    # work that was queued on it is done.
-                    held.append((images, target, torch.cuda.current_stream().record_event()))
-                    if len(held) > self.spec.dali.prefetch:
-                        held.popleft()[-1].synchronize()
+            complete = finished if self.spec.device == "cpu" else held
+            for images, labels, batch in complete(self.spec, outputs(pipeline, feed)):
+                if batch.draws is not None and self.spec.reflect_pad:
+                    images = self.reflect_crop(images, batch.draws)
+                yield images, labels
         finally:
             del pipeline  # the last reference: its threads end
             source.close()
@@ -93,25 +81,74 @@ class DaliLoader(StreamLoader):
 class Feed:
     """The source of the pipeline's inputs; remembers the batches that are on their way."""
 
-    def __init__(self, batches: Iterator[tuple[Batch, list[Bytes]]], crops: bool) -> None:
+    def __init__(
+        self, spec: LoaderSpec, batches: Iterator[tuple[Batch, list[Bytes]]], finish: bool
+    ) -> None:
+        """`finish`: the pipeline resizes and normalises, too."""
         self.batches = batches
-        self.crops = crops
+        self.crops = spec.training and not spec.reflect_pad
+        self.finish = finish
         self.under_way: deque[Batch] = deque()
 
+    def nodes(self) -> tuple[DataNode, DataNode, list[DataNode], list[DataNode]]:
+        """In a pipeline: files and labels; for crops, offset, area and ratio; to finish, shape and,
+        for crops, mirror."""
+        kinds = [(types.UINT8, 1), (types.INT64, 0)]
+        kinds += 3 * [(types.FLOAT, 1)] if self.crops else []
+        kinds += [(types.FLOAT, 1)] if self.finish else []
+        kinds += [(types.INT32, 0)] if self.finish and self.crops else []
+        files, labels, *others = fn.external_source(
+            source=self,
+            num_outputs=len(kinds),
+            batch=True,
+            dtype=[dtype for dtype, _ in kinds],
+            ndim=[ndim for _, ndim in kinds],
+        )
+        draws = 3 * self.crops
+        return files, labels, others[:draws], others[draws:]
+
     def __call__(self) -> list[Any]:
-        """One batch as DALI takes it; the order is that of `kinds` in `build`."""
+        """One batch, in the order of `nodes`."""
         batch, files = next(self.batches)
         self.under_way.append(batch)
-        shape = np.tile(np.array(batch.shape, np.float32), (len(files), 1))
-        values: list[Any] = [files, batch.labels, shape]
-        if batch.draws is not None and self.crops:
-            draws = batch.draws
-            values += [draws.offset, draws.mirror, draws.area, draws.ratio]
+        values: list[Any] = [files, batch.labels]
+        draws = batch.draws if self.crops else None
+        if draws is not None:
+            values += [draws.offset, draws.area, draws.ratio]
+        if self.finish:
+            values.append(np.tile(np.array(batch.shape, np.float32), (len(files), 1)))
+        if self.finish and draws is not None:
+            values.append(draws.mirror)
         return values
 
     def taken(self) -> Batch:
         """The oldest batch under way, which has arrived."""
         return self.under_way.popleft()
+
+
+def outputs(pipeline: Pipeline, feed: Feed) -> Generator[Output]:
+    """What the pipeline gives, batch after batch. Raises UserError for what cannot be decoded."""
+    while True:
+        try:
+            images, labels = pipeline.run()
+        except RuntimeError as error:
+            raise unreadable(feed, error) from error
+        yield images, torch.from_dlpack(labels.as_tensor()), feed.taken()
+
+
+def held(spec: LoaderSpec, outputs: Iterator[Output]) -> Generator[tuple[Tensor, Tensor, Batch]]:
+    """Batches on a GPU as they are handed out; as `finished` on a CPU.
+
+    DALI does not know of torch's streams: its memory is held on to until the work that was queued
+    on it is done.
+    """
+    queued: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
+    for decoded, labels, batch in outputs:
+        images = torch.from_dlpack(decoded.as_tensor())
+        yield images.permute(0, 3, 1, 2), labels, batch
+        queued.append((images, labels, torch.cuda.current_stream().record_event()))
+        if len(queued) > spec.dali.prefetch:
+            queued.popleft()[-1].synchronize()
 
 
 def with_paths(batches: Iterator[Batch]) -> Generator[tuple[Batch, list[Bytes]]]:
@@ -141,38 +178,33 @@ def with_bytes(batches: Iterator[Batch], num_threads: int) -> Generator[tuple[Ba
             yield batch, encoded
 
 
-def build(spec: LoaderSpec, feed: Feed, packed: bool) -> Pipeline:
-    """Make the pipeline that turns what `feed` gives into (images HWC, labels).
-
-    `packed`: the feed gives encoded images, else the paths of files.
-    """
+def empty_pipeline(spec: LoaderSpec) -> Pipeline:
+    """For the batches, threads and device of the spec."""
     on_gpu = spec.device != "cpu"
-    pipeline = Pipeline(
+    return Pipeline(
         batch_size=max(stage.batch_size for stage in spec.stages),
         num_threads=spec.num_threads,
         device_id=torch.device(spec.device).index if on_gpu else None,
         prefetch_queue_depth=spec.dali.prefetch,
         exec_dynamic=True,
     )
+
+
+def build(spec: LoaderSpec, feed: Feed, packed: bool) -> Pipeline:
+    """Make the pipeline that turns what `feed` gives into (images HWC, labels).
+
+    Unless the feed is one to finish with, images are only decoded, and cropped at random: then
+    `finished` does the rest.
+    `packed`: the feed gives encoded images, else the paths of files.
+    """
+    pipeline = empty_pipeline(spec)
     with pipeline:
-        kinds = [(types.UINT8, 1), (types.INT64, 0), (types.FLOAT, 1)]
-        if spec.training and not spec.reflect_pad:
-            kinds += [(types.FLOAT, 1), (types.INT32, 0), (types.FLOAT, 1), (types.FLOAT, 1)]
-        files, labels, shape, *draws = fn.external_source(
-            source=feed,
-            num_outputs=len(kinds),
-            batch=True,
-            dtype=[dtype for dtype, _ in kinds],
-            ndim=[ndim for _, ndim in kinds],
-        )
+        files, labels, draws, view = feed.nodes()
         encoded = files if packed else fn.io.file.read(files)
-        if not spec.training:
-            images = validation_graph(spec, encoded, (shape[0], shape[1]))
-        elif spec.reflect_pad:
-            images = whole_image_graph(spec, encoded, shape[0])
-        else:
-            images = random_crop_graph(spec, encoded, shape[0], *draws)
-        pipeline.set_outputs(images, labels.gpu() if on_gpu else labels)
+        images = decoded_graph(spec, encoded, draws)
+        if feed.finish:
+            images = finished_graph(spec, encoded, images, *view)
+        pipeline.set_outputs(images, labels if spec.device == "cpu" else labels.gpu())
     pipeline.build()
     return pipeline
 

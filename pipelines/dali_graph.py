@@ -1,10 +1,12 @@
-"""The DALI graphs: from encoded files to normalised images, in HWC, on the CPU or a GPU.
+"""The DALI graphs, in HWC: from files to decoded images, and on a GPU on to normalised ones.
 
-Each gives the pixels that torchvision gives for the same random numbers, up to rounding.
+On a CPU `dali_finish` does what is left. Both give the pixels that torchvision gives for the same
+random numbers, up to rounding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,17 +17,33 @@ from nvidia.dali.data_node import DataNode
 from pipelines.loader import LoaderSpec
 from pipelines.order import ATTEMPTS
 
+Pair = tuple[DataNode, DataNode]
+"""Vertical, horizontal."""
 
-def random_crop_graph(
-    spec: LoaderSpec,
-    encoded: DataNode,
-    size: DataNode,
-    offset: DataNode,
-    mirror: DataNode,
-    area: DataNode,
-    ratio: DataNode,
+
+def decoded_graph(spec: LoaderSpec, encoded: DataNode, draws: Sequence[DataNode]) -> DataNode:
+    """Decoded images: the windows of random crops, for which `draws` are offset, area and ratio as
+    `Draws` has them, or, without, whole images."""
+    if not draws:
+        return decode_whole(spec, encoded)
+    return decode_window(spec, encoded, *random_window(spec, encoded, *draws))
+
+
+def finished_graph(
+    spec: LoaderSpec, encoded: DataNode, images: DataNode, shape: DataNode, *mirror: DataNode
 ) -> DataNode:
-    """torchvision's RandomResizedCrop: the first of the drawn crops that fits, else the centre."""
+    """Decoded images resized to `shape`, cropped, mirrored and normalised."""
+    high, wide = shape[0], shape[1]
+    if not spec.training:
+        return validation_view(spec, encoded, images, (high, wide))
+    options = {"mirror": mirror[0]} if mirror else {}
+    return normalise(spec, resize(images, high, wide), **options)
+
+
+def random_window(
+    spec: LoaderSpec, encoded: DataNode, offset: DataNode, area: DataNode, ratio: DataNode
+) -> tuple[Pair, Pair]:
+    """Start and shape of RandomResizedCrop's window: the first drawn that fits, else the centre."""
     height, width = shape_of(encoded)
     pixels = height * width * area
     heights = dali_math.floor(dali_math.sqrt(pixels / ratio) + 0.5)
@@ -45,27 +63,16 @@ def random_crop_graph(
     place = offset * found + 0.5 * (1 - found)
     top = dali_math.floor(place[0] * (height - high + found))
     left = dali_math.floor(place[1] * (width - wide + found))
-    images = decode_window(spec, encoded, (top, left), (high, wide))
-    return normalise(spec, resize(images, size, size), mirror=mirror)
+    return (top, left), (high, wide)
 
 
-def whole_image_graph(spec: LoaderSpec, encoded: DataNode, size: DataNode) -> DataNode:
-    """The whole image at size x size; `reflect_crop` augments the batch afterwards."""
-    height, _ = shape_of(encoded)
-    images = decode_whole(spec, encoded, height)
-    return normalise(spec, resize(images, size, size))
-
-
-def validation_graph(
-    spec: LoaderSpec, encoded: DataNode, shape: tuple[DataNode, DataNode]
-) -> DataNode:
+def validation_view(spec: LoaderSpec, encoded: DataNode, images: DataNode, shape: Pair) -> DataNode:
     """torchvision's Resize and CenterCrop to `shape`, to the pixel: long sides are rounded down."""
     height, width = shape_of(encoded)
     short = dali_math.floor(dali_math.min(*shape) * spec.resize_ratio + 0.5)
     shorter = dali_math.min(height, width)
     high = dali_math.floor(short * height / shorter)
     wide = dali_math.floor(short * width / shorter)
-    images = decode_whole(spec, encoded, height)
     rooms = (high - shape[0], wide - shape[1])
     place = crop(shape, (centre(rooms[0]), centre(rooms[1])), rooms)
     return normalise(spec, resize(images, high, wide), **place)
@@ -77,12 +84,13 @@ def shape_of(encoded: DataNode) -> tuple[DataNode, DataNode]:
     return shape[0], shape[1]
 
 
-def decode_whole(spec: LoaderSpec, encoded: DataNode, height: DataNode) -> DataNode:
-    """An image, RGB in HWC; EXIF orientation is not applied. `height` is that of `shape_of`.
+def decode_whole(spec: LoaderSpec, encoded: DataNode) -> DataNode:
+    """An image, RGB in HWC; EXIF orientation is not applied.
 
     Adding nothing makes the decoder wait until the header has been read: on a damaged one the
     decoder of DALI 2.4 itself, in about half of all cases, does not raise but ends the process.
     """
+    height, _ = shape_of(encoded)
     guarded = encoded + fn.cast(0 * height, dtype=types.UINT8)
     options = decoder_options(spec)
     if spec.device != "cpu":
@@ -93,8 +101,8 @@ def decode_whole(spec: LoaderSpec, encoded: DataNode, height: DataNode) -> DataN
 def decode_window(
     spec: LoaderSpec,
     encoded: DataNode,
-    start: tuple[DataNode, DataNode],
-    shape: tuple[DataNode, DataNode],
+    start: Pair,
+    shape: Pair,
 ) -> DataNode:
     """A window (y, x) of an image, RGB in HWC; both corners follow from `shape_of`.
 
@@ -131,9 +139,7 @@ def centre(room: DataNode) -> DataNode:
     return half + room_is_odd * half_is_odd
 
 
-def crop(
-    shape: tuple[DataNode, DataNode], start: tuple[Any, Any], room: tuple[Any, Any]
-) -> dict[str, Any]:
+def crop(shape: Pair, start: tuple[Any, Any], room: tuple[Any, Any]) -> dict[str, Any]:
     """Arguments for a crop of `shape` that begins `start` pixels into `room` (y, x).
 
     DALI takes the place as a fraction of the room and truncates: the quarters of a pixel keep
