@@ -39,6 +39,11 @@ class Agent(LocalElasticAgent):
     elastic = False
     """Whether the run goes on when nodes leave."""
 
+    def check_saved(self) -> None:
+        """After a signal has ended the processes: raise what one of them has reported."""
+        if self._pcontext is not None:
+            status_of(super()._monitor_workers(self._worker_group))
+
     # The agent calls it several times a second.
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
@@ -107,6 +112,7 @@ def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
         result = agent.run()
         handler.shutdown()
     except SignalException as error:
+        agent.check_saved()
         return 128 + int(error.sigval)
     except RendezvousClosedError:
         raise UserError("the run has ended on another node, which says why") from None
