@@ -18,18 +18,9 @@ import torch
 from fastimagenet import checkpoint
 from fastimagenet.files import read_rows, rows_of
 from tests.conftest import fill
-from tests.test_train import SMALL, free_endpoint, losses_of, start, train
+from tests.test_train import SMALL, TWO, free_endpoint, losses_of, start, train
 
 pytestmark = pytest.mark.slow
-TWO = [*SMALL, "--nproc-per-node", 2, "--checkpoint-steps", 3]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of two processes, 20 steps."""
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    train("--data", cifar10, "--output", folder, *TWO)
-    return folder
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:

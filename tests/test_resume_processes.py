@@ -12,6 +12,7 @@ from torch import multiprocessing, nn
 
 from fastimagenet import checkpoint
 from fastimagenet.distributed import World, process_group
+from fastimagenet.plan import Plan
 from fastimagenet.recipes import Phase, Recipe
 from fastimagenet.recorder import NullRecorder
 from fastimagenet.resume import restore
@@ -36,7 +37,9 @@ SCENARIOS = {"dali": 1, "torchvision": 1, "dali, gradients added up": 2}
 """Batches an update; 500 images make 8, 8 and 12 updates of two processes, or half as many."""
 
 
-def loader(backend: str, plan, world: World, train: Split, val: Split, training: bool) -> Loader:  # type: ignore[no-untyped-def]
+def loader(
+    backend: str, plan: Plan, world: World, train: Split, val: Split, training: bool
+) -> Loader:
     spec = LoaderSpec(
         split=train if training else val,
         stages=plan.train_stages() if training else plan.eval_stages(),
@@ -65,10 +68,11 @@ def make(scenario: str, world: World, data: Path, folder: Path, every: int = 0) 
     )
 
 
-def end_of(trainer: Trainer) -> tuple[dict[str, torch.Tensor], list[tuple[float, ...]]]:
-    """Weights, and the figures of every epoch."""
-    figures = [(r.train_loss, r.val_loss, r.top1) for r in trainer.records]
-    return trainer.evaluated_model.state_dict() | trainer.model.state_dict(), figures  # type: ignore[return-value]
+def end_of(trainer: Trainer) -> tuple[dict[str, torch.Tensor], list[object]]:
+    """Weights with their averages, and the figures of every epoch."""
+    assert trainer.ema is not None
+    figures: list[object] = [(r.train_loss, r.val_loss, r.top1) for r in trainer.records]
+    return trainer.ema.state_dict() | trainer.model.state_dict(), figures
 
 
 def one_process(rank: int, endpoint: str, data: Path, root: Path) -> None:

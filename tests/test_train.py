@@ -26,6 +26,7 @@ from tests.test_checkpoint import RunsCode
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--recipe", "tests/small.toml", "--device", "cpu"]
+TWO = [*SMALL, "--nproc-per-node", 2, "--checkpoint-steps", 3]
 
 
 def start(module: str, *arguments: object) -> subprocess.Popen[str]:
@@ -180,18 +181,16 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_end(
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_validation_counts_of_one(cifar10: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_validation_counts_of_one(cifar10: Path, undisturbed: Path) -> None:
     """Trained and evaluated by two over gloo; the checkpoint is evaluated again by one."""
-    folder = tmp_path / "two"
-    train("--data", cifar10, "--output", folder, *SMALL, "--nproc-per-node", 2)
-    summary = summary_of(folder)
+    summary = summary_of(undisturbed)
     assert summary["world_size"] == 2
     assert summary["time_split_seconds"]["communication"] > 0
-    epochs = rows_of("epoch", read_rows(folder))
+    epochs = rows_of("epoch", read_rows(undisturbed))
     assert [row["step"] for row in epochs] == [5, 10, 20]
     out, _ = run(
         "fastimagenet.evaluate",
-        *(folder / "checkpoints" / "last.pt", "--data", cifar10, "--device", "cpu", "--json"),
+        *(undisturbed / "checkpoints" / "last.pt", "--data", cifar10, "--device", "cpu", "--json"),
         *("--tta", "flip+crop"),
     )
     alone = json.loads(out)
@@ -200,25 +199,28 @@ def test_two_processes_give_the_validation_counts_of_one(cifar10: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_stopped_group_saves_and_goes_on(cifar10: Path, tmp_path: Path) -> None:
-    flags = ("--data", cifar10, *SMALL, "--nproc-per-node", 2)
-    train(*flags, "--output", tmp_path / "whole")
+def test_a_stopped_group_saves_and_goes_on(
+    cifar10: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "stopped"
-    stop_soon(*flags, "--output", folder)
+    flags = ("--data", cifar10, *TWO, "--output", folder)
+    stop_soon(*flags)
     assert (folder / "checkpoints" / "last.pt").exists()
-    train(*flags, "--output", folder, "--resume", "auto")
-    assert losses_of(folder) == losses_of(tmp_path / "whole")
+    train(*flags, "--resume", "auto")
+    assert losses_of(folder) == losses_of(undisturbed)
 
 
 @pytest.mark.slow
-def test_one_process_that_adds_up_gradients_does_what_two_do(cifar10: Path, tmp_path: Path) -> None:
+def test_one_process_that_adds_up_gradients_does_what_two_do(
+    cifar10: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     """Up to rounding, in fp32. Running statistics of BN are not compared: two processes keep
     those of the first one's batches, one process those of all."""
     flags = ("--data", cifar10, *SMALL)
-    train(*flags, "--output", tmp_path / "two", "--nproc-per-node", 2)
     out, _ = train(*flags, "--output", tmp_path / "one", "--global-batch", 100)
     assert "an update adds up the gradients of 2 batches" in out
-    one, two = (checkpoint.load(tmp_path / n / "checkpoints" / "last.pt") for n in ("one", "two"))
+    folders = (tmp_path / "one", undisturbed)
+    one, two = (checkpoint.load(folder / "checkpoints" / "last.pt") for folder in folders)
     assert one["step"] == two["step"] == 20
     for name, value in two["model"].items():
         if "running" not in name and "num_batches" not in name:
