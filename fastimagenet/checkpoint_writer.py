@@ -25,14 +25,18 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, recorder: Recorder) -> None:
         self._folder, self._recorder = folder, recorder
+        for left in folder.glob(".*.pt.*"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._state: dict[str, Any] = {}
+        self._row: dict[str, Any] = {}
+        """Of the event that would tell of a failure."""
         self._written: Future[bool] | None = None
 
     def save(self, state: dict[str, Any], names: Sequence[str] = ()) -> None:
         """Begin to leave the state as last.pt and under `names`."""
         self.finish()
-        self._state = {name: state[name] for name in ("step", "epoch", "clock")}
+        self._row = {"step": state["step"], "epoch": state["epoch"]}
+        self._row["time_seconds"] = sum(state["clock"].values())
         self._written = self._thread.submit(self._write, copied(state), copying_done(), names)
 
     def _write(self, state: dict[str, Any], done: torch.cuda.Event | None, names: Any) -> bool:
@@ -49,13 +53,8 @@ class CheckpointWriter:
         written, self._written = self._written, None
         if written is None or written.result():
             return True
-        step, epoch, clock = self._state.values()
-        self._recorder.event(
-            step=step,
-            epoch=epoch,
-            time_seconds=sum(clock.values()),
-            message=f"checkpoint not written at step {step}",
-        )
+        message = f"checkpoint not written at step {self._row['step']}"
+        self._recorder.event(**self._row, message=message)
         return False
 
 

@@ -91,6 +91,14 @@ def test_what_the_disk_does_not_take_is_told_and_the_earlier_one_stays(
     assert [checkpoint.load(folder / n)["step"] for n in ("last.pt", "previous.pt")] == [3, 1]
 
 
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    checkpoint.save_last(tmp_path, state_at(1))
+    for name in (".last.pt.new", "..last.pt.new.77", ".previous.pt.77"):
+        (tmp_path / name).write_bytes(b"half")
+    CheckpointWriter(tmp_path, NullRecorder())
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
 def full(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
