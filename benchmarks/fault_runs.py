@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 import subprocess
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.hosts import Hosts
 from fastimagenet import checkpoint
-from fastimagenet.files import read_rows
+from fastimagenet.files import read_rows, rows_of
 from pipelines.errors import UserError
 
 KINDS = (
@@ -50,11 +51,32 @@ class Outcome:
     seconds: float = 0.0
     commands: list[list[int]] = field(default_factory=lambda: [[], []])
     """Exit statuses on each host."""
-    met_at: int = 0
-    """The last row when it came about: a step in ten has one."""
+    saved: int = 0
+    """Step of the newest intact checkpoint when it came about, 0 without one."""
+    done: int = 0
+    """Updates done until then: the last one that a row or a process that lost the other names."""
+    starts: int = 1
+    """How often the processes began to train."""
     resumed_at: list[int] = field(default_factory=list)
     """Steps at which the training went on."""
     identical: bool = False
+
+    @property
+    def went_on_at(self) -> int:
+        """The step from which there was work after the fault: 0 where it began anew."""
+        if self.resumed_at:
+            return self.resumed_at[0]
+        return 0 if self.starts > 1 else self.done
+
+    @property
+    def repeated(self) -> int:
+        """Updates that were done twice."""
+        return max(0, self.done - self.went_on_at)
+
+    @property
+    def harmless(self) -> bool:
+        """The undisturbed run's result, nothing repeated that the last checkpoint had."""
+        return self.identical and self.went_on_at >= self.saved
 
 
 class Run:
@@ -66,6 +88,7 @@ class Run:
         self.flags = [*FLAGS, "--data", data, "--output", output, "--rdzv-endpoint", endpoint]
         self.statuses: list[list[int]] = [[], []]
         self.typed = [0, 0]
+        self.done = 0
         self.commands = [self._type(host) for host in range(2)]
 
     def _type(self, host: int) -> subprocess.Popen[str]:
@@ -98,12 +121,30 @@ class Run:
         """Of the last row."""
         return max((row["step"] for row in read_rows(self.output)), default=0)
 
+    @property
+    def resumed_at(self) -> list[int]:
+        """Steps at which the training went on, as the events have them."""
+        events = rows_of("event", read_rows(self.output))
+        return [row["step"] for row in events if row["message"].startswith("resumed")]
+
+    @property
+    def starts(self) -> int:
+        """How often the processes began to train: each time the plan is printed."""
+        return self.said.count("training images, world size")
+
+    def watch(self) -> None:
+        """Note the updates that are done, until processes begin again."""
+        if self.starts < 2:
+            named = re.findall(r"error: rank \d, in .* step (\d+):", self.said)
+            self.done = max([self.done, self.step, *map(int, named)])
+
     def finish(self) -> None:
         """Until the training is over, typing again what has ended before; then note the rest."""
         deadline = time.monotonic() + LIMIT_SECONDS
         over = False
         while not over and time.monotonic() < deadline:
             time.sleep(0.05)
+            self.watch()
             for host, command in enumerate(self.commands):
                 if command.poll() is None or over:
                     continue
@@ -133,7 +174,9 @@ def strike(outcome: Outcome, run: Run, generator: random.Random) -> None:
     host, folder = outcome.host, run.output / "checkpoints"
     wait(lambda: run.step >= outcome.after_step)
     time.sleep(outcome.after_seconds)
-    outcome.met_at = run.step
+    damages = outcome.kind.startswith("checkpoint")
+    outcome.saved = step_of(folder / (checkpoint.PREVIOUS if damages else checkpoint.LAST))
+    outcome.done = max(run.step, outcome.saved)
     agent = run.commands[host]
     if outcome.kind == "SIGTERM agent":
         agent.terminate()
@@ -146,10 +189,15 @@ def strike(outcome: Outcome, run: Run, generator: random.Random) -> None:
     elif outcome.kind == "disk full":
         fill_for_a_while(run)
     else:
-        if outcome.kind.startswith("checkpoint"):
+        if damages:
             damage(folder / checkpoint.LAST, outcome.kind, generator)
         if worker := run.worker(host):
             kill(worker)
+
+
+def step_of(path: Path) -> int:
+    """Of a checkpoint; 0 where there is none."""
+    return int(checkpoint.load(path)["step"]) if path.exists() else 0
 
 
 def kill(process: int) -> None:

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from fastimagenet.distributed import World, gather_objects
+
 
 class NotWritten(Exception):
     """A run has come to its end, but files of it are missing; the text names them."""
@@ -35,6 +37,10 @@ class Unwritten:
         """One line, or nothing where all was written."""
         lost = (f"{name} ({reason})" for name, reason in self._reasons.items())
         return f"not written: {', '.join(lost)}" if self._reasons else ""
+
+    def share(self, world: World) -> None:
+        """Have all processes know what the first one could not write; every one has to ask."""
+        self._reasons = gather_objects(self._reasons, world, "the end of the training")[0]
 
     def check(self) -> None:
         """Raise NotWritten unless all was written."""

@@ -147,9 +147,9 @@ def _device(kind: str, local_rank: int) -> str:
 
 def _first_host(node_list: str) -> str:
     """The first name of a SLURM node list, such as "gpu[03-06,9],login1" -> "gpu03"."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+))?", node_list)
-    assert match is not None
-    return match.group(1) + (match.group(2) or "")
+    first = re.match(r"([^,\[]|\[[^]]*\])+", node_list)
+    assert first is not None
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", first.group())
 
 
 def started_by_us() -> bool:

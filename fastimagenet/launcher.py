@@ -10,6 +10,8 @@ import socket
 import struct
 import sys
 from contextlib import suppress
+from ipaddress import ip_address
+from pathlib import Path
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -38,6 +40,11 @@ class Agent(LocalElasticAgent):
 
     elastic = False
     """Whether the run goes on when nodes leave."""
+
+    def check_saved(self) -> None:
+        """After a signal has ended the processes: raise what one of them has reported."""
+        if self._pcontext is not None:
+            status_of(super()._monitor_workers(self._worker_group))
 
     # The agent calls it several times a second.
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -86,7 +93,7 @@ def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
         max_nodes=launch.nodes,
         local_addr=address,
         # Several launchers on one machine: the first one hosts, which torch finds out by itself.
-        is_host=None if address.startswith("127.") else is_host,
+        is_host=None if ip_address(address).is_loopback else is_host,
         join_timeout=RENDEZVOUS_TIMEOUT_SECONDS,
         last_call_timeout=LAST_CALL_SECONDS,
     )
@@ -107,6 +114,7 @@ def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
         result = agent.run()
         handler.shutdown()
     except SignalException as error:
+        agent.check_saved()
         return 128 + int(error.sigval)
     except RendezvousClosedError:
         raise UserError("the run has ended on another node, which says why") from None
@@ -141,7 +149,11 @@ def address_towards(endpoint: str | None) -> tuple[str, bool]:
 
 
 def interface_of(address: str) -> str:
-    """The name of the network interface with this IPv4 address, such as "eth0"; "" for none."""
+    """The name of the network interface with this IP address, such as "eth0"; "" for none."""
+    if ":" in address:
+        packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0]).hex()
+        rows = Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines()
+        return next((row.split()[-1] for row in rows if row.startswith(packed)), "")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode())

@@ -42,7 +42,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "epoch": trainer.epoch,
         "records": [vars(record) for record in trainer.records],
         "clock": trainer.clock.read(),
-        "ranks": gather_objects(rank_state, trainer.world, "a checkpoint"),
+        "ranks": gather_objects(rank_state, trainer.world, f"the save at step {trainer.step}"),
     }
 
 

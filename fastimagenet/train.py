@@ -237,19 +237,22 @@ def train_and_report(
         write_plan(args.output, plan, train, val)
     cli.say(world, plan.describe())
     stopped_by = cli.stop_on_signals(trainer)
+    unwritten = trainer.recorder.unwritten
     try:
         trainer.fit()
     except Stopped:
-        trainer.recorder.unwritten.check()
+        unwritten.share(world)
+        unwritten.check()
         flags = f"--output {shlex.quote(str(args.output))} --resume auto"
         cli.say(world, f"stopped at step {trainer.step}; go on with {flags}")
         return cli.stopped_status(stopped_by)
+    unwritten.share(world)
     if world.is_main:
         command = shlex.join(["python", "-m", "fastimagenet.train", *argv])
         write = partial(write_results, args, trainer, val, started, command)
-        if trainer.recorder.unwritten.attempt("summary.json, report.html and dawnbench/", write):
+        if unwritten.attempt("summary.json, report.html and dawnbench/", write):
             cli.say(world, f"report: {args.output / 'report.html'}")
-    trainer.recorder.unwritten.check()
+    unwritten.check()
     return 0
 
 

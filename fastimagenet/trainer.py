@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastimagenet import checkpoint
+from fastimagenet.checkpoint_writer import CheckpointWriter
 from fastimagenet.communication import CommunicationTimer, synchronised
 from fastimagenet.distributed import World, all_reduce_sum, any_process, broadcast
 from fastimagenet.evaluation import Counts, evaluate
@@ -77,8 +77,11 @@ class Trainer:
         bucket_mb: float = 25,
     ) -> None:
         recipe = plan.recipe
-        self.plan, self.world, self.recorder, self.folder = plan, world, recorder, folder
+        self.plan, self.world, self.recorder = plan, world, recorder
         self.about, self.checkpoint_steps = about or {}, checkpoint_steps
+        self.writer: CheckpointWriter | None = None
+        if folder is not None and world.is_main:
+            self.writer = CheckpointWriter(folder / "checkpoints", recorder)
         self.train_loader, self.eval_loader = make_loader(True), make_loader(False)
         self.clock = clock or Stopwatch()
         self.device = torch.device(world.device)
@@ -102,8 +105,7 @@ class Trainer:
         self.records: list[EpochRecord] = []
         self.changed = ""
         """What is not as it was before a resume, for the user."""
-        self.stop_requested = False
-        self.stop_at_target = False
+        self.stop_requested = self.stop_at_target = False
         patience_steps = SCALER_PATIENCE_STEPS if self.scaler.is_enabled() else 1
         self.losses = LossWatch(self.device, patience_steps)
         self.trained = self._wrapped(bucket_mb)
@@ -141,6 +143,7 @@ class Trainer:
                 self.profiler.close()
             self.train_loader.close()
             self.eval_loader.close()
+            self._saved()
             self.recorder.close()
             self.clock.switch("other")
 
@@ -317,30 +320,27 @@ class Trainer:
         if not alone and self.step % LOG_EVERY_STEPS:
             return
         if any_process(self.stop_requested, self.world, f"the check at step {self.step}"):
-            if self._save():
+            self._save()
+            if self._saved():
                 self._record_event("stopped and saved")
             raise Stopped
 
     def _record_event(self, message: str) -> None:
-        seconds = sum(self.clock.read().values())
         self.recorder.event(
             step=self.step,
             epoch=self.epoch,
-            time_seconds=seconds,
+            time_seconds=sum(self.clock.read().values()),
             message=f"{message} at step {self.step}",
         )
 
-    def _save(self, *names: str) -> bool:
-        """Leave a checkpoint as last.pt and under `names`.
-
-        False where the disk does not take it; then the earlier ones stay as they are.
-        """
+    def _save(self, *names: str) -> None:
+        """Begin to leave a checkpoint as last.pt and under `names`."""
         with self.clock.section("checkpoint"):
             state = state_of(self)
-            if not self.world.is_main or self.folder is None:
-                return True
-            save = partial(checkpoint.save_last, self.folder / "checkpoints", state, names)
-            saved = self.recorder.unwritten.attempt(f"checkpoint of step {self.step}", save)
-        if not saved:
-            self._record_event("checkpoint not written")
-        return saved
+            if self.writer is not None:
+                self.writer.save(state, names)
+
+    def _saved(self) -> bool:
+        """Wait for the checkpoint begun last; False where the disk did not take it."""
+        with self.clock.section("checkpoint"):
+            return self.writer is None or self.writer.finish()

@@ -73,6 +73,16 @@ def digits() -> Path:
     return digits_folder()
 
 
+@pytest.fixture(scope="session")
+def undisturbed(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of two processes, 20 steps."""
+    from tests.test_train import TWO, train
+
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train("--data", cifar10, "--output", folder, *TWO)
+    return folder
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 48 MiB; skips where mounting is not permitted."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from fastimagenet.distributed import Launch, World, launched_world, plan_launch, run_processes
@@ -69,7 +71,15 @@ def test_torchruns_environment_is_recognised(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("gpu[03-06,9],login1", "gpu03"), ("alpha,beta", "alpha"), ("n-1-[7,8]", "n-1-7")],
+    [
+        ("gpu[03-06,9],login1", "gpu03"),
+        ("n[01-03,7],gpu1", "n01"),
+        ("alpha,beta", "alpha"),
+        ("n-1-[7,8]", "n-1-7"),
+        ("rack[2-3]n[05,07]", "rack2n05"),
+        ("n[1-2]-ib,m3", "n1-ib"),
+        ("alone", "alone"),
+    ],
 )
 def test_sruns_environment_is_recognised(
     monkeypatch: pytest.MonkeyPatch, nodes: str, first: str
@@ -83,6 +93,20 @@ def test_sruns_environment_is_recognised(
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "20077")
     with pytest.raises(UserError, match="--nodes 3, but 2"):
         launched_world(Launch(3, 1, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "address"), [("127.0.0.1:29500", "127.0.0.1"), ("[::1]:29500", "::1")]
+)
+def test_where_nodes_meet_may_be_ipv4_and_ipv6(endpoint: str, address: str) -> None:
+    from fastimagenet.launcher import address_towards, interface_of
+
+    try:
+        socket.create_server((address, 0), family=socket.getaddrinfo(address, 0)[0][0]).close()
+    except OSError:
+        pytest.skip(f"this machine has no {address}")
+    assert address_towards(endpoint) == (address, True)
+    assert interface_of(address) == "lo"
 
 
 def test_several_nodes_need_a_place_to_meet() -> None:

@@ -17,18 +17,10 @@ import torch
 
 from fastimagenet import checkpoint
 from fastimagenet.files import read_rows, rows_of
-from tests.test_train import SMALL, losses_of, start, train
+from tests.conftest import fill
+from tests.test_train import SMALL, TWO, free_endpoint, losses_of, start, train
 
 pytestmark = pytest.mark.slow
-TWO = [*SMALL, "--nproc-per-node", 2, "--checkpoint-steps", 3]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of two processes, 20 steps."""
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    train("--data", cifar10, "--output", folder, *TWO)
-    return folder
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
@@ -39,14 +31,19 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
         time.sleep(0.01)
 
 
-def workers(agent: subprocess.Popen[str]) -> list[int]:
+def ranked_workers(agent: subprocess.Popen[str]) -> dict[int, int]:
     """The processes that a launcher has started, by rank."""
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     ranks = {}
     for child in map(int, children):
         environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         ranks.update({int(e[5:]): child for e in environment if e.startswith(b"RANK=")})
-    return [ranks[rank] for rank in sorted(ranks)]
+    return ranks
+
+
+def workers(agent: subprocess.Popen[str]) -> list[int]:
+    """The processes that a launcher has started, in the order of their ranks."""
+    return [process for _, process in sorted(ranked_workers(agent).items())]
 
 
 def check_equal(folder: Path, undisturbed: Path) -> None:
@@ -107,3 +104,20 @@ def test_no_process_outlives_its_launcher(undisturbed: Path, cifar10: Path, tmp_
         time.sleep(0.01)
     train(*flags, "--resume", "auto")
     check_equal(folder, undisturbed)
+
+
+def test_a_stop_that_no_disk_takes_is_told_on_every_node(cifar10: Path, small_disk: Path) -> None:
+    """SIGTERM goes to the launcher of the node that does not write."""
+    folder, endpoint = small_disk / "run", free_endpoint()
+    flags = ("--data", cifar10, "--output", folder, *SMALL, "--epochs", 60)
+    nodes = [
+        start("fastimagenet.train", *flags, "--nodes", 2, "--rdzv-endpoint", endpoint)
+        for _ in range(2)
+    ]
+    wait_for(lambda: losses_of(folder), nodes[0])
+    fill(small_disk)
+    next(node for node in nodes if 1 in ranked_workers(node)).terminate()
+    for node in nodes:
+        out, err = node.communicate(timeout=300)
+        assert node.returncode == 1, out + err
+        assert "error: not written: " in err and "checkpoint of step " in err

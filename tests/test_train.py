@@ -22,9 +22,11 @@ from fastimagenet import checkpoint
 from fastimagenet.dawnbench import check_entry
 from fastimagenet.files import read_rows, rows_of
 from tests.conftest import fill
+from tests.test_checkpoint import RunsCode
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--recipe", "tests/small.toml", "--device", "cpu"]
+TWO = [*SMALL, "--nproc-per-node", 2, "--checkpoint-steps", 3]
 
 
 def start(module: str, *arguments: object) -> subprocess.Popen[str]:
@@ -61,6 +63,13 @@ def error_of(*arguments: object) -> str:
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def free_endpoint() -> str:
+    """Where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -172,18 +181,16 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_end(
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_validation_counts_of_one(cifar10: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_validation_counts_of_one(cifar10: Path, undisturbed: Path) -> None:
     """Trained and evaluated by two over gloo; the checkpoint is evaluated again by one."""
-    folder = tmp_path / "two"
-    train("--data", cifar10, "--output", folder, *SMALL, "--nproc-per-node", 2)
-    summary = summary_of(folder)
+    summary = summary_of(undisturbed)
     assert summary["world_size"] == 2
     assert summary["time_split_seconds"]["communication"] > 0
-    epochs = rows_of("epoch", read_rows(folder))
+    epochs = rows_of("epoch", read_rows(undisturbed))
     assert [row["step"] for row in epochs] == [5, 10, 20]
     out, _ = run(
         "fastimagenet.evaluate",
-        *(folder / "checkpoints" / "last.pt", "--data", cifar10, "--device", "cpu", "--json"),
+        *(undisturbed / "checkpoints" / "last.pt", "--data", cifar10, "--device", "cpu", "--json"),
         *("--tta", "flip+crop"),
     )
     alone = json.loads(out)
@@ -192,25 +199,28 @@ def test_two_processes_give_the_validation_counts_of_one(cifar10: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_stopped_group_saves_and_goes_on(cifar10: Path, tmp_path: Path) -> None:
-    flags = ("--data", cifar10, *SMALL, "--nproc-per-node", 2)
-    train(*flags, "--output", tmp_path / "whole")
+def test_a_stopped_group_saves_and_goes_on(
+    cifar10: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "stopped"
-    stop_soon(*flags, "--output", folder)
+    flags = ("--data", cifar10, *TWO, "--output", folder)
+    stop_soon(*flags)
     assert (folder / "checkpoints" / "last.pt").exists()
-    train(*flags, "--output", folder, "--resume", "auto")
-    assert losses_of(folder) == losses_of(tmp_path / "whole")
+    train(*flags, "--resume", "auto")
+    assert losses_of(folder) == losses_of(undisturbed)
 
 
 @pytest.mark.slow
-def test_one_process_that_adds_up_gradients_does_what_two_do(cifar10: Path, tmp_path: Path) -> None:
+def test_one_process_that_adds_up_gradients_does_what_two_do(
+    cifar10: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     """Up to rounding, in fp32. Running statistics of BN are not compared: two processes keep
     those of the first one's batches, one process those of all."""
     flags = ("--data", cifar10, *SMALL)
-    train(*flags, "--output", tmp_path / "two", "--nproc-per-node", 2)
     out, _ = train(*flags, "--output", tmp_path / "one", "--global-batch", 100)
     assert "an update adds up the gradients of 2 batches" in out
-    one, two = (checkpoint.load(tmp_path / n / "checkpoints" / "last.pt") for n in ("one", "two"))
+    folders = (tmp_path / "one", undisturbed)
+    one, two = (checkpoint.load(folder / "checkpoints" / "last.pt") for folder in folders)
     assert one["step"] == two["step"] == 20
     for name, value in two["model"].items():
         if "running" not in name and "num_batches" not in name:
@@ -233,10 +243,7 @@ def test_another_number_of_processes_says_what_changes(cifar10: Path, tmp_path: 
 @pytest.mark.slow
 def test_two_nodes_by_the_same_command(cifar10: Path, tmp_path: Path) -> None:
     """Two launchers on one machine meet at an endpoint, as two machines would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = ("--data", cifar10, *SMALL, "--output", tmp_path / "run")
+    endpoint, flags = free_endpoint(), ("--data", cifar10, *SMALL, "--output", tmp_path / "run")
     nodes = [
         start("fastimagenet.train", *flags, "--nodes", 2, "--rdzv-endpoint", endpoint)
         for _ in range(2)
@@ -445,15 +452,16 @@ def test_a_disk_that_fills_up_does_not_end_the_run(
     assert summary_of(output)["top1"] == summary_of(finished)["top1"]
 
 
+@pytest.mark.parametrize("damage", ["bit-flipped", "truncated"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    finished: Path, cifar10: Path, tmp_path: Path
+    damage: str, finished: Path, cifar10: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     last = folder / "checkpoints" / "last.pt"
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
-    last.write_bytes(content)
+    last.write_bytes(content if damage == "bit-flipped" else content[: len(content) // 2])
     flags = ("--data", cifar10, "--output", folder, *SMALL, "--resume", "auto")
     out, err = train(*flags)
     note = f"note: checkpoint {last} cannot be read"
@@ -461,6 +469,38 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert "resumed at step 20" in out
     assert losses_of(folder) == losses_of(finished)
     assert summary_of(folder)["top1"] == summary_of(finished)["top1"]
-    for name in ("last.pt", "previous.pt"):
-        last.with_name(name).write_bytes(b"")
-    assert "previous.pt cannot be read" in train(*flags, status=2)[1]
+    weights = [checkpoint.load(f / "checkpoints" / "last.pt")["model"] for f in (folder, finished)]
+    for name, value in weights[1].items():
+        assert torch.equal(weights[0][name], value), name
+    if damage == "truncated":
+        for name in ("last.pt", "previous.pt"):
+            last.with_name(name).write_bytes(b"")
+        assert "previous.pt cannot be read" in train(*flags, status=2)[1]
+
+
+def test_a_hostile_checkpoint_is_refused_and_its_code_not_run(
+    cifar10: Path, tmp_path: Path
+) -> None:
+    """With a checksum that holds, by each of the commands' ways to read one."""
+    mark, last = tmp_path / "ran", tmp_path / "run" / "checkpoints" / "last.pt"
+    last.parent.mkdir(parents=True)
+    torch.save({"recipe": "", "model": RunsCode(mark)}, last)
+    with last.open("r+b") as file:
+        checkpoint.seal(file)
+    unsealed = tmp_path / "unsealed.pt"
+    torch.save({"recipe": "", "model": RunsCode(mark)}, unsealed)
+    flags, output = ("--data", cifar10, "--device", "cpu"), ("--output", tmp_path / "run", *SMALL)
+    commands = [
+        start("fastimagenet.train", *flags, *output, "--resume", "auto"),
+        start("fastimagenet.train", *flags, *output, "--resume", last),
+        start("fastimagenet.evaluate", last, *flags),
+        start("fastimagenet.evaluate", unsealed, *flags),
+    ]
+    for command, path in zip(commands, (last, last, last, unsealed), strict=True):
+        _, err = command.communicate(timeout=600)
+        assert command.returncode == 2, err
+        (line,) = err.splitlines()
+        assert line.startswith(f"error: checkpoint {path} cannot be read, take another one: ")
+    assert not mark.exists()
+    torch.load(last, weights_only=False)
+    assert mark.exists()  # it would have run

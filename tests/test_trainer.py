@@ -220,10 +220,9 @@ def whole(
     return request.param, trainer
 
 
-def check_the_rest(whole: Trainer, resumed: Trainer) -> None:
+def check_the_rest(whole: Trainer, resumed: Trainer, folder: Path) -> None:
     """Train on from the checkpoint in the folder, to the weights and figures of `whole`."""
-    assert resumed.folder is not None
-    restore(resumed, checkpoint.load(resumed.folder / "checkpoints" / "last.pt"))
+    restore(resumed, checkpoint.load(folder / "checkpoints" / "last.pt"))
     resumed.fit()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
@@ -254,7 +253,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(
         first.fit()
     assert first.step == stop_at
     torch.manual_seed(99)
-    check_the_rest(undisturbed, make_cifar10_trainer(backend, tmp_path))
+    check_the_rest(undisturbed, make_cifar10_trainer(backend, tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +287,7 @@ def test_a_killed_training_goes_on_bit_for_bit_from_its_last_checkpoint(
     torch.manual_seed(99)
     second = make_cifar10_trainer(backend, tmp_path)
     assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["step"] == saved_at
-    check_the_rest(undisturbed, second)
+    check_the_rest(undisturbed, second, tmp_path)
 
 
 def test_the_parts_of_a_run_add_up_to_its_wall_time(tmp_path: Path) -> None:
