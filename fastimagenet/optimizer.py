@@ -63,10 +63,11 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float, epoc
 def param_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """The optimizer's groups: parameters that learn and are treated alike, in the model's order.
 
-    Besides torch's entries a group may have those that `set_rates` reads: "lr_factor", "epochs"
-    (it stops learning after as many) and "own_momentum"; and "muon". Parameters of at most one
-    dimension, which are BN's and biases, do not decay unless the recipe says so, and then by the
-    same amount an update as all others, however high their LR.
+    Besides torch's entries a group has "decays", whatever the decay, and may have "muon" and those
+    that `set_rates` reads: "lr_factor", "epochs" (it stops learning after as many) and
+    "own_momentum". Parameters of at most one dimension, which are BN's and biases, do not decay
+    unless the recipe says so, and then by the same amount an update as all others, however high
+    their LR.
     """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for module in model.modules():
@@ -86,11 +87,12 @@ def _settings(module: nn.Module, name: str, parameter: nn.Parameter, recipe: Rec
 
     if recipe.optimizer == "muon" and parameter.ndim == 4:
         lr_factor, momentum = recipe.muon
-        # No decay: the norm of the filters is held.
-        rates = {"weight_decay": 0.0, "lr_factor": lr_factor, "own_momentum": momentum}
-        return {**rates, "muon": True}
+        rates = {"lr_factor": lr_factor, "own_momentum": momentum}
+        # Their norm is held, so that a decay would do nothing.
+        return {"decays": False, "weight_decay": 0.0, "muon": True, **rates}
     decays = parameter.ndim > 1 or recipe.decay_bn_and_bias
-    settings: Settings = {"weight_decay": recipe.weight_decay if decays else 0.0}
+    decay = recipe.weight_decay if decays else 0.0
+    settings: Settings = {"decays": decays, "weight_decay": decay}
     whitens = isinstance(module, WhiteningConv2d)
     raised = whitens or isinstance(module, BatchNorm2d | SyncBatchNorm)
     if name == "bias" and raised and recipe.bias_lr_factor != 1:

@@ -19,7 +19,7 @@ from tests.test_train import losses_of, stop_soon, summary_of, train
 FLAGS = (
     *("--recipe", "cifar10-speed", "--backend", "memory", "--device", "cpu"),
     *("--precision", "fp32", "--set", "ema_decay=0.9", "--set", "phases.0.image_size=16"),
-    *("--set", "phases.0.batch_size=20", "--set", "phases.1.batch_size=20", "--epochs", 4),
+    *("--set", "phases.0.batch_size=20", "--set", "phases.1.batch_size=20", "--epochs", 2),
 )
 """Muon, alternating flip and an average of the weights, on 500 images."""
 
