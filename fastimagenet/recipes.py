@@ -53,8 +53,8 @@ class Recipe:
     optimizer: str = "sgd"
     """"muon" updates the filters of convolutions by Muon, all else by SGD: see `muon.Muon`."""
     muon: tuple[float, float] = (0.15, 0.6)
-    """(LR in multiples of max_lr, momentum) of what Muon updates; in airbench94_muon, at batch 2,000,
-    0.24 beside 1.656 for its head, counted for a mean loss and logits over 9, and 0.6."""
+    """(LR in multiples of max_lr, momentum) of what Muon updates. In airbench94_muon, at a batch of
+    2,000: 0.24 beside 1.656 for the head, counted for a mean loss and logits over 9; and 0.6."""
     bias_lr_factor: float = 1.0
     """The LR of BN's biases, and of a whitening layer's, in multiples of all others'; 64 in
     airbench94 (arXiv:2404.00498)."""
