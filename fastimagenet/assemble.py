@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fastimagenet import cli, recipe_toml
 from fastimagenet.distributed import World, gather_objects, started_by_us
@@ -16,12 +19,18 @@ from fastimagenet.recipes import Recipe
 from fastimagenet.recorder import NullRecorder, Recorder, Stopwatch
 from pipelines.copies import AUTO, ORIGINAL, best_copy, find_copies, read_copy
 from pipelines.errors import UserError
+from pipelines.loader import Stage
 from pipelines.split import Split, check_classes, left_out_note, read_split
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fastimagenet.plan import Plan
     from fastimagenet.trainer import Trainer
     from pipelines.loader import Loader
+
+WHITENING_IMAGES = 2000
+"""About so many; airbench94 takes 5,000, of which each gives 961 patches at 32 px."""
 
 
 def chosen_recipe(args: argparse.Namespace) -> Recipe:
@@ -132,8 +141,11 @@ def make_trainer(
         zero_init_last_gamma=recipe.zero_init_last_gamma,
         blur_pool=recipe.blur_pool,
         small_stem=recipe.small_stem,
+        whitening=recipe.whitening,
+        dirac_init=recipe.dirac_init,
     )
-
+    if recipe.whitening:
+        whiten(model, args.backend, recipe, train, world)
     copies = {
         planned.copy: read_copy(cli.data_folder(args), planned.copy, train)
         for planned in plan.phases
@@ -172,6 +184,24 @@ def make_trainer(
         checkpoint_steps=checkpoint_steps,
         bucket_mb=bucket_mb,
     )
+
+
+def whiten(model: nn.Module, backend: str, recipe: Recipe, train: Split, world: World) -> None:
+    """Set the first layer from training images, the same on every process.
+
+    They are taken in even steps from the list, which goes by classes, and read as for validation
+    at the size of the last phase.
+    """
+    from fastimagenet.reading import open_loader
+    from fastimagenet.speednet import SpeedNet, WhiteningConv2d
+
+    some = train.take(np.arange(0, len(train), max(1, len(train) // WHITENING_IMAGES)))
+    stage = Stage(epochs=1, image_size=recipe.phases[-1].image_size, batch_size=100)
+    alone = replace(world, rank=0, world_size=1)
+    loader = open_loader(backend, recipe, some, (stage,), alone, training=False, half=False)
+    assert isinstance(model, SpeedNet) and isinstance(model.first, WhiteningConv2d)
+    with closing(loader):
+        model.first.whiten(images for images, _ in loader)
 
 
 def write_plan(folder: Path, plan: Plan, train: Split, val: Split) -> None:

@@ -150,7 +150,9 @@ def views(images: Tensor, tta: str) -> Iterator[Tensor]:
     "none": 1. "flip": 2, also the mirror image (left-right). "flip+crop": 6, also both of these
     for the images moved by (H // 16, W // 16) pixels down and right, and up and left, filled by
     reflection. Mirrored, these are the moves along the other diagonal. The CIFAR-10 speed
-    records use such views, with 1 to 2 of 32 px.
+    records use such views: airbench94 moves by 1 of 32 px, weighs the moved ones half and averages
+    logits (arXiv:2404.00498). On one network trained here on JPEG copies (n = 1) that gave 90.20 %
+    top-1, 2 px and equal weights on softmax 90.26 %: no difference, so the views stay equal.
     """
     import torch
     import torch.nn.functional as F

@@ -76,8 +76,8 @@ def lr_find2(
 
     with restored(trainer):
         for group in trainer.optimizer.param_groups:
-            if any(parameter.ndim > 1 for parameter in group["params"]):
-                group["weight_decay"] = weight_decay
+            if group["decays"]:
+                group["weight_decay"] = weight_decay / group.get("lr_factor", 1.0)
         ended = run(trainer, rates, momentum, stop_dv, keep)
     return Sweep(
         weight_decay=weight_decay,

@@ -1,4 +1,4 @@
-"""The networks by name, and which of their parameters decay.
+"""The networks by name.
 
 Importing this module does not import torch, so that a recipe can be checked without it; the
 networks themselves are in `fastimagenet.networks`.
@@ -6,7 +6,7 @@ networks themselves are in `fastimagenet.networks`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipelines.errors import UserError
 
@@ -16,16 +16,24 @@ if TYPE_CHECKING:
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 """torchvision's; they alone have `blur_pool` and `small_stem`."""
 
-MODELS = (*RESNETS, "resnet56", "smallnet")
+MODELS = (*RESNETS, "resnet56", "smallnet", "speednet")
+OPTIONS = {
+    "blur_pool": RESNETS,
+    "small_stem": RESNETS,
+    "whitening": ("speednet",),
+    "dirac_init": ("smallnet", "speednet"),
+}
+"""The recipe's fields that only some networks have."""
 
 
-def check_model(name: str, *, blur_pool: bool = False, small_stem: bool = False) -> None:
+def check_model(name: str, **options: bool) -> None:
     """Raise `UserError`, naming the field, for what `make_model` would refuse."""
     if name not in MODELS:
         raise UserError(f"model: no network is called {name!r}; known are {', '.join(MODELS)}")
-    for field, wanted in (("blur_pool", blur_pool), ("small_stem", small_stem)):
-        if wanted and name not in RESNETS:
-            raise UserError(f"{field}: {name} has no such option; only {', '.join(RESNETS)} do")
+    for field, wanted in options.items():
+        if wanted and name not in OPTIONS[field]:
+            able = ", ".join(OPTIONS[field])
+            raise UserError(f"{field}: {name} has no such option; only {able} do")
 
 
 def make_model(
@@ -35,6 +43,8 @@ def make_model(
     zero_init_last_gamma: bool = True,
     blur_pool: bool = False,
     small_stem: bool = False,
+    whitening: bool = False,
+    dirac_init: bool = False,
 ) -> nn.Module:
     """A freshly initialised network: images (B, 3, H, W), normalised, -> logits (B, num_classes).
 
@@ -43,31 +53,31 @@ def make_model(
     `blur_pool`: low-pass filters where the image shrinks, see `networks.add_blur`.
     `small_stem`: a 3x3 convolution of stride 1 without max-pool comes first, for images of at
     most 64 px.
+    `whitening`: see `speednet.WhiteningConv2d`. `dirac_init`: see `speednet.use_dirac`.
     Raises `UserError` as `check_model` does.
     """
-    check_model(name, blur_pool=blur_pool, small_stem=small_stem)
-    from fastimagenet import networks
+    check_model(
+        name,
+        blur_pool=blur_pool,
+        small_stem=small_stem,
+        whitening=whitening,
+        dirac_init=dirac_init,
+    )
+    from fastimagenet import networks, speednet
 
+    model: nn.Module
     if name == "resnet56":
-        return networks.ResNet56(num_classes, zero_init_last_gamma)
-    if name == "smallnet":
-        return networks.SmallNet(num_classes, zero_init_last_gamma)
-    model = networks.torchvision_resnet(name, num_classes, zero_init_last_gamma)
-    if small_stem:
-        networks.use_small_stem(model)
-    if blur_pool:
-        networks.add_blur(model)
+        model = networks.ResNet56(num_classes, zero_init_last_gamma)
+    elif name == "smallnet":
+        model = networks.SmallNet(num_classes, zero_init_last_gamma)
+    elif name == "speednet":
+        model = speednet.SpeedNet(num_classes, whitening)
+    else:
+        resnet = model = networks.torchvision_resnet(name, num_classes, zero_init_last_gamma)
+        if small_stem:
+            networks.use_small_stem(resnet)
+        if blur_pool:
+            networks.add_blur(resnet)
+    if dirac_init:
+        speednet.use_dirac(model)
     return model
-
-
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The optimizer's groups: first what decays, then BN parameters and biases, which do not.
-
-    The latter are all parameters of at most one dimension. An empty group is left out.
-    """
-    parameters = list(model.parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

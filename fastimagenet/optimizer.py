@@ -1,11 +1,11 @@
-"""Fused SGD: torch's own, or that of NVIDIA apex where it is installed."""
+"""SGD or Muon over groups of parameters, each with its own LR, decay and end of learning."""
 
 from __future__ import annotations
 
 from importlib import import_module, metadata
+from math import inf
 from typing import TYPE_CHECKING, Any
 
-from fastimagenet.model import param_groups
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,32 +15,92 @@ if TYPE_CHECKING:
     from fastimagenet.recipes import Recipe
 
 BACKENDS = ("torch", "apex")
+Settings = dict[str, Any]
+"""Entries of a group but for its parameters."""
 _REMEDY = "build NVIDIA apex from https://github.com/NVIDIA/apex or take --optimizer-backend torch"
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, backend: str) -> torch.optim.Optimizer:
-    """SGD over the model's parameters; LR and momentum are set at every step by the trainer.
+    """The recipe's optimizer over the parameters that learn; `set_rates` is called at every step.
 
     Raises UserError where `backend` "apex" cannot be had.
     """
     import torch
 
-    if recipe.decay_bn_and_bias:
-        groups = [{"params": list(model.parameters()), "weight_decay": recipe.weight_decay}]
-    else:
-        groups = param_groups(model, recipe.weight_decay)
+    from fastimagenet.muon import Muon
+
+    groups = param_groups(model, recipe)
+    optimizer: torch.optim.Optimizer
     # Momentum must not be 0 here: nesterov refuses that, and the schedule sets it anyway.
     if backend == "apex":
+        if recipe.optimizer != "sgd":
+            raise UserError(f"--optimizer-backend apex has no {recipe.optimizer}: take torch")
         fused_sgd: type[torch.optim.SGD] = _apex_fused_sgd()
         try:
             return fused_sgd(groups, lr=0.1, momentum=0.9, nesterov=recipe.nesterov)
         except RuntimeError as error:  # built without its CUDA extensions
             raise UserError(f"--optimizer-backend apex: {error}; {_REMEDY}") from None
-    sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=recipe.nesterov, fused=True)
-    for parameter in model.parameters():
-        # Left to itself, a first step that the fp16 scaler skips would leave unset memory here.
-        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return sgd
+    if recipe.optimizer == "muon":
+        optimizer = Muon(groups, nesterov=recipe.nesterov)
+    else:
+        nesterov = recipe.nesterov
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov, fused=True)
+    for group in groups:
+        for parameter in group["params"]:
+            # Left to itself, a first step that the fp16 scaler skips would leave unset memory here.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float, epoch: int) -> None:
+    """Give every group its share of the plan's LR, and the momentum unless it has its own."""
+    for group in optimizer.param_groups:
+        learns = epoch < group.get("epochs", inf)
+        group["lr"] = lr * group.get("lr_factor", 1.0) if learns else 0.0
+        group["momentum"] = group.get("own_momentum", momentum)
+
+
+def param_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The optimizer's groups: parameters that learn and are treated alike, in the model's order.
+
+    Besides torch's entries a group has "decays", whatever the decay, and may have "muon" and those
+    that `set_rates` reads: "lr_factor", "epochs" (it stops learning after as many) and
+    "own_momentum". Parameters of at most one dimension, which are BN's and biases, do not decay
+    unless the recipe says so, and then by the same amount an update as all others, however high
+    their LR.
+    """
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                settings = _settings(module, name, parameter, recipe)
+                group = groups.setdefault(tuple(settings.items()), {"params": [], **settings})
+                group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _settings(module: nn.Module, name: str, parameter: nn.Parameter, recipe: Recipe) -> Settings:
+    """How the recipe treats one parameter of a module."""
+    from torch.nn import BatchNorm2d, SyncBatchNorm
+
+    from fastimagenet.speednet import WhiteningConv2d
+
+    if recipe.optimizer == "muon" and parameter.ndim == 4:
+        lr_factor, momentum = recipe.muon
+        rates = {"lr_factor": lr_factor, "own_momentum": momentum}
+        # Their norm is held, so that a decay would do nothing.
+        return {"decays": False, "weight_decay": 0.0, "muon": True, **rates}
+    decays = parameter.ndim > 1 or recipe.decay_bn_and_bias
+    decay = recipe.weight_decay if decays else 0.0
+    settings: Settings = {"decays": decays, "weight_decay": decay}
+    whitens = isinstance(module, WhiteningConv2d)
+    raised = whitens or isinstance(module, BatchNorm2d | SyncBatchNorm)
+    if name == "bias" and raised and recipe.bias_lr_factor != 1:
+        settings["lr_factor"] = recipe.bias_lr_factor
+        settings["weight_decay"] /= recipe.bias_lr_factor
+    if whitens:
+        settings["epochs"] = recipe.whitening_bias_epochs
+    return settings
 
 
 def _apex_fused_sgd() -> Any:

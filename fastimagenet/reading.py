@@ -45,6 +45,7 @@ def open_loader(
         mean=recipe.mean,
         std=recipe.std,
         mirror=recipe.mirror,
+        alternating_flip=recipe.alternating_flip,
         aspect_ratio=recipe.aspect_ratio,
         reflect_pad=recipe.reflect_pad,
         augmentation=recipe.augmentation,

@@ -1,4 +1,4 @@
-"""`Phase` and `Recipe`: what a run is, as frozen values that check themselves.
+"""`Recipe`: what a run is, as a frozen value that checks itself.
 
 A recipe is data: `plan.py` derives steps and rates from it, `recipe_book.py` holds
 the named ones, `recipe_toml.py` reads and writes them.
@@ -11,7 +11,8 @@ from math import inf
 from typing import Literal
 
 from fastimagenet.evaluation import TTA
-from fastimagenet.model import MODELS, RESNETS
+from fastimagenet.model import MODELS, OPTIONS
+from fastimagenet.phase import Phase, require
 from fastimagenet.plan import Plan, make_plan
 from pipelines.augmentation import AUTO_AUGMENT, MAGNITUDES, Augmentation
 from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
@@ -21,40 +22,7 @@ from pipelines.loader import DECODE_MARGIN
 SCHEDULES = ("use_clr_beta", "one_cycle", "piecewise")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 METRICS = ("top1", "top5")
-
-
-def _require(condition: bool, field: str, rule: str, value: object) -> None:
-    if not condition:
-        raise UserError(f"recipe field {field} must be {rule}, not {value!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """Consecutive epochs at one image size and batch size. Raises UserError naming the field."""
-
-    epochs: int
-    image_size: int
-    """Training images are this many pixels high and wide."""
-    batch_size: int
-    """Images an update PER GPU (per process on a CPU)."""
-    min_scale: float = 0.25
-    """Smallest share of the image's area that a random crop keeps."""
-    eval_size: int = 0
-    """Size at which this phase is evaluated; 0 means image_size."""
-    data: str = "auto"
-    """The copy in the data folder that is trained on, such as "160"; "original" for none, "auto"
-    for the smallest that serves image_size."""
-    rect: bool = False
-    """Evaluate rectangles, of which eval_size is the shorter side, in place of squares."""
-
-    def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "phases.epochs", "at least 1", self.epochs)
-        _require(self.image_size >= 8, "phases.image_size", "at least 8 pixels", self.image_size)
-        _require(self.batch_size >= 1, "phases.batch_size", "at least 1", self.batch_size)
-        _require(0 < self.min_scale <= 1, "phases.min_scale", "in (0, 1]", self.min_scale)
-        valid = self.eval_size == 0 or self.eval_size >= 8
-        _require(valid, "phases.eval_size", "0 or at least 8 pixels", self.eval_size)
-        _require(bool(self.data), "phases.data", 'a copy, "original" or "auto"', self.data)
+OPTIMIZERS = ("sgd", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +50,14 @@ class Recipe:
     lr_spans: tuple[tuple[float, float, float, float], ...] = ()
     """(first epoch, last epoch, start, end) for schedule "piecewise", in multiples of max_lr."""
 
+    optimizer: str = "sgd"
+    """"muon" updates the filters of convolutions by Muon, all else by SGD: see `muon.Muon`."""
+    muon: tuple[float, float] = (0.15, 0.6)
+    """(LR in multiples of max_lr, momentum) of what Muon updates. In airbench94_muon, at a batch of
+    2,000: 0.24 beside 1.656 for the head, counted for a mean loss and logits over 9; and 0.6."""
+    bias_lr_factor: float = 1.0
+    """The LR of BN's biases, and of a whitening layer's, in multiples of all others'; 64 in
+    airbench94 (arXiv:2404.00498)."""
     momentum: float = 0.9
     """Where the schedule does not cycle it."""
     nesterov: bool = False
@@ -106,10 +82,18 @@ class Recipe:
     blur_pool: bool = False
     small_stem: bool = False
     """ResNet-18 to 152: 3x3 stride-1 stem without max-pool, for images up to 64 px."""
+    whitening: bool = False
+    """speednet: the first filters whiten patches of the training images: `WhiteningConv2d`."""
+    whitening_bias_epochs: int = 3
+    """The bias of a whitening layer learns for so many epochs, then it is frozen, too."""
+    dirac_init: bool = False
+    """smallnet, speednet: convolutions start by handing on their input: `speednet.use_dirac`."""
 
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     mirror: bool = True
+    alternating_flip: bool = False
+    """Flip each image left-right in every second epoch, not by chance (arXiv:2404.00498)."""
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     reflect_pad: int = 0
     """When > 0: pad by reflection and crop back, in place of the random-area crop."""
@@ -142,7 +126,7 @@ class Recipe:
         if self.target:
             metric, _, value = self.target.partition("=")
             valid = metric in METRICS and _is_fraction(value)
-            _require(valid, "target", 'such as "top1=0.94" or "top5=0.93"', self.target)
+            require(valid, "target", 'such as "top1=0.94" or "top5=0.93"', self.target)
 
     def _check_choices(self) -> None:
         choices = {
@@ -151,46 +135,54 @@ class Recipe:
             "precision": PRECISIONS,
             "tta": TTA,
             "auto_augment": AUTO_AUGMENT,
+            "optimizer": OPTIMIZERS,
         }
         for field, names in choices.items():
             value = getattr(self, field)
-            _require(value in names, field, f"one of {', '.join(names)}", value)
-        _require(bool(self.phases), "phases", "at least one phase", self.phases)
+            require(value in names, field, f"one of {', '.join(names)}", value)
+        require(bool(self.phases), "phases", "at least one phase", self.phases)
         if self.schedule == "piecewise":
             epochs = sum(phase.epochs for phase in self.phases)
             reach = self.lr_spans[-1][1] if self.lr_spans else 0
             rule = f"spans that end with the last epoch, {epochs}"
-            _require(reach == epochs, "lr_spans", rule, self.lr_spans)
+            require(reach == epochs, "lr_spans", rule, self.lr_spans)
         valid = self.compile or not self.cuda_graphs
-        _require(valid, "cuda_graphs", "false where compile is false", self.cuda_graphs)
-        resnet = self.model in RESNETS
-        for field in ("blur_pool", "small_stem"):
-            valid = resnet or not getattr(self, field)
-            _require(valid, field, f"false for model {self.model}", True)
+        require(valid, "cuda_graphs", "false where compile is false", self.cuda_graphs)
+        for field, models in OPTIONS.items():
+            valid = self.model in models or not getattr(self, field)
+            require(valid, field, f"false for model {self.model}", True)
+        valid = self.mirror or not self.alternating_flip
+        require(valid, "alternating_flip", "false where mirror is false", True)
 
     def _check_numbers(self) -> None:
-        _require(self.max_lr > 0, "max_lr", "above 0", self.max_lr)
+        for field in ("max_lr", "bias_lr_factor"):
+            require(0 < getattr(self, field) < inf, field, "above 0", getattr(self, field))
+        factor, momentum = self.muon
+        valid = 0 < factor < inf and 0 <= momentum < 1
+        require(valid, "muon", "[LR factor above 0, momentum in [0, 1)]", self.muon)
+        epochs = self.whitening_bias_epochs
+        require(epochs >= 0, "whitening_bias_epochs", "0 or more", epochs)
         for field in ("momentum", "ema_decay", "label_smoothing"):
-            _require(0 <= getattr(self, field) < 1, field, "in [0, 1)", getattr(self, field))
+            require(0 <= getattr(self, field) < 1, field, "in [0, 1)", getattr(self, field))
         for field in ("weight_decay", "lr_reference_batch", "reflect_pad"):
-            _require(getattr(self, field) >= 0, field, "0 or more", getattr(self, field))
+            require(getattr(self, field) >= 0, field, "0 or more", getattr(self, field))
         for field in ("color_jitter", "random_erasing"):
-            _require(0 <= getattr(self, field) <= 1, field, "in [0, 1]", getattr(self, field))
+            require(0 <= getattr(self, field) <= 1, field, "in [0, 1]", getattr(self, field))
         for field in ("mixup", "cutmix"):
             valid = 0 <= getattr(self, field) < inf
-            _require(valid, field, "0 or more, and finite", getattr(self, field))
+            require(valid, field, "0 or more, and finite", getattr(self, field))
         num_ops, magnitude = self.rand_augment
         valid = num_ops >= 1 and 0 <= magnitude < MAGNITUDES
         rule = f"[1 or more operations, magnitude 0 to {MAGNITUDES - 1}]"
-        _require(valid, "rand_augment", rule, self.rand_augment)
-        _require(self.resize_ratio >= 1, "resize_ratio", "at least 1", self.resize_ratio)
-        _require(min(self.std) > 0, "std", "above 0 for every channel", self.std)
+        require(valid, "rand_augment", rule, self.rand_augment)
+        require(self.resize_ratio >= 1, "resize_ratio", "at least 1", self.resize_ratio)
+        require(min(self.std) > 0, "std", "above 0 for every channel", self.std)
         low, high = self.aspect_ratio
-        _require(0 < low <= high, "aspect_ratio", "(low, high) above 0", self.aspect_ratio)
+        require(0 < low <= high, "aspect_ratio", "(low, high) above 0", self.aspect_ratio)
         every = self.eval_every_epochs
-        _require(every >= 1, "eval_every_epochs", "at least 1", every)
+        require(every >= 1, "eval_every_epochs", "at least 1", every)
         smallest = min(phase.image_size for phase in self.phases)
-        _require(self.reflect_pad < smallest, "reflect_pad", "below image_size", self.reflect_pad)
+        require(self.reflect_pad < smallest, "reflect_pad", "below image_size", self.reflect_pad)
 
     @property
     def epochs(self) -> int:

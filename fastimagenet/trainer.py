@@ -23,7 +23,7 @@ from fastimagenet.communication import CommunicationTimer, synchronised
 from fastimagenet.distributed import World, all_reduce_sum, any_process, broadcast
 from fastimagenet.evaluation import Counts, evaluate
 from fastimagenet.faults import SCALER_PATIENCE_STEPS, LossWatch, out_of_memory_advice
-from fastimagenet.optimizer import make_optimizer
+from fastimagenet.optimizer import make_optimizer, set_rates
 from fastimagenet.peers import exchanging
 from fastimagenet.plan import Plan, PlannedPhase
 from fastimagenet.precision import autocast_dtype
@@ -197,8 +197,7 @@ class Trainer:
 
     def update(self, batches: Update, lr: float, momentum: float, phase: PlannedPhase) -> Tensor:
         """One update of the weights at these rates; the loss as `train_step` gives it."""
-        for group in self.optimizer.param_groups:
-            group["lr"], group["momentum"] = lr, momentum
+        set_rates(self.optimizer, lr, momentum, self.epoch)
         with out_of_memory_advice(phase.phase.batch_size, phase.phase.image_size, phase.index):
             with exchanging(f"the gradients of step {self.step}", self.world):
                 loss = self._add_gradients(batches)

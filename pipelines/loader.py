@@ -69,6 +69,8 @@ class LoaderSpec:
     """Per channel, of pixels in 0..1."""
     mirror: bool = True
     """Training: flip left-right with probability 1/2."""
+    alternating_flip: bool = False
+    """With `mirror`: flip each image in every second epoch, half of them in the first one."""
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Training: width / height of the random-area crop is drawn log-uniformly from this range."""
     reflect_pad: int = 0

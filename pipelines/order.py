@@ -9,7 +9,7 @@ crops.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,7 +22,7 @@ from pipelines.rectangles import Rectangles
 
 ATTEMPTS = 10
 """Tries for a crop that fits inside the image, as many as torchvision's RandomResizedCrop makes."""
-PERMUTATION, DRAWS = 1, 2
+PERMUTATION, DRAWS, FLIPS = 1, 2, 3
 """First words of the keys: (a, b) and (a, b, 0) seed the same generator, these must differ."""
 
 
@@ -85,6 +85,8 @@ class Order:
         if self.spec.training:
             key = (DRAWS, self.spec.seed, epoch, *self.spec.place(step))
             draws = draw(self.spec, np.random.default_rng(key), len(chosen), stage.min_scale)
+            if self.spec.alternating_flip:
+                draws = replace(draws, mirror=(self.first_flips[chosen] + epoch) % 2)
         source = self.spec.source(stage).files
         files = [source[index] for index in chosen.tolist()]
         return Batch(files, self.labels[chosen], shape, draws, chosen, stage.copy)
@@ -107,6 +109,16 @@ class Order:
         """How the validation images are put together where a stage is `rect`."""
         assert self.spec.split.shapes is not None, "a split whose files were not looked at"
         return Rectangles(self.spec.split.shapes)
+
+    @cached_property
+    def first_flips(self) -> NDArray[np.int32]:
+        """1 for each image of the split that is flipped in epoch 0 if flips alternate.
+
+        From there on every image is flipped in every second epoch, so that any two epochs in a row
+        show both sides of it (arXiv:2404.00498).
+        """
+        generator = np.random.default_rng((FLIPS, self.spec.seed))
+        return generator.integers(0, 2, len(self.spec.split), np.int32)
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
         """The order of an epoch, the same on every shard; the latest one is kept."""

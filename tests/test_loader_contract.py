@@ -231,6 +231,37 @@ def test_a_resumed_run_is_augmented_alike(make: Make, passes: int, batches: int)
         assert same(list(resumed), list(loader))
 
 
+def test_alternating_flips_show_both_sides_also_after_a_resume(
+    make: Make, request: pytest.FixtureRequest
+) -> None:
+    """No crop fits here, and all are the centre: only the flips are left."""
+    if "synthetic" in request.node.name:
+        pytest.skip("it has no images to flip")
+    whole = Stage(epochs=1, image_size=20, batch_size=6, min_scale=1.0)
+    fields = {"stages": (whole,), "aspect_ratio": (0.5, 0.5), "alternating_flip": True}
+    loader, resumed = make(**fields), make(**fields)
+    seen: list[dict[int, Tensor]] = []
+    for epoch in range(3):
+        batches = []
+        for batch in loader:
+            batches.append(batch)
+            if epoch == 1 and len(batches) == 4:
+                break
+        if epoch == 1:
+            resumed.load_state_dict(loader.state_dict())
+            rest = list(resumed)
+            assert same(list(loader), rest)
+            batches += rest
+        seen.append({k: image for images, part in batches
+                     for k, image in zip(part.tolist(), images, strict=True)})  # fmt: skip
+    first, second, third = seen
+    assert len(first.keys() & second.keys()) > 20
+    for label in first.keys() & second.keys():
+        torch.testing.assert_close(second[label], first[label].flip(-1), rtol=0, atol=0.04)
+    for label in first.keys() & third.keys():
+        assert torch.equal(third[label], first[label])
+
+
 def test_augmented_batches_have_probabilities_for_labels(make: Make) -> None:
     plain, augmented = list(make()), list(make(augmentation=EVERYTHING))
     for (images, own), (changed, mixed) in zip(plain, augmented, strict=True):

@@ -356,8 +356,11 @@ def test_a_step_broken_off_between_scaler_and_optimizer() -> None:
     train_two_steps(trainer)
 
 
-@pytest.mark.parametrize("backend", ["dali", "torchvision", "memory"])
-def test_training_goes_on_as_without_a_sweep(backend: str, cifar10: Path) -> None:
+@pytest.mark.parametrize(
+    ("backend", "optimizer"),
+    [("dali", "sgd"), ("torchvision", "sgd"), ("memory", "sgd"), ("memory", "muon")],
+)
+def test_training_goes_on_as_without_a_sweep(backend: str, optimizer: str, cifar10: Path) -> None:
     """A sweep before the first step and one in mid-epoch change no bit of any later loss."""
     recipe = replace(
         RECIPE,
@@ -366,6 +369,7 @@ def test_training_goes_on_as_without_a_sweep(backend: str, cifar10: Path) -> Non
             Phase(epochs=1, image_size=24, batch_size=100),
         ),
         ema_decay=0.9,
+        optimizer=optimizer,
     )
     train, val = read_split(cifar10, "train"), read_split(cifar10, "val")
 

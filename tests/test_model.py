@@ -12,8 +12,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fastimagenet.model import MODELS, RESNETS, make_model, param_groups
+from fastimagenet.model import MODELS, RESNETS, make_model
 from fastimagenet.networks import Blur, BlurredConv2d
+from fastimagenet.optimizer import param_groups
+from fastimagenet.recipes import Phase, Recipe
 from pipelines.errors import UserError
 
 # resnet56: stem 432 + 32; groups 42,048, 163,008 and 649,600; linear 650.
@@ -40,6 +42,11 @@ def images(num: int, size: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(num, 3, size, size, generator=generator)
     return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def decaying(weight_decay: float) -> Recipe:
+    phase = Phase(epochs=1, image_size=8, batch_size=1)
+    return Recipe(name="", phases=(phase,), weight_decay=weight_decay)
 
 
 def residual_blocks(model: nn.Module) -> list[nn.Module]:
@@ -154,7 +161,7 @@ def test_resnet56_layout() -> None:
 def test_smallnet_learns_a_batch_by_heart() -> None:
     torch.manual_seed(0)
     model = make_model("smallnet", 10).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(param_groups(model, 1e-4), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(param_groups(model, decaying(1e-4)), lr=0.05, momentum=0.9)
     batch, labels = images(10, 16), torch.arange(10)
     for _ in range(15):
         loss = nn.functional.cross_entropy(model(batch), labels)
@@ -241,7 +248,7 @@ def test_blur_pool_starts_from_the_same_weights() -> None:
 
 
 def test_unknown_names_and_options_are_named() -> None:
-    with pytest.raises(UserError, match=r"^model: .*'resnet51'; known are resnet18, .*smallnet$"):
+    with pytest.raises(UserError, match=r"^model: .*'resnet51'; known are resnet18, .*speednet$"):
         make_model("resnet51", 10)
     for name in ("resnet56", "smallnet"):
         with pytest.raises(UserError, match=f"^blur_pool: {name} .*resnet152"):
@@ -254,20 +261,23 @@ def test_unknown_names_and_options_are_named() -> None:
 def test_param_groups_part_all_parameters(name: str) -> None:
     with torch.device("meta"):
         model = make_model(name, 10)
-    decayed, plain = param_groups(model, 1e-4)
+    decayed, plain = param_groups(model, decaying(1e-4))
     assert (decayed["weight_decay"], plain["weight_decay"]) == (1e-4, 0.0)
     expected = [
         module.weight for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))
     ]
     assert {id(p) for p in decayed["params"]} == {id(p) for p in expected}
-    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+    assert len(decayed["params"]) + len(plain["params"]) == sum(
+        parameter.requires_grad for parameter in model.parameters()
+    )
     assert all(type(p) is nn.Parameter and p.ndim == 1 for p in plain["params"])
 
 
 def test_empty_groups_are_left_out() -> None:
-    assert [g["weight_decay"] for g in param_groups(nn.Linear(2, 2, bias=False), 0.1)] == [0.1]
-    assert [g["weight_decay"] for g in param_groups(nn.BatchNorm2d(2), 0.1)] == [0.0]
-    assert param_groups(nn.ReLU(), 0.1) == []
+    recipe, layer = decaying(0.1), nn.Linear(2, 2, bias=False)
+    assert [g["weight_decay"] for g in param_groups(layer, recipe)] == [0.1]
+    assert [g["weight_decay"] for g in param_groups(nn.BatchNorm2d(2), recipe)] == [0.0]
+    assert param_groups(nn.ReLU(), recipe) == []
 
 
 def test_decay_shrinks_weights_and_spares_bn_and_bias() -> None:
@@ -276,7 +286,7 @@ def test_decay_shrinks_weights_and_spares_bn_and_bias() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    torch.optim.SGD(param_groups(model, 0.5), lr=0.1).step()
+    torch.optim.SGD(param_groups(model, decaying(0.5)), lr=0.1).step()
     for name, parameter in model.named_parameters():
         kept = 0.95 if before[name].ndim > 1 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * kept)

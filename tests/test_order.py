@@ -99,6 +99,32 @@ def test_one_global_batch_holds_the_same_images_at_every_world_size() -> None:
         assert batches[0] == batches[1] == batches[2]
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_alternating_flips_show_each_image_both_ways(shards: int) -> None:
+    flipped = np.full((4, 200), -1)
+    for order in orders(200, shards, 5, True):
+        order = Order(replace(order.spec, alternating_flip=True))
+        for epoch in (2, 0, 3, 1):  # in any order: nothing is remembered
+            for step in range(order.spec.steps_at(epoch)):
+                batch = order.batch(epoch, step)
+                assert batch.draws is not None and batch.draws.mirror.dtype == np.int32
+                flipped[epoch, batch.indices] = batch.draws.mirror
+    assert set(flipped[0]) == {0, 1} and 70 < flipped[0].sum() < 130
+    assert (flipped[1] == 1 - flipped[0]).all()
+    assert (flipped[2:] == flipped[:2]).all()
+    other = Order(replace(order.spec, seed=1))
+    assert (other.first_flips != flipped[0]).sum() > 50
+
+
+def test_alternating_flips_leave_the_crops_alone() -> None:
+    (plain,) = orders(20, 1, 5, True)
+    ours = Order(replace(plain.spec, alternating_flip=True)).batch(1, 2)
+    theirs = plain.batch(1, 2)
+    assert ours.draws is not None and theirs.draws is not None
+    assert ours.indices.tolist() == theirs.indices.tolist()
+    assert np.array_equal(ours.draws.offset, theirs.draws.offset)
+
+
 def test_a_batch_that_is_too_large_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match=r"batch_size 13 .* 4 processes .* 50 .* at most 12"):
         orders(50, 4, 13, training=True)

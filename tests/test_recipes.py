@@ -70,6 +70,14 @@ def test_a_name_that_is_not_there_is_an_error() -> None:
         ("cutmix=inf", "recipe field cutmix must be 0 or more, and finite, not inf"),
         ("reflect_pad=16", "recipe field reflect_pad must be below image_size"),
         ("lr_spans=[[0, 6, 1]]", "recipe field lr_spans.0 must be a list of 4 values"),
+        ("bias_lr_factor=0", "recipe field bias_lr_factor must be above 0, not 0.0"),
+        ("optimizer=adam", "recipe field optimizer must be one of sgd, muon, not 'adam'"),
+        ("muon=[0.2, 1]", "recipe field muon must be [LR factor above 0, momentum in [0, 1)], not"),
+        ("whitening=true", "recipe field whitening must be false for model smallnet, not True"),
+        (
+            "whitening_bias_epochs=-1",
+            "whitening_bias_epochs must be 0 or more, not -1",
+        ),
         ("max_lr", "--set max_lr: write it as FIELD=VALUE"),
     ],
 )
@@ -99,6 +107,11 @@ def test_settings_change_fields_at_any_depth() -> None:
     changed = recipe_toml.with_settings(two_phases(), settings)
     assert (changed.max_lr, changed.tta, changed.use_clr_beta[1]) == (2.0, "flip", 20.0)
     assert [phase.image_size for phase in changed.phases] == [16, 24]
+
+
+def test_only_mirrored_images_alternate() -> None:
+    with pytest.raises(UserError, match="alternating_flip must be false where mirror is false"):
+        recipe_toml.with_settings(two_phases(), ["mirror=false", "alternating_flip=true"])
 
 
 def test_a_toml_file_names_what_is_wrong_with_it(tmp_path: Path) -> None:

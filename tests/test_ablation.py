@@ -1,0 +1,112 @@
+"""The ablation as a command, rehearsed on the digits, and its figures by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+
+from benchmarks.ablation import main
+from benchmarks.ablation_results import read_ablation, table
+from benchmarks.run_results import Data
+from benchmarks.trainings import Training
+from fastimagenet.files import read_object
+from fastimagenet.recipe_book import named_recipe
+from pipelines.errors import UserError
+
+SMALL = (
+    *("--device", "cpu", "--recipe", "digits", "--epochs", "2", "--runs", "1"),
+    *("--set", "tta=flip", "--only", "label_smoothing"),
+)
+"""Two runs of two epochs."""
+
+
+def test_a_part_is_switched_off_and_nothing_repeated(
+    digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", str(digits), "--output", str(tmp_path), *SMALL]
+    assert main(flags) == 0
+    result = read_object(tmp_path / "ablation.json")
+    assert [row["run"] for row in result["rows"]] == ["all", "label_smoothing"]
+    folders = [tmp_path / f"{row['run']}-seed0" for row in result["rows"]]
+    plans = [read_object(folder / "plan.json") for folder in folders]
+    assert [plan["recipe"]["label_smoothing"] for plan in plans] == [0.1, 0.0]
+    assert [phase["image_size"] for phase in plans[0]["recipe"]["phases"]] == [16, 24]
+    summaries = [read_object(folder / "summary.json") for folder in folders]
+    gap = 100 * (summaries[1]["tta_top1"] - summaries[0]["tta_top1"])
+    assert result["rows"][1]["difference_points"]["mean"] == pytest.approx(gap)
+    assert f"{gap:+.2f}" in (tmp_path / "table.md").read_text()
+    capfd.readouterr()
+    assert main(flags) == 0
+    assert capfd.readouterr().out.count("finished before") == 2
+
+
+def test_the_figures_are_those_of_the_seeds(tmp_path: Path) -> None:
+    plan = named_recipe("digits").plan(1, 1000)
+    top1 = {"all": (0.90, 0.92, 0.91), "whitening": (0.85, 0.88, 0.86)}
+    trainings = []
+    for seed in range(3):
+        for run, values in top1.items():
+            folder = tmp_path / f"{run}-{seed}"
+            folder.mkdir()
+            summary = {
+                "top1": values[seed], "tta_top1": values[seed] + 0.01, "train_seconds": 60.0 + seed,
+                "wall_seconds": 80.0, "started": "2026-11-26T00:00:00", "recipe": "r", "epochs": 9,
+                "hardware": "h", "precision": "bf16", "versions": {"torch": "t"},
+            }  # fmt: skip
+            if (run, seed) != ("whitening", 2):  # not finished
+                (folder / "summary.json").write_text(json.dumps(summary))
+            trainings.append(Training(run=run, seed=seed, plan=plan, folder=folder, flags=[]))
+    data = Data(name="d", dataset=None, train_images=1, val_images=1, suffixes={".jpg": 2})
+    result = read_ablation(trainings, data, "-")
+    whole, other = result["rows"]
+    assert whole["tta_top1"]["mean"] == pytest.approx(fmean([0.91, 0.93, 0.92]))
+    margin = 4.303 * stdev([0.91, 0.93, 0.92]) / math.sqrt(3)
+    assert whole["tta_top1"]["high"] - whole["tta_top1"]["mean"] == pytest.approx(margin)
+    assert other["seeds"] == [0, 1] and whole["difference_points"] is None
+    assert other["difference_points"]["values"] == pytest.approx([-5.0, -4.0])
+    text = table(result)
+    assert "| nothing      | 3 | 91.00 % (" in text and "| whitening    | 2 | 86.50 % (" in text
+    assert "-4.50 (-10.85 .. +1.85)" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--runs", "0"], "--runs must be at least 1, not 0"),
+        (["--only", "whitening"], "--only whitening: recipe digits does not use it"),
+        (["--only", "colour"], "--only: invalid choice: 'colour'"),
+        (["--recipe", "digit"], "--recipe digit is none of digits, cifar10, cifar10-speed"),
+        (["--set", "max_lr=0"], "recipe field max_lr must be above 0"),
+    ],
+)
+def test_a_wrong_flag_is_named(
+    flags: list[str], message: str, digits: Path, tmp_path: Path
+) -> None:
+    given = ["--data", str(digits), "--output", str(tmp_path / "out"), *SMALL, *flags]
+    with pytest.raises(UserError) as error:
+        main(given)
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_part_of_the_speed_recipe_can_be_switched_off(
+    cifar10: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Training] = []
+    monkeypatch.setattr("benchmarks.ablation.train_all", lambda trainings: asked.extend(trainings))
+    small = ["--set", "phases.0.batch_size=50", "--set", "phases.1.batch_size=50"]
+    main(["--data", str(cifar10), "--output", str(tmp_path), "--runs", "2", *small])
+    recipes = {training.run: training.plan.recipe for training in asked}
+    assert [training.seed for training in asked] == [0] * len(recipes) + [1] * len(recipes)
+    whole = recipes.pop("all")
+    assert list(recipes) == [
+        *("whitening", "dirac_init", "bias_lr_factor", "label_smoothing", "alternating_flip"),
+        *("optimizer", "image_size"),
+    ]
+    assert {phase.image_size for phase in recipes["image_size"].phases} == {32}
+    assert recipes["optimizer"].max_lr == pytest.approx(11.5 / 1024 / (1 + 1 / 0.15) * 50, rel=1e-3)
+    assert all(recipe != whole and recipe.epochs == whole.epochs for recipe in recipes.values())
