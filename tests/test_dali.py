@@ -22,6 +22,7 @@ from pipelines.dali_settings import DaliSettings
 from pipelines.errors import UserError
 from pipelines.images import whole_files
 from pipelines.loader import LoaderSpec, Stage
+from pipelines.order import Order
 from pipelines.split import Split, read_split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,6 +121,7 @@ from pipelines.dali import DaliLoader
 from pipelines.errors import UserError
 from pipelines.split import read_split
 from pipelines.loader import LoaderSpec, Stage
+from pipelines.order import Order
 
 root = Path(sys.argv[1])
 broken = next((root / "train" / "ship").iterdir())
