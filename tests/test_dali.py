@@ -7,18 +7,22 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("nvidia.dali")
 
-from pipelines.dali import DaliLoader, check_one_dali
+from pipelines.dali import DaliLoader, Feed, build, check_one_dali, with_paths
+from pipelines.dali_finish import Memory
 from pipelines.dali_graph import decoder_options
 from pipelines.dali_settings import DaliSettings
 from pipelines.errors import UserError
 from pipelines.images import whole_files
 from pipelines.loader import LoaderSpec, Stage
+from pipelines.order import Order
 from pipelines.split import Split, read_split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +80,40 @@ def test_two_dali_packages_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         check_one_dali()
 
 
+@pytest.mark.parametrize("fields", [{}, {"reflect_pad": 4}, {"training": False}])
+def test_the_graph_for_a_gpu_gives_what_torch_gives_on_a_cpu(
+    fields: dict[str, Any], photographs: Path
+) -> None:
+    """DALI's own resizing, which no loader uses on a CPU: run there, near enough to torch's."""
+    stages = (Stage(epochs=1, image_size=96, batch_size=20),)
+    split = read_split(photographs, "train").take(np.arange(0, 400, 20))
+    spec = LoaderSpec(**{"split": split, "stages": stages, "training": True} | fields)
+    feed = Feed(spec, with_paths(Order(spec).batches(0, 0)), finish=True)
+    decoded, labels = build(spec, feed, packed=False).run()
+    images = torch.from_dlpack(decoded.as_tensor()).permute(0, 3, 1, 2)
+    loader = DaliLoader(spec)
+    if spec.reflect_pad:
+        draws = feed.taken().draws
+        assert draws is not None
+        images = loader.reflect_crop(images, draws)
+    expected, expected_labels = next(iter(loader))
+    loader.close()
+    assert torch.equal(torch.from_dlpack(labels.as_tensor()), expected_labels)
+    assert (images - expected).abs().mean() * 255 * 0.226 < 0.5
+
+
+def test_memory_is_used_again_once_no_part_of_it_is_held() -> None:
+    memory = Memory()
+    first = memory.take((4, 8, 8, 3))
+    address, part = first.data_ptr(), first.permute(0, 3, 1, 2)[2:]
+    del first
+    second = memory.take((4, 8, 8, 3))
+    assert second.data_ptr() != address, "a part of it is held"
+    del part
+    assert memory.take((4, 8, 8, 3)).data_ptr() == address
+    assert memory.take((4, 9, 9, 3)).shape == (4, 9, 9, 3)
+
+
 DAMAGE = """
 import sys
 from pathlib import Path
@@ -83,6 +121,7 @@ from pipelines.dali import DaliLoader
 from pipelines.errors import UserError
 from pipelines.split import read_split
 from pipelines.loader import LoaderSpec, Stage
+from pipelines.order import Order
 
 root = Path(sys.argv[1])
 broken = next((root / "train" / "ship").iterdir())
