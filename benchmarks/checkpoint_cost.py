@@ -23,10 +23,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.ceilings import synchronize
-from benchmarks.intervals import Estimate, estimate, ratio
+from benchmarks.intervals import Estimate, estimate, ratio, shown
 from benchmarks.phase_rates import phase_trainer, synthetic_batch, this_process, update
 from benchmarks.run_table import markdown
-from benchmarks.throughput import interval
 from fastimagenet import checkpoint, cli
 from fastimagenet.assemble import chosen_recipe, read_data, with_copies
 from fastimagenet.checkpoint_writer import CheckpointWriter, copied
@@ -186,8 +185,8 @@ def table(result: Row) -> str:
     """Markdown."""
     rows = [("checkpoint", "ms a step", "added")]
     for way, value in result["step_seconds"].items():
-        share = interval(result["added"][way], 100, " %") if way in result["added"] else "-"
-        rows.append((way, interval(value, 1e3), share))
+        share = shown(result["added"][way], 100, " %") if way in result["added"] else "-"
+        rows.append((way, shown(value, 1e3), share))
     parts = [PARTS, [interval(result["save_seconds"][part], 1e3) for part in PARTS]]
     return "\n".join(
         [
