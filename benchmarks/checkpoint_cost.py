@@ -187,7 +187,7 @@ def table(result: Row) -> str:
     for way, value in result["step_seconds"].items():
         share = shown(result["added"][way], 100, " %") if way in result["added"] else "-"
         rows.append((way, shown(value, 1e3), share))
-    parts = [PARTS, [interval(result["save_seconds"][part], 1e3) for part in PARTS]]
+    parts = [PARTS, [shown(result["save_seconds"][part], 1e3) for part in PARTS]]
     return "\n".join(
         [
             f"# {result['recipe']}: a checkpoint every {result['interval']} steps",
