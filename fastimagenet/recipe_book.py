@@ -77,7 +77,9 @@ def cifar10_speed(nodes: int = 1) -> Recipe:
     The network, whitening, dirac start, Muon, bias LR, label smoothing, alternating flip and TTA
     are those of airbench94_muon (github.com/KellerJordan/cifar10-airbench, arXiv:2404.00498), its
     8 epochs at 32 px are ours at growing sizes, its rates those for our batch. `compile = true`
-    pays on a GPU. Not yet measured.
+    is meant for a GPU. Two cores of an AMD EPYC, bf16, on a copy compressed to JPEG at quality 75
+    with 4:2:0 chroma: 89.69 % top-1, 90.70 % with TTA, n = 1 (2026-11-26); the machine was busy,
+    its time not yet measured.
     """
     return Recipe(
         name="cifar10-speed",
