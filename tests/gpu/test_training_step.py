@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training_step import CLASSES, IMAGENET, LR, MOMENTUM, batches, check_losses, small_recipe
+from test_step_variants import CLASSES, IMAGENET, LR, MOMENTUM, batches, check_losses, small_recipe
 
 from benchmarks.step_variants import VARIANTS, synthetic_trainer, variant_recipe
 from benchmarks.training_step import sweep
