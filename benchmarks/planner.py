@@ -46,6 +46,9 @@ class Probe:
     compile_seconds: float
     """Of all sizes."""
     checkpoint_seconds: float
+    """That an epoch's end waits for its checkpoint."""
+    last_checkpoint_seconds: float
+    """That the run's end waits for its last one to be on the disk."""
     train: list[SizeRates]
     eval_images_per_sec: dict[int, float]
     """By eval_size, of one process."""
@@ -96,7 +99,7 @@ def predict(plan: Plan, probe: Probe) -> dict[str, float]:
         "data_wait": probe.first_batch_seconds,
         "compute": 0.0,
         "evaluation": 0.0,
-        "checkpoint": plan.epochs * probe.checkpoint_seconds,
+        "checkpoint": plan.epochs * probe.checkpoint_seconds + probe.last_checkpoint_seconds,
     }
     for planned in plan.phases:
         images = planned.phase.epochs * planned.steps_per_epoch * planned.phase.batch_size

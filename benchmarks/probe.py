@@ -14,9 +14,10 @@ from benchmarks.ceilings import synchronize
 from benchmarks.phase_rates import measure_phase, phase_trainer
 from benchmarks.planner import Probe, SizeRates
 from fastimagenet import checkpoint
+from fastimagenet.checkpoint_writer import CheckpointWriter
 from fastimagenet.distributed import World
 from fastimagenet.recipes import Recipe
-from fastimagenet.recorder import Stopwatch
+from fastimagenet.recorder import NullRecorder, Stopwatch
 from fastimagenet.resume import state_of
 from fastimagenet.summary import hardware, precision_name
 from fastimagenet.trainer import Trainer
@@ -68,7 +69,7 @@ def measure(
             )
             if phase is recipe.phases[-1]:
                 _, tta_rate = eval_rate(trainer, size, recipe.tta, turn)
-                checkpoint_seconds = time_of_checkpoint(trainer)
+                saving, writing = time_of_checkpoint(trainer)
                 facts = hardware(trainer), precision_name(trainer.dtype)
     probe = Probe(
         num_train=len(train),
@@ -76,7 +77,8 @@ def measure(
         start_up_seconds=start_up,
         first_batch_seconds=first_batches[0],
         compile_seconds=compiled,
-        checkpoint_seconds=checkpoint_seconds,
+        checkpoint_seconds=saving,
+        last_checkpoint_seconds=writing,
         train=train_rates,
         eval_images_per_sec=eval_rates,
         tta_images_per_sec=tta_rate,
@@ -109,10 +111,13 @@ def limited(items: Iterable[Item], seconds: float) -> Iterator[Item]:
             return
 
 
-def time_of_checkpoint(trainer: Trainer) -> float:
-    """Seconds to save the run's state as an epoch's end does."""
+def time_of_checkpoint(trainer: Trainer) -> tuple[float, float]:
+    """Seconds that an epoch's end waits for its checkpoint, and that the run's end waits until it
+    is on the disk."""
     with tempfile.TemporaryDirectory() as folder:
+        writer = CheckpointWriter(Path(folder), NullRecorder())
         start = time.perf_counter()
-        names = checkpoint.EPOCH, checkpoint.BEST
-        checkpoint.save_last(Path(folder), state_of(trainer), names)
-        return time.perf_counter() - start
+        writer.save(state_of(trainer), (checkpoint.EPOCH, checkpoint.BEST))
+        begun = time.perf_counter()
+        writer.finish()
+        return begun - start, time.perf_counter() - begun

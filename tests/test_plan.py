@@ -43,6 +43,7 @@ PROBE = Probe(
     first_batch_seconds=0.5,
     compile_seconds=40.0,
     checkpoint_seconds=0.25,
+    last_checkpoint_seconds=0.1,
     train=[
         SizeRates(
             image_size=16,
@@ -78,7 +79,7 @@ def test_the_prediction_by_hand() -> None:
             "compute": 2000 / 400 * 0.4 + 2000 / 200 * 0.8,
             "data_wait": 0.5 + 2000 / 400 * 0.6 + 2000 / 200 * 0.2,
             "evaluation": 200 / 100 + 200 / 25,
-            "checkpoint": 4 * 0.25,
+            "checkpoint": 4 * 0.25 + 0.1,
         }
     )
     compiled = predict(replace(RECIPE, compile=True).plan(1, 1020), PROBE)
@@ -95,6 +96,7 @@ def test_a_recorded_probe_predicts_the_run_that_followed_it() -> None:
         first_batch_seconds=0.055,
         compile_seconds=0.0,
         checkpoint_seconds=0.0458,
+        last_checkpoint_seconds=0.0,
         train=[
             SizeRates(image_size=16, batch_size=64, loader=7461.0, model=718.9, both=637.8,
                       data_wait_share=0.0288, spread=0.334),
@@ -233,7 +235,8 @@ def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path) -> None:
     probe = plan["probe"]
     assert [rates["image_size"] for rates in probe["train"]] == [16, 24]
     assert min(rates["both"] for rates in probe["train"]) > 0
-    assert probe["checkpoint_seconds"] > 0 and probe["start_up_seconds"] > 0
+    assert probe["checkpoint_seconds"] > 0 and probe["last_checkpoint_seconds"] > 0
+    assert probe["start_up_seconds"] > 0
     text = (tmp_path / "out" / "table.md").read_text()
     assert "predicted" in text and "not measured" in text
     assert "No accuracy is expected: no published table" in text
