@@ -39,6 +39,7 @@ setup(
         "digits": ["scikit-learn>=1.4"],
         "test": [
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.14",

@@ -26,6 +26,7 @@ from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import Phase, Recipe
 from pipelines.errors import UserError
 
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 RECIPE = Recipe(
     name="two sizes",
     phases=(
@@ -86,33 +87,26 @@ def test_the_prediction_by_hand() -> None:
     assert compiled == seconds | {"compile": 40.0}
 
 
-def test_a_recorded_probe_predicts_the_run_that_followed_it() -> None:
-    """The digits on two cores of an AMD EPYC, one thread, beside other work (2026-11-23): a probe
-    of 40 s, then the recipe that it gave: 49.88 s of training, 55.52 s in all."""
-    probe = Probe(
-        num_train=1438,
-        num_val=359,
-        start_up_seconds=3.064,
-        first_batch_seconds=0.055,
-        compile_seconds=0.0,
-        checkpoint_seconds=0.0458,
-        last_checkpoint_seconds=0.0,
-        train=[
-            SizeRates(image_size=16, batch_size=64, loader=7461.0, model=718.9, both=637.8,
-                      data_wait_share=0.0288, spread=0.334),
-            SizeRates(image_size=24, batch_size=64, loader=5758.0, model=240.1, both=209.1,
-                      data_wait_share=0.0104, spread=0.713),
-        ],
-        eval_images_per_sec={24: 500.5},
-        tta_images_per_sec=417.6,
-    )  # fmt: skip
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_a_recorded_probe_predicts_the_run_that_followed_it(name: str) -> None:
+    """From the committed probes and runs: the same recipe as then, its times within 10 %."""
+    path = max(RESULTS.glob(f"*-plan-{name}.json"))
+    plan, parts = read_object(path), read_object(path.with_stem(path.stem + "-check"))["parts"]
+    recorded = plan["probe"]
+    probe = Probe(**{
+        **recorded,
+        "train": [SizeRates(**rates) for rates in recorded["train"]],
+        "eval_images_per_sec": {
+            int(size): rate for size, rate in recorded["eval_images_per_sec"].items()
+        },
+    })  # fmt: skip
     (found, *_) = candidates(
-        named_recipe("digits"), probe, dataset=None, nodes=1, world_size=1, budget_seconds=60,
-        node_price=None,
+        named_recipe(name), probe, dataset=None, nodes=1, world_size=1,
+        budget_seconds=60 * plan["minutes"], node_price=None,
     )  # fmt: skip
-    assert (found.recipe.epochs, found.steps) == (11, 242)
-    assert found.train_seconds == pytest.approx(49.88, rel=0.1)
-    assert found.wall_seconds == pytest.approx(55.52, rel=0.1)
+    assert found.recipe.epochs == sum(p["epochs"] for p in plan["predicted"][0]["recipe"]["phases"])
+    assert found.train_seconds == pytest.approx(parts["train"]["measured_seconds"], rel=0.1)
+    assert found.wall_seconds == pytest.approx(parts["wall"]["measured_seconds"], rel=0.1)
 
 
 def test_two_processes_share_the_images() -> None:

@@ -20,7 +20,7 @@ from benchmarks.step_variants import synthetic_trainer, variant_recipe
 from benchmarks.training_step import StepRate, best, main, sweep
 from fastimagenet import trainer as trainer_module
 from fastimagenet.files import read_object
-from fastimagenet.model import make_model, param_groups
+from fastimagenet.model import make_model
 from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import Recipe
 from fastimagenet.warm_up import warm_up
@@ -78,7 +78,9 @@ def plain_losses(recipe: Recipe, seed: int | None = None) -> Tensor:
         return rounded
 
     model = synthetic_trainer(replace(recipe, precision="fp32"), "cpu", CLASSES).model.train()
-    groups = param_groups(model, recipe.weight_decay)
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": recipe.weight_decay}, {"params": others}]
     optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM)
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     if seed is not None:
