@@ -41,31 +41,37 @@ def save(path: Path, state: dict[str, Any]) -> None:
 def save_last(folder: Path, state: dict[str, Any], names: Iterable[str] = ()) -> None:
     """Write `folder`/last.pt and keep the one before as previous.pt; it gets `names`, too.
 
-    At any moment last.pt is whole. Raises OSError, and then all are as they were.
+    At any moment last.pt is whole and previous.pt is another one, so that wherever this is cut
+    short, one of the two is intact though the one before has been damaged. Raises OSError, and then
+    all are as they were.
     """
-    fresh = folder / f".{LAST}.new"
+    fresh, before = folder / f".{LAST}.new", folder / f".{PREVIOUS}.new"
     try:
         save(fresh, state)
         if (folder / LAST).exists():
-            stand_in(folder / LAST, folder / PREVIOUS)
+            link(folder / LAST, before)
         fresh.replace(folder / LAST)
+        if before.exists():
+            before.replace(folder / PREVIOUS)
     finally:
         fresh.unlink(missing_ok=True)
+        before.unlink(missing_ok=True)
     for name in names:
-        stand_in(folder / LAST, folder / name)
-
-
-def stand_in(source: Path, path: Path) -> None:
-    """Make `path` another name of the same file, which is never written to again, or a copy."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+        beside = folder / f".{name}.new"
         try:
-            os.link(source, beside)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+            link(folder / LAST, beside)
+            beside.replace(folder / name)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def link(source: Path, path: Path) -> None:
+    """Make `path` another name of the same file, which is never written to again, or a copy."""
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, path)
 
 
 def seal(file: BinaryIO) -> None:

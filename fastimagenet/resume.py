@@ -109,17 +109,23 @@ def changes(trainer: Trainer, state: dict[str, Any]) -> str:
 
 
 def newest_intact(trainer: Trainer, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The last checkpoint, or, with a word about it, the one before where that is damaged."""
-    path = folder / checkpoint.LAST
-    try:
-        return path, checkpoint.load(path, *ENTRIES)
-    except UserError as error:
-        path = folder / checkpoint.PREVIOUS
-        if not path.exists():
-            raise
-        if trainer.world.is_main:
-            print(f"note: {error}; going on from {path}", file=sys.stderr)  # noqa: T201
-    return path, checkpoint.load(path, *ENTRIES)
+    """The last checkpoint or, with a word about it, the one before, or that of the epoch's end.
+
+    Raises UserError naming the last one where none is intact.
+    """
+    damage: UserError | None = None
+    for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.EPOCH):
+        path = folder / name
+        try:
+            state = checkpoint.load(path, *ENTRIES)
+        except UserError as error:
+            damage = damage or error
+            continue
+        if damage is not None and trainer.world.is_main:
+            print(f"note: {damage}; going on from {path}", file=sys.stderr)  # noqa: T201
+        return path, state
+    assert damage is not None
+    raise damage
 
 
 def resume(trainer: Trainer, output: Path, flag: str, *, elastic: bool = False) -> None:

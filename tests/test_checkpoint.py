@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,33 @@ def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="cannot pickle"):
         checkpoint.save_last(tmp_path, {"step": (item for item in ())}, [checkpoint.BEST])
     assert {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()} == steps
+
+
+@pytest.mark.parametrize("renames", range(4))
+def test_a_save_cut_short_after_damage_leaves_an_intact_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    """A campaign of faults found it: a flipped bit, then a kill between two renames."""
+    for step in range(2):
+        checkpoint.save_last(tmp_path, {"step": step})
+    content = bytearray((tmp_path / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "last.pt").write_bytes(content)
+    replace, left = Path.replace, iter(range(renames))
+
+    def killed(path: Path, target: Path) -> Path:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with suppress(KeyboardInterrupt):
+        checkpoint.save_last(tmp_path, {"step": 2})
+    steps = []
+    for name in (checkpoint.LAST, checkpoint.PREVIOUS):
+        with suppress(UserError):
+            steps.append(checkpoint.load(tmp_path / name)["step"])
+    assert steps == [[0], [0], [2, 0], [2]][renames]
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:

@@ -473,9 +473,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     for name, value in weights[1].items():
         assert torch.equal(weights[0][name], value), name
     if damage == "truncated":
-        for name in ("last.pt", "previous.pt"):
+        for name in ("last.pt", "previous.pt", "epoch.pt"):
             last.with_name(name).write_bytes(b"")
-        assert "previous.pt cannot be read" in train(*flags, status=2)[1]
+        assert "last.pt cannot be read" in train(*flags, status=2)[1]
 
 
 def test_a_hostile_checkpoint_is_refused_and_its_code_not_run(
