@@ -207,8 +207,8 @@ def test_a_run_is_set_beside_its_prediction(tmp_path: Path) -> None:
     text = check(tmp_path / "plan", run)
     parts = read_object(tmp_path / "plan" / "check.json")["parts"]
     assert parts["start_up"]["error"] == pytest.approx(3 / 4 - 1)
-    assert parts["wall"]["predicted_seconds"] == pytest.approx(29.5)
-    assert parts["wall"]["error"] == pytest.approx(29.5 / 28 - 1)
+    assert parts["wall"]["predicted_seconds"] == pytest.approx(29.6)
+    assert parts["wall"]["error"] == pytest.approx(29.6 / 28 - 1)
     assert parts["compile"]["error"] is None
     assert "-25.0 %" in text
     write_object(run / "plan.json", replace(RECIPE, max_lr=2.0).plan(1, 1020).to_dict())
