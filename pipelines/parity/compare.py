@@ -31,8 +31,8 @@ WORST = 6
 BOUNDS: dict[str, tuple[float, float | None]] = {"val": (0.25, 2), "train": (0.25, None)}
 """By split: the largest mean difference, and the largest difference of any value; of 255.
 
-None: where the filter reaches over the edge of a crop, Pillow takes the pixels that are there and
-DALI repeats the outermost ones. Validation cuts those edges off, training does not."""
+None: on a GPU, where the filter reaches over the edge of a crop, Pillow takes the pixels that are
+there and DALI repeats the outermost ones. Validation cuts those edges off, training does not."""
 
 
 @dataclass(frozen=True)
