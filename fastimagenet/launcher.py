@@ -41,9 +41,14 @@ class Agent(LocalElasticAgent):
     elastic = False
     """Whether the run goes on when nodes leave."""
 
+    @property
+    def met(self) -> bool:
+        """Whether the nodes have met: processes were started."""
+        return self._pcontext is not None
+
     def check_saved(self) -> None:
-        """After a signal has ended the processes: raise what one of them has reported."""
-        if self._pcontext is not None:
+        """After the processes have been ended: raise what one of them has reported."""
+        if self.met:
             status_of(super()._monitor_workers(self._worker_group))
 
     # The agent calls it several times a second.
@@ -97,6 +102,7 @@ def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
         join_timeout=RENDEZVOUS_TIMEOUT_SECONDS,
         last_call_timeout=LAST_CALL_SECONDS,
     )
+    agent: Agent | None = None
     try:
         handler = registry.get_rendezvous_handler(meeting)
         spec = WorkerSpec(
@@ -114,11 +120,15 @@ def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
         result = agent.run()
         handler.shutdown()
     except SignalException as error:
-        agent.check_saved()
+        if agent is not None:
+            agent.check_saved()
         return 128 + int(error.sigval)
     except RendezvousClosedError:
         raise UserError("the run has ended on another node, which says why") from None
     except RendezvousError as error:
+        if agent is not None and agent.met:  # the node that hosts the store was the first to end
+            agent.check_saved()
+            raise UserError("the run has ended on another node, which says why") from None
         raise UserError(
             f"--rdzv-endpoint {launch.rdzv_endpoint}: the {launch.nodes} nodes did not meet within "
             f"{RENDEZVOUS_TIMEOUT_SECONDS} s ({error}); type the same command on every node"
