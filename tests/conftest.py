@@ -12,9 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.workers import num_cores
+
 ROOT = Path(__file__).resolve().parent.parent
 # A job in the background ignores SIGINT, and so would the commands that the tests start and stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Test files side by side share the cores, and no thread of theirs waits busily. torch reads this
+# once, when it is imported.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // WORKERS)))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session", autouse=True)

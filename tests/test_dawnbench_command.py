@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +33,6 @@ def command(*arguments: object, status: int) -> tuple[str, str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=600,
     )
     assert process.returncode == status, process.stdout + process.stderr

@@ -145,7 +145,6 @@ def test_ctrl_c_on_a_terminal_keeps_and_draws_what_there_is(tmp_path: Path, digi
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
         start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )

@@ -572,7 +572,7 @@ def test_two_processes_over_gloo(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO, str(rank), str(tmp_path)],
-            env=os.environ | place | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | place,
             stderr=subprocess.PIPE,
             text=True,
         )
