@@ -86,11 +86,11 @@ def cifar10_speed(nodes: int = 1) -> Recipe:
         model="speednet",
         phases=(
             Phase(epochs=5, image_size=24, batch_size=1000, eval_size=32),
-            Phase(epochs=4, image_size=32, batch_size=1000),
+            Phase(epochs=5, image_size=32, batch_size=1000),
         ),
         max_lr=0.83,
         schedule="piecewise",
-        lr_spans=((0, 9, 1.0, 0.0),),
+        lr_spans=((0, 10, 1.0, 0.0),),
         optimizer="muon",
         muon=(0.205, 0.6),
         bias_lr_factor=64,
@@ -109,7 +109,7 @@ def cifar10_speed(nodes: int = 1) -> Recipe:
         reflect_pad=2,
         resize_ratio=1.0,
         tta="flip+crop",
-        eval_every_epochs=9,
+        eval_every_epochs=10,
         target="top1=0.94",
     )
 
