@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
 from math import ceil, sqrt
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 from pipelines.batch_crop import normalise, on_device, resized_crop, window_crop
 from pipelines.crops import crop_box, place
 from pipelines.errors import UserError
-from pipelines.images import ImageFile
 from pipelines.loader import LoaderSpec, Stage, eval_range
 from pipelines.order import Batch, Draws, Order
-from pipelines.split import Split, undecodable
+from pipelines.squares import Squares, of_all_files, shapes_of
 from pipelines.stream import StreamLoader
-from pipelines.torchvision import decode, padded, validation_crop
 
-CHUNK = 64
-"""Images that a thread reads at a time."""
 BATCH_BYTES = 16
 """At most, for each value of a batch of kept images: uint8, and floats before and after steps."""
 
 SHARE = 0.8
 """Of the free memory, at most: the network and its activations need the rest."""
-
-T = TypeVar("T")
-Squares = list[tuple[int, Tensor]]
 
 
 class MemoryLoader(StreamLoader):
@@ -83,48 +72,35 @@ class MemoryLoader(StreamLoader):
     def fill(self) -> None:
         """Read every file; on an error nothing is kept."""
         spec, count = self.spec, len(self.rows)
+        workers = max(1, spec.num_threads)
         if spec.training and not spec.reflect_pad:
             for stage in spec.stages:
                 if stage.copy not in self.shapes:
                     shapes = self.shapes[stage.copy] = np.zeros((count, 2), np.int64)
-                    self.for_each_file(spec.source(stage), shape_of, shapes.__setitem__)
+                    source = spec.source(stage)
+                    for rows, values in of_all_files(shapes_of, source, self.rows, workers):
+                        shapes[rows] = values
         sides = {(stage.copy, stage.image_size): self.side(stage) for stage in spec.stages}
         self.check_memory(sides)
         # Stages of different image sizes may need the same squares.
         kept = {
-            (copy, side): torch.empty((count, side, side, 3), dtype=torch.uint8)
+            (copy, side): np.empty((count, side, side, 3), np.uint8)
             for (copy, _), side in sides.items()
         }
         for stage in {stage.copy: stage for stage in spec.stages}.values():
-            squares = [(side, kept[copy, side]) for copy, side in kept if copy == stage.copy]
-
-            def keep(row: int, image: Tensor, squares: Squares = squares) -> None:
-                for side, images in squares:
-                    images[row] = self.squared(image, side).permute(1, 2, 0)
-
-            self.for_each_file(spec.source(stage), decode, keep)
-        on_device = {key: images.to(self.device) for key, images in kept.items()}
+            read = Squares(
+                sides=tuple(side for copy, side in kept if copy == stage.copy),
+                training=spec.training,
+                reflect_pad=spec.reflect_pad,
+                resize_ratio=spec.resize_ratio,
+            )
+            for rows, squares in of_all_files(read, spec.source(stage), self.rows, workers):
+                for side, images in zip(read.sides, squares, strict=True):
+                    kept[stage.copy, side][rows] = images
+        on_device = {key: torch.from_numpy(images).to(self.device) for key, images in kept.items()}
         self.images = {
             (copy, image_size): on_device[copy, side] for (copy, image_size), side in sides.items()
         }
-
-    def for_each_file(
-        self, split: Split, read: Callable[[ImageFile], T], keep: Callable[[int, T], None]
-    ) -> None:
-        """Call keep(row, read(file)) for all rows, in threads. UserError where `read` fails."""
-
-        def run(rows: range) -> None:
-            for row in rows:
-                file = split.files[self.rows[row]]
-                try:
-                    value = read(file)
-                except Exception as error:
-                    raise undecodable(file, error) from error
-                keep(row, value)
-
-        rows = range(len(self.rows))
-        with ThreadPoolExecutor(max(1, self.spec.num_threads)) as pool:
-            list(pool.map(run, (rows[at : at + CHUNK] for at in rows[::CHUNK])))
 
     def side(self, stage: Stage) -> int:
         """Height and width of what is kept for all stages that are read like this one."""
@@ -140,15 +116,6 @@ class MemoryLoader(StreamLoader):
         ]
         largest = int(self.shapes[stage.copy].max())
         return min(ceil(stage.image_size / sqrt(min(alike))), largest)
-
-    def squared(self, image: Tensor, side: int) -> Tensor:
-        """What is kept of an image: (3, side, side) uint8."""
-        spec = self.spec
-        if not spec.training:
-            return validation_crop(image, (side, side), spec.resize_ratio)
-        if spec.reflect_pad:
-            return padded(image, side - 2 * spec.reflect_pad, spec.reflect_pad)
-        return functional.resize(image, [side, side], antialias=True)
 
     def check_memory(self, sides: dict[tuple[str, int], int]) -> None:
         """Raise UserError unless the images and the largest batch of them fit."""
@@ -196,12 +163,6 @@ class MemoryLoader(StreamLoader):
         box = crop_box(height, width, draws, slice(None), self.spec.aspect_ratio)
         scale = side / np.stack([height, width, height, width])
         return (np.stack(box) * scale).astype(np.float32)
-
-
-def shape_of(file: ImageFile) -> tuple[int, int]:
-    """(height, width) as the header has them. Raises what Pillow raises."""
-    with file.open() as stream, Image.open(stream) as image:
-        return image.height, image.width
 
 
 def free_memory(device: torch.device) -> int:

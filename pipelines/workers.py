@@ -54,7 +54,7 @@ def in_processes(
                 yield future.result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed, as happens when memory runs out: try fewer --workers"
+            "a worker process was killed, as happens when memory runs out: fewer workers need less"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -77,6 +77,7 @@ def hidden_main() -> Iterator[None]:
 
 def start_worker() -> None:
     """Leave Ctrl-C to the parent, end with it however it ends, and keep Pillow's warnings quiet."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # each has a core, should it import torch
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     threading.Thread(target=end_with_parent, daemon=True).start()

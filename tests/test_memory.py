@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from pipelines import make_loader
+from pipelines import make_loader, squares
 from pipelines.batch_crop import (
     PIECE,
     reflect_crop,
@@ -120,6 +121,26 @@ def test_random_crops_of_other_images_are_the_same_crops(mixed: Split) -> None:
     assert difference.mean() < 3
     for wrong in (theirs.flip(3), theirs.flip(2), theirs.roll(1, 3), theirs.roll(1, 2)):
         assert ((ours - wrong).abs().mean(dim=(1, 2, 3)) > 1.3 * difference).all()
+
+
+@pytest.mark.parametrize("fields", [{"reflect_pad": 4}, {}], ids=["squares", "shapes and squares"])
+def test_processes_read_what_one_does(
+    cifar10: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    """The same images in the same places; a file that cannot be decoded is named by them, too."""
+    split = read_split(cifar10, "val")
+    expected = batches("memory", spec_of(split, num_threads=2, **fields))
+    monkeypatch.setattr(squares, "MANY", len(split))
+    for ours, theirs in zip(
+        batches("memory", spec_of(split, num_threads=2, **fields)), expected, strict=True
+    ):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    assert not multiprocessing.active_children()
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    files = [*split.files, *whole_files([str(tmp_path / "bad.jpg")])]
+    broken = Split(files, [0] * len(files), ("a",))
+    with pytest.raises(UserError, match=r"bad\.jpg cannot be decoded .*--skip-list"):
+        make_loader("memory", spec_of(broken, num_threads=2, **fields))
 
 
 def test_the_augmentation_is_pad_crop_and_flip(cifar10: Path) -> None:

@@ -1,0 +1,21 @@
+"""The memory of training on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""As <malloc.h> has them."""
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what this process frees, for what it allocates next; elsewhere do nothing.
+
+    By default it gives large blocks back, and the kernel maps and clears their pages anew: every
+    activation of every step. speednet in batches of 1,000 in bf16, two cores of an AMD EPYC: 534
+    images/s in place of 468 at 32 px, 989 in place of 889 at 24 px (2026-11-26).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
