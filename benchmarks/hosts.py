@@ -65,7 +65,7 @@ class Hosts:
             stderr=log or subprocess.PIPE,
             text=True,
             # The same in all runs that are compared: sums depend on the number of threads.
-            env=os.environ | {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
+            env={"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ),
         )
 
 

@@ -75,7 +75,7 @@ def test_a_killed_worker_is_started_again_from_the_last_checkpoint(
 
 def test_a_straggler_is_named_within_the_timeout(cifar10: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    flags = ("--timeout", 5, "--max-restarts", 0)
+    flags = ("--timeout", 10, "--max-restarts", 0)
     process = start("fastimagenet.train", "--data", cifar10, "--output", folder, *TWO, *flags)
     wait_for((folder / "checkpoints" / "last.pt").exists, process)
     waiting, straggler = workers(process)
