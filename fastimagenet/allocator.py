@@ -1,4 +1,4 @@
-"""The memory of training on a CPU."""
+"""What the commands do with the memory of their process."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastimagenet.allocator import keep_freed_memory
 from fastimagenet.disk import NotWritten
 from fastimagenet.distributed import (
     TIMEOUT_SECONDS,
@@ -173,6 +174,7 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
 
     def told(argv: Sequence[str] | None) -> int:
         end_with_launcher()
+        keep_freed_memory()
         try:
             return command(argv)
         except UserError as error:

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastimagenet import checkpoint
-from fastimagenet.allocator import keep_freed_memory
 from fastimagenet.checkpoint_writer import CheckpointWriter
 from fastimagenet.communication import CommunicationTimer, synchronised
 from fastimagenet.distributed import World, all_reduce_sum, any_process, broadcast
@@ -111,8 +110,6 @@ class Trainer:
         self.losses = LossWatch(self.device, patience_steps)
         self.trained = self._wrapped(bucket_mb)
         torch.backends.cudnn.benchmark = True
-        if self.device.type == "cpu":
-            keep_freed_memory()
 
     def _wrapped(self, bucket_mb: float) -> nn.Module:
         """The module that the training step calls: the model, distributed and compiled."""

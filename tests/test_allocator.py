@@ -13,11 +13,11 @@ STEPS = """
 from resource import RUSAGE_SELF, getrusage
 from benchmarks.phase_rates import update
 from benchmarks.step_variants import synthetic_trainer, variant_recipe
-from fastimagenet import trainer
+from fastimagenet.allocator import keep_freed_memory
 from fastimagenet.recipe_book import named_recipe
 
-if not KEEP:
-    trainer.keep_freed_memory = lambda: None
+if KEEP:
+    keep_freed_memory()
 made = synthetic_trainer(variant_recipe(named_recipe("cifar10"), "eager", 32, 256), "cpu", 10)
 images, labels = next(iter(made.train_loader))
 for step in range(6):

@@ -237,6 +237,7 @@ def test_a_wrong_flag_is_one_line_and_nothing_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)  # not that of the tests to come
     Path("folder.toml").mkdir()
     Path("folder.toml/file").touch()
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
