@@ -62,10 +62,10 @@ def training(recipe: str) -> Callable[[Setup, Path, float], Words]:
     """A run of the recipe by the plain command."""
 
     def command(setup: Setup, folder: Path, _: float) -> Words:
-        fast = flags_of(["compile=true"]) if recipe == "cifar10-speed" else []
-        small = ["--epochs", "2", *small_batches(recipe)]
+        flags = flags_of(["compile=true"]) if recipe == "cifar10-speed" else []
+        if setup.small:
+            flags = ["--epochs", "2", *small_batches(recipe)]
         run = words("fastimagenet.train", setup, "cifar10", "memory")
-        flags = small if setup.small else fast
         return [*run, "--recipe", recipe, *flags, "--output", str(folder / "run")]
 
     return command

@@ -1,4 +1,4 @@
-"""What the commands do with the memory of their process."""
+"""Memory that is freed stays with the process."""
 
 from __future__ import annotations
 

@@ -79,8 +79,7 @@ def cifar10_speed(nodes: int = 1) -> Recipe:
     8 epochs at 32 px are ours at growing sizes, its rates those for our batch. `compile = true`
     is meant for a GPU. Two cores of an AMD EPYC, bf16, on a copy compressed to JPEG at quality 75
     with 4:2:0 chroma: 89.85 % top-1, 90.65 % with TTA in 783 s with evaluation, means of 3 seeds,
-    beside 993 s of airbench94 in the same sitting (2026-11-26). Fewer epochs or a first phase at
-    16 px cost accuracy: 3 at 16, 3 at 24 and 4 at 32 px gave 90.17 % with TTA (n = 1).
+    beside 993 s of airbench94 (n = 1) in the same sitting (2026-11-26).
     """
     return Recipe(
         name="cifar10-speed",
