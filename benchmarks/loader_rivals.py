@@ -27,6 +27,7 @@ from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.errors import UserError
 from pipelines.split import Split
 from pipelines.torchvision import leave_interrupts_to_parent
+from pipelines.workers import preload_torchvision
 
 MIN_SCALE = 0.25
 """Smallest share of an image's area that a crop keeps."""
@@ -111,8 +112,8 @@ def from_workers(dataset: Dataset[Any], count: int, task: Task) -> Generator[Any
     # One endless epoch: with few images a new iterator for each would be most of the time.
     sampler = RandomSampler(range(count), replacement=True, num_samples=ENDLESS)
     # Workers are not forked from this process, where other loaders have threads.
+    preload_torchvision()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchvision.transforms.v2"])
     loader = DataLoader(
         dataset,
         batch_size=task.batch_size,

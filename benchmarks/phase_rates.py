@@ -99,12 +99,12 @@ def measure_phase(
     first_batch_seconds = time.perf_counter() - start
     if trainer.plan.recipe.compile:
         warm_up(trainer)
-    if trainer.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(trainer.device)
     images, labels = synthetic_batch(trainer, args, train)
     flops, moved = step_costs(trainer, images, labels)
     rates: dict[str, list[float]] = {"loader": [], "model": [], "both": [], "wait": []}
     for number in range(rounds + 1):
+        if number == 1 and trainer.device.type == "cuda":  # cuDNN has tried its algorithms
+            torch.cuda.reset_peak_memory_stats(trainer.device)
         span = seconds if number else 0.1  # round 0: files into the page cache, buffers to size
         loader = calls_per_sec(lambda: next(batches), trainer.device, span, WARM_UP_BATCHES)
         model = calls_per_sec(lambda: update(trainer, images, labels), trainer.device, span)

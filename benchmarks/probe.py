@@ -16,6 +16,7 @@ from benchmarks.planner import Probe, SizeRates
 from fastimagenet import checkpoint
 from fastimagenet.checkpoint_writer import CheckpointWriter
 from fastimagenet.distributed import World
+from fastimagenet.epoch_end import counts_of
 from fastimagenet.recipes import Recipe
 from fastimagenet.recorder import NullRecorder, Stopwatch
 from fastimagenet.resume import state_of
@@ -97,7 +98,8 @@ def eval_rate(trainer: Trainer, image_size: int, tta: str, seconds: float) -> tu
     for _ in range(ROUNDS):
         start = time.perf_counter()
         batches = limited(trainer.eval_loader, seconds / ROUNDS)
-        images = trainer.count(trainer.evaluated_model, batches, image_size, tta).images
+        model = trainer.evaluated_model
+        images = counts_of(trainer, model, batches, image_size, tta).images
         rates.append(images / (time.perf_counter() - start))
     return first, median(rates)
 

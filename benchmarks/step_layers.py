@@ -42,10 +42,13 @@ CONVOLUTIONS = (aten.convolution.default,)
 PRODUCTS = (aten.addmm.default, aten.mm.default)
 NORMS = (aten.native_batch_norm.default,)
 POINTWISE = (
-    *(aten.relu.default, aten.relu_.default, aten.silu.default, aten.add.Tensor),
-    *(aten.add_.Tensor, aten.mul.Tensor, aten.div.Tensor),
+    *(aten.relu.default, aten.relu_.default, aten.silu.default, aten.gelu.default),
+    *(aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.div.Tensor),
 )
-VIEWS = (operator.getitem, aten.alias.default, aten.view.default, aten.t.default)
+VIEWS = (
+    *(operator.getitem, aten.alias.default, aten.view.default, aten.t.default),
+    aten.detach.default,  # torch 2.11 has it where later ones have alias
+)
 
 
 @dataclass(kw_only=True)

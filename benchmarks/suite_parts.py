@@ -54,8 +54,13 @@ def ceilings(setup: Setup, folder: Path, _: float) -> Words:
     return [*words("benchmarks.device_ceilings", setup), "--seconds", seconds, *json(folder)]
 
 
-def gpu_tests(setup: Setup, folder: Path, _: float) -> Words:
-    return ["pytest", "tests/gpu", "-v", "--color=no", "-p", "no:cacheprovider"]
+def gpu_tests(name: str) -> Callable[[Setup, Path, float], Words]:
+    """A file of tests, in a process that it can take down."""
+
+    def command(setup: Setup, folder: Path, _: float) -> Words:
+        return ["pytest", f"tests/gpu/test_{name}.py", "-v", "--color=no", "-p", "no:cacheprovider"]
+
+    return command
 
 
 def training(recipe: str) -> Callable[[Setup, Path, float], Words]:
@@ -140,21 +145,23 @@ def read_json(name: str) -> Callable[[Path], Row]:
     return read
 
 
-TEST = re.compile(r"^(tests/\S+::.+?) +(?:(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*)?$", re.M)
+OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+TEST = re.compile(rf"^(tests/\S+::.+?) +(?:({OUTCOMES})\b(?: (\(.*\)))?.*)?$", re.M)
 """A line of pytest -v. A test's name is there before it begins, its outcome once it has ended."""
 
 
 def read_tests(folder: Path) -> Row:
-    """Counts by outcome, and the names of what did not pass."""
+    """Counts by outcome, and the names of what did not pass, and of what was skipped with why."""
     log = folder / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     names: dict[str, list[str]] = {}
-    for name, outcome in TEST.findall(text):
-        names.setdefault(outcome.lower() or "unfinished", []).append(name)
+    for name, outcome, reason in TEST.findall(text):
+        names.setdefault(outcome.lower() or "unfinished", []).append(f"{name} {reason}".rstrip())
     bad = ("failed", "error", "unfinished")
     return {
         "counts": {outcome: len(found) for outcome, found in names.items()},
         "not_passed": [name for outcome in bad for name in names.get(outcome, [])],
+        "skipped": names.get("skipped", []),
     }
 
 
@@ -178,6 +185,13 @@ def read_run(folder: Path) -> Row:
     return {name: summary[name] for name in RUN_FIELDS if name in summary} | {"evaluated": epochs}
 
 
+def tests_part(name: str, seconds: int) -> Part:
+    return Part(
+        name=f"tests-{name}", title=f"The tests in tests/gpu/test_{name}.py", seconds=seconds,
+        command=gpu_tests(name), read=read_tests,
+    )  # fmt: skip
+
+
 def cifar10_part(recipe: str, seconds: int) -> Part:
     return Part(
         name=recipe, title=f"CIFAR-10, recipe {recipe}", seconds=seconds,
@@ -185,34 +199,33 @@ def cifar10_part(recipe: str, seconds: int) -> Part:
     )  # fmt: skip
 
 
-CIFAR10 = {"cifar10": 40, "cifar10-speed": 50}
+TESTS = {"loaders": 30, "training": 50, "training_step": 50, "gpu_faults": 30}
+"""Files in tests/gpu and seconds."""
+CIFAR10 = {"cifar10": 35, "cifar10-speed": 55}
 """Recipes and seconds; the second one is compiled before its clock starts."""
 
 
 PARTS = (
     Part(
-        name="ceilings", title="What the device does at most", seconds=20,
+        name="ceilings", title="What the device does at most", seconds=15,
         command=ceilings, read=read_json("result.json"),
     ),
-    Part(
-        name="tests", title="The tests that need a GPU", seconds=140,
-        command=gpu_tests, read=read_tests,
-    ),
+    *(tests_part(name, seconds) for name, seconds in TESTS.items()),
     *(cifar10_part(name, seconds) for name, seconds in CIFAR10.items() if name in RECIPES),
     Part(
-        name="lr-finder", title="LR finder on CIFAR-10", seconds=20,
+        name="lr-finder", title="LR finder on CIFAR-10", seconds=25,
         command=lr_finder, read=read_json("sweep/lr_find.json"), needs="cifar10",
     ),
     Part(
-        name="stall", title="What reading costs the training, phase by phase", seconds=50,
+        name="stall", title="What reading costs the training, phase by phase", seconds=60,
         command=stall, read=read_json("throughput.json"), needs="data",
     ),
     Part(
-        name="decode", title="DALI's decoding of photographs", seconds=50,
+        name="decode", title="DALI's decoding of photographs", seconds=30,
         command=decode, read=read_json("result.json"), needs="data",
     ),
     Part(
-        name="steps", title="The training step of ResNet-50", seconds=100,
+        name="steps", title="The training step of ResNet-50", seconds=90,
         command=steps, read=read_json("result.json"),
     ),
 )  # fmt: skip

@@ -1,9 +1,9 @@
 """The suite's sweep of the ResNet-50 training step: `benchmarks.training_step` within a time limit.
 
-Eager at every size first, its batch doubled for as long as that pays; then, size by size, compiled
-and with CUDA graphs at the best of these batches, as compiling takes most of the time. The file is
-written after each measurement. A CUDA error leaves a process unusable: another one takes its place
-and goes on behind what the file has.
+The first size in every variant, then the others: eager, the batch doubled for as long as that pays;
+then, size by size, compiled and with CUDA graphs at the best of these batches, as compiling takes
+most of the time. The file is written after each measurement. A CUDA error leaves a process
+unusable: another one takes its place and goes on behind what the file has.
 """
 
 from __future__ import annotations
@@ -109,11 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.json.with_suffix(".start").touch()
     device = str(cli.one_device(args.device))
     found = StepSweep(args.json, device, args.seconds, start + args.limit)
-    for size in args.image_size:
-        found.eager(size, args.batch_size)
-    for size in args.image_size:
-        for variant in args.variants:
-            found.at_best_batch(size, variant)
+    for sizes in (args.image_size[:1], args.image_size[1:]):
+        for size in sizes:
+            found.eager(size, args.batch_size)
+        for size in sizes:
+            for variant in args.variants:
+                found.at_best_batch(size, variant)
     found.write(cut=found.over)
     failed = [rate for rate in found.rates if rate["error"] and not out_of_memory(rate)]
     for rate in failed:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.intervals import shown
+from benchmarks.suite_parts import TESTS
 from fastimagenet.files import Row
 from fastimagenet.formats import duration, number, percent, plain
 
@@ -69,8 +70,12 @@ def ceilings(figures: Row) -> Table:
 
 def tests(figures: Row) -> Table:
     rows = [(outcome, str(count)) for outcome, count in figures["counts"].items()]
-    bad = "; ".join(figures["not_passed"])
-    return ("outcome", "tests"), rows, f"Not passed: {bad}." if bad else ""
+    notes = [
+        f"{title}: {'; '.join(figures[key])}."
+        for title, key in (("Not passed", "not_passed"), ("Skipped", "skipped"))
+        if figures[key]
+    ]
+    return ("outcome", "tests"), rows, " ".join(notes)
 
 
 def run(figures: Row) -> Table:
@@ -173,7 +178,7 @@ def steps(figures: Row) -> Table:
 
 TABLES: dict[str, Callable[[Row], Table]] = {
     "ceilings": ceilings,
-    "tests": tests,
+    **{f"tests-{name}": tests for name in TESTS},
     "cifar10": run,
     "cifar10-speed": run,
     "lr-finder": lr_finder,

@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -120,15 +120,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         args.output = Path("runs") / f"throughput-{recipe.name}-{stamp}"
     command = shlex.join(["python", "-m", "benchmarks.throughput", *argv])
-    result = asdict(measure(args, recipe, command, load_average))
-    write_object(args.output / "throughput.json", result)
-    write_text(args.output / "table.md", table(result))
+    for measured in measure(args, recipe, command, load_average):
+        result = asdict(measured)
+        write_object(args.output / "throughput.json", result)
+        write_text(args.output / "table.md", table(result))
     print(f"\n{table(result)}\nall of it: {args.output}", flush=True)
     return 0
 
 
-def measure(args: argparse.Namespace, recipe: Recipe, command: str, load_average: float) -> Result:
-    """The ceilings, then phase by phase."""
+def measure(
+    args: argparse.Namespace, recipe: Recipe, command: str, load_average: float
+) -> Iterator[Result]:
+    """The ceilings, then phase by phase: what is known after each."""
     world = this_process(args)
     train, val = read_data(args, world)
     recipe.plan(1, len(train))  # names a batch that is too large before anything is measured
@@ -140,24 +143,24 @@ def measure(args: argparse.Namespace, recipe: Recipe, command: str, load_average
                 facts = hardware(trainer), precision_name(trainer.dtype)
             print(f"phase {index}: {phase.image_size} px, batch {phase.batch_size}", flush=True)
             measured.append(measure_phase(trainer, args, train, args.rounds, args.seconds))
-    return Result(
-        command=command,
-        date=time.strftime("%Y-%m-%d"),
-        hardware=facts[0],
-        precision=facts[1],
-        backend=chosen_backend(args.backend),
-        versions=versions(),
-        load_average=load_average,
-        recipe=recipe.name,
-        data=cli.data_name(args),
-        images=len(train),
-        rounds=args.rounds,
-        seconds=args.seconds,
-        matmul_flops_per_sec=matmul,
-        copy_bytes_per_sec=copy,
-        phases=[phase_result(rates, matmul.mean, copy.mean) for rates in measured],
-        definitions=DEFINITIONS,
-    )
+        yield Result(
+            command=command,
+            date=time.strftime("%Y-%m-%d"),
+            hardware=facts[0],
+            precision=facts[1],
+            backend=chosen_backend(args.backend),
+            versions=versions(),
+            load_average=load_average,
+            recipe=recipe.name,
+            data=cli.data_name(args),
+            images=len(train),
+            rounds=args.rounds,
+            seconds=args.seconds,
+            matmul_flops_per_sec=matmul,
+            copy_bytes_per_sec=copy,
+            phases=[phase_result(rates, matmul.mean, copy.mean) for rates in measured],
+            definitions=DEFINITIONS,
+        )
 
 
 def ceilings(trainer: Trainer, args: argparse.Namespace) -> tuple[Estimate, Estimate]:
@@ -165,9 +168,9 @@ def ceilings(trainer: Trainer, args: argparse.Namespace) -> tuple[Estimate, Esti
     device, dtype, seconds = trainer.device, trainer.dtype or torch.float32, args.seconds / 2
     turns = [
         (matmul_flops_per_sec(device, dtype, seconds), copy_bytes_per_sec(device, seconds))
-        for _ in range(args.rounds)
+        for _ in range(args.rounds + 1)
     ]
-    matmul, copy = zip(*turns, strict=True)
+    matmul, copy = zip(*turns[1:], strict=True)  # at first the clocks of an idle GPU are low
     return estimate(list(matmul)), estimate(list(copy))
 
 

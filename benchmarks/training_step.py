@@ -57,8 +57,8 @@ class StepRate:
     images_per_sec: Estimate
     """Over ROUNDS turns; 0 where there is an error."""
     peak_memory_bytes: int
-    """GPU: the most that torch had allocated, compilation included. CPU: the most that the process
-    has had resident up to here."""
+    """GPU: the most that torch had allocated, with CUDA graphs from their recording on. CPU: the
+    most that the process has had resident up to here."""
     flops_per_image: float
     """Of a step, as the floor counts them; a multiply-add is two."""
     bytes_per_image: float
@@ -200,6 +200,9 @@ def measure(recipe: Recipe, device: str, seconds: float) -> tuple[list[float], i
     if recipe.compile:
         warm_up(trainer)
     images, labels = next(iter(trainer.train_loader))
+    update(trainer, images, labels)  # cuDNN tries its algorithms, which takes memory
+    if trainer.device.type == "cuda" and not recipe.cuda_graphs:
+        torch.cuda.reset_peak_memory_stats(trainer.device)
     turn = seconds / ROUNDS
     rates = [
         len(labels) * calls_per_sec(lambda: update(trainer, images, labels), trainer.device, turn)

@@ -17,6 +17,7 @@ from fastimagenet.files import write_object
 from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import Recipe
 from fastimagenet.recorder import NullRecorder, Recorder, Stopwatch
+from pipelines import start_workers
 from pipelines.copies import AUTO, ORIGINAL, best_copy, find_copies, read_copy
 from pipelines.errors import UserError
 from pipelines.loader import Stage
@@ -77,6 +78,7 @@ def checks_flags(world: World | None) -> bool:
 def read_data(args: argparse.Namespace, world: World | None) -> tuple[Split, Split]:
     """Both splits, with their files checked. Raises UserError naming the folder or file."""
     data = cli.data_folder(args)
+    start_workers(args.backend)
     train, val = (
         read_split(data, split, args.skip_list, on_bad_image=args.on_bad_image)
         for split in ("train", "val")

@@ -21,6 +21,7 @@ from fastimagenet.distributed import (
 )
 from fastimagenet.evaluation import TTA, Counts, evaluate
 from fastimagenet.recipes import Recipe
+from pipelines import start_workers
 from pipelines.errors import UserError
 from pipelines.loader import Stage
 from pipelines.split import Split, left_out_note, read_split
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch = cli.launch_of(args)
     if args.image_size is not None and args.image_size < 8:
         raise UserError(f"--image-size must be at least 8 pixels, not {args.image_size}")
+    start_workers(args.backend)
     val = read_split(cli.data_folder(args), "val", args.skip_list, on_bad_image=args.on_bad_image)
     world = launched_world(launch)
     if world is None and launch.world_size > 1:

@@ -48,6 +48,16 @@ class LossWatch:
         return float(value)
 
 
+OUT_OF_MEMORY = ("out of memory", "unable to find an engine")
+"""Words of errors. With cudnn.benchmark torch tries every algorithm, takes the lack of memory for a
+reason to try the next one, and says at the end that none would run."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a batch was too large for the GPU."""
+    return any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 @contextmanager
 def out_of_memory_advice(batch_size: int, image_size: int, phase: int) -> Iterator[None]:
     """Turn the GPU's out-of-memory error into one that says what was tried and what to set.
@@ -56,7 +66,9 @@ def out_of_memory_advice(batch_size: int, image_size: int, phase: int) -> Iterat
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"the GPU is out of memory with batch_size {batch_size} at {image_size} px: "
             f"--set phases.{phase}.batch_size={max(1, batch_size // 2)}"

@@ -33,6 +33,8 @@ LAST_CALL_SECONDS = 10
 SIOCGIFADDR = 0x8915
 SHUTDOWN_TIMEOUT_SECONDS = 600
 """Time to save in after SIGTERM: a process may be in the middle of an evaluation."""
+STOP_TIMEOUT_SECONDS = 30
+"""For those that another one's death has left, which start again and have nothing to save."""
 
 
 class Agent(LocalElasticAgent):
@@ -50,6 +52,19 @@ class Agent(LocalElasticAgent):
         """After the processes have been ended: raise what one of them has reported."""
         if self.met:
             status_of(super()._monitor_workers(self._worker_group))
+
+    # torch 2.11 has no argument for the time; later ones name theirs here, which is shorter.
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 0) -> None:
+        self._close(death_sig, SHUTDOWN_TIMEOUT_SECONDS)
+        super()._shutdown(death_sig)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._close(signal.SIGTERM, STOP_TIMEOUT_SECONDS)
+
+    def _close(self, death_sig: signal.Signals, seconds: int) -> None:
+        """End the processes, by SIGKILL those that are still there after `seconds`."""
+        if self._pcontext is not None:
+            self._pcontext.close(death_sig, seconds)
 
     # The agent calls it several times a second.
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -115,7 +130,7 @@ def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
             monitor_interval=0.1,
             local_addr=address,
         )
-        agent = Agent(spec, DefaultLogsSpecs(), shutdown_timeout=SHUTDOWN_TIMEOUT_SECONDS)
+        agent = Agent(spec, DefaultLogsSpecs())
         agent.elastic = launch.min_nodes > 0
         result = agent.run()
         handler.shutdown()

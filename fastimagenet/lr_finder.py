@@ -13,6 +13,7 @@ from itertools import count, islice
 from typing import TYPE_CHECKING
 
 from fastimagenet.distributed import all_reduce_sum
+from fastimagenet.epoch_end import counts_of
 from fastimagenet.sweep import (
     DebiasedAverage,
     DivergenceRule,
@@ -163,7 +164,7 @@ def run(
             return "stopped"
         if stop_dv and (verdict := rule.verdict(iteration, loss)):
             return verdict
-        counts = trainer.count(trainer.model, islice(val_batches, 1), image_size)
+        counts = counts_of(trainer, trainer.model, islice(val_batches, 1), image_size)
         if iteration == 0 and len(trainer.eval_loader) <= 1:
             check_validation(plan, counts.images)
         keep(

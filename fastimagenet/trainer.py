@@ -6,7 +6,7 @@ log steps, the end of an epoch and the evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastimagenet import checkpoint
+from fastimagenet.average import MovingAverage
 from fastimagenet.checkpoint_writer import CheckpointWriter
 from fastimagenet.communication import CommunicationTimer, synchronised
-from fastimagenet.distributed import World, all_reduce_sum, any_process, broadcast
-from fastimagenet.evaluation import Counts, evaluate
+from fastimagenet.distributed import World, any_process
+from fastimagenet.epoch_end import epoch_record, evaluate_epoch
 from fastimagenet.faults import SCALER_PATIENCE_STEPS, LossWatch, out_of_memory_advice
 from fastimagenet.optimizer import make_optimizer, set_rates
 from fastimagenet.peers import exchanging
@@ -41,7 +41,6 @@ from fastimagenet.warm_up import compiled, graph_safe_gradients, warm_up
 from pipelines.loader import Loader
 
 LOG_EVERY_STEPS = 10
-Batches = Iterable[tuple[Tensor, Tensor]]
 Update = tuple[tuple[Tensor, Tensor], ...]
 """The batches of a process that make one update."""
 
@@ -91,10 +90,7 @@ class Trainer:
         self.model = model.to(self.device).to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, recipe, optimizer_backend)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.ema: AveragedModel | None = None
-        if recipe.ema_decay:
-            average = get_ema_multi_avg_fn(recipe.ema_decay)
-            self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.ema = MovingAverage(self.model, recipe.ema_decay) if recipe.ema_decay else None
         self.profiler: StepProfiler | None = None
         self.communication: CommunicationTimer | None = None
         self._ddp: DistributedDataParallel | None = None
@@ -178,11 +174,12 @@ class Trainer:
         seconds = train_seconds(self.clock.read()) - epoch_start
         # Of the updates made here: after a resume in mid-epoch there are fewer, or none.
         rate = (self.step - start_step) * phase.global_batch / seconds
-        counts = self._evaluate(phase) if self.plan.evaluates(self.epoch) else None
-        self._record_epoch(phase, counts, rate)
+        record = epoch_record(self, phase, rate, evaluate_epoch(self, phase))
+        self.records.append(record)
+        self.recorder.epoch(record)
         self.epoch += 1
         self.losses.total.zero_()
-        best = best_record(self.records, self.plan.recipe) is self.records[-1]
+        best = best_record(self.records, self.plan.recipe) is record
         self._save(checkpoint.EPOCH, *((checkpoint.BEST,) if best else ()))
 
     def train_step(self, batches: Update, phase: PlannedPhase) -> Tensor:
@@ -251,62 +248,11 @@ class Trainer:
         )
         return now
 
-    def _evaluate(self, phase: PlannedPhase) -> Counts:
-        """All validation images; the last evaluation of the run has the TTA, too."""
-        tta = self.plan.recipe.tta if self.epoch + 1 == self.plan.epochs else "none"
-        with self.clock.section("evaluation"):
-            return self.count(self.evaluated_model, self.eval_loader, phase.eval_size, tta)
-
-    def _squares(self, phase: PlannedPhase) -> dict[str, float]:
-        """At the end of a run that is evaluated on rectangles: the accuracies on squares."""
-        if self.epoch + 1 < self.plan.epochs or not phase.phase.rect:
-            return {}
-        with self.clock.section("evaluation"):
-            counts = self.count(self.evaluated_model, self.eval_loader, phase.eval_size)
-        return {"square_top1": counts.top1, "square_top5": counts.top5}
-
-    def count(
-        self, model: nn.Module, batches: Batches, image_size: int, tta: str = "none"
-    ) -> Counts:
-        """Exact counts over all processes, each with validation `batches` of its own."""
-        smallest = self.plan.smallest_phase
-        # BN statistics are local to a process; those of the first are saved, and judged.
-        broadcast(model.buffers(), self.world, "the BN statistics")
-        with out_of_memory_advice(smallest.phase.batch_size, image_size, smallest.index):
-            counts = evaluate(
-                model, batches, device=self.device, autocast_dtype=self.dtype, tta=tta
-            )
-        total = all_reduce_sum(counts.tensor().to(self.device), self.world, "validation counts")
-        return Counts.from_tensor(total)
-
     @property
     def evaluated_model(self) -> nn.Module:
         """The averaged weights where the recipe keeps them; never the compiled module, so that a
         ragged last batch costs no compilation."""
         return self.model if self.ema is None else self.ema.module
-
-    def _record_epoch(self, phase: PlannedPhase, counts: Counts | None, rate: float) -> None:
-        squares = self._squares(phase)
-        losses = all_reduce_sum(self.losses.total.clone(), self.world, "the epoch's losses")
-        total = losses.item()  # the epoch is over: nothing is kept waiting
-        seconds = self.clock.read()
-        record = EpochRecord(
-            step=self.step,
-            epoch=self.epoch,
-            time_seconds=sum(seconds.values()),
-            train_seconds=train_seconds(seconds),
-            eval_seconds=seconds["evaluation"],
-            data_wait_seconds=seconds["data_wait"],
-            image_size=phase.phase.image_size,
-            batch_size=phase.phase.batch_size,
-            images_per_sec=rate,
-            train_loss=total / (phase.steps_per_epoch * self.world.world_size),
-            val_loss=None if counts is None else counts.loss,
-            **({} if counts is None else counts.accuracies()),
-            **squares,
-        )
-        self.records.append(record)
-        self.recorder.epoch(record)
 
     def synchronize(self) -> None:
         """Wait for the device."""

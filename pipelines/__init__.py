@@ -47,6 +47,17 @@ def make_loader(backend: str, spec: LoaderSpec) -> Loader:
     raise UserError(f"backend {backend!r} is unknown: one of {', '.join(BACKENDS)}")
 
 
+def start_workers(backend: str) -> None:
+    """Make ready what the worker processes of the back end will need, before any is started.
+
+    It goes on beside what the caller does next.
+    """
+    if chosen_backend(backend) in ("torchvision", "memory"):
+        from pipelines.workers import preload_torchvision
+
+        preload_torchvision()
+
+
 def chosen_backend(backend: str) -> str:
     """What "auto" stands for here: dali where it is installed, else torchvision."""
     if backend != "auto":

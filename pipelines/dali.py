@@ -35,6 +35,8 @@ from pipelines.split import undecodable
 from pipelines.stream import StreamLoader
 
 Bytes = NDArray[np.uint8]
+HELD_BATCHES = 16
+"""At most, of those that a GPU has yet to work on; the trainer lets it catch up at log steps."""
 OUT_OF_MEMORY = ("out of memory", "bad_alloc", "cudaErrorMemoryAllocation", "allocation failed")
 
 
@@ -139,16 +141,21 @@ def outputs(pipeline: Pipeline, feed: Feed) -> Generator[Output]:
 def held(spec: LoaderSpec, outputs: Iterator[Output]) -> Generator[tuple[Tensor, Tensor, Batch]]:
     """Batches on a GPU as they are handed out; as `finished` on a CPU.
 
-    DALI does not know of torch's streams: its memory is held on to until the work that was queued
-    on it is done.
+    DALI does not know of torch's streams and takes memory back as soon as nobody here holds it:
+    each batch is kept until the work that was queued on it is done. That is asked, not waited for,
+    up to `HELD_BATCHES`: a wait would pass for one for data.
     """
-    queued: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
-    for decoded, labels, batch in outputs:
-        images = torch.from_dlpack(decoded.as_tensor())
-        yield images.permute(0, 3, 1, 2), labels, batch
-        queued.append((images, labels, torch.cuda.current_stream().record_event()))
-        if len(queued) > spec.dali.prefetch:
-            queued.popleft()[-1].synchronize()
+    queued: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
+    try:
+        for decoded, labels, batch in outputs:
+            images = torch.from_dlpack(decoded.as_tensor())
+            yield images.permute(0, 3, 1, 2), labels, batch
+            queued.append((torch.cuda.current_stream().record_event(), images, labels))
+            while queued and (queued[0][0].query() or len(queued) > HELD_BATCHES):
+                queued[0][0].synchronize()
+                queued.popleft()
+    finally:
+        torch.cuda.current_stream().synchronize()
 
 
 def with_paths(batches: Iterator[Batch]) -> Generator[tuple[Batch, list[Bytes]]]:

@@ -22,6 +22,7 @@ from pipelines.loader import LoaderSpec
 from pipelines.order import Batch, Draws, Order
 from pipelines.split import undecodable
 from pipelines.stream import StreamLoader
+from pipelines.workers import preload_torchvision
 
 
 class TorchvisionLoader(StreamLoader):
@@ -37,8 +38,8 @@ class TorchvisionLoader(StreamLoader):
         self.order = Order(spec)
 
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
+        preload_torchvision()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torchvision.transforms.v2"])
         loader = DataLoader(
             BatchReader(self.spec),
             # A worker gets the whole description of a batch where samplers mostly name indices.

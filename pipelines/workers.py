@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing import forkserver
 from types import ModuleType
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from pipelines.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+PRELOADED = "torchvision.transforms.v2"
 AHEAD = 4
 """Jobs per worker that are handed over at a time: results of a million need no memory."""
 
@@ -75,9 +77,25 @@ def hidden_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
+def preload_torchvision() -> None:
+    """Have it imported once for all processes that are to come, beside what the caller does next.
+
+    Too late once any process was started here: then each imports it, which takes seconds.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
+    # Until it has imported, the server would die of a Ctrl-C with a traceback.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker() -> None:
     """Leave Ctrl-C to the parent, end with it however it ends, and keep Pillow's warnings quiet."""
     os.environ["OMP_NUM_THREADS"] = "1"  # each has a core, should it import torch
+    if "torch" in sys.modules:  # preloaded
+        sys.modules["torch"].set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -15,14 +16,22 @@ import torch
 
 pytest.importorskip("nvidia.dali")
 
-from pipelines.dali import DaliLoader, Feed, build, check_one_dali, with_paths
+from pipelines.dali import (
+    HELD_BATCHES,
+    DaliLoader,
+    Feed,
+    build,
+    check_one_dali,
+    held,
+    with_paths,
+)
 from pipelines.dali_finish import Memory
 from pipelines.dali_graph import decoder_options
 from pipelines.dali_settings import DaliSettings
 from pipelines.errors import UserError
 from pipelines.images import whole_files
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.order import Order
+from pipelines.order import Batch, Order
 from pipelines.split import Split, read_split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +130,7 @@ from pipelines.dali import DaliLoader
 from pipelines.errors import UserError
 from pipelines.split import read_split
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.order import Order
+from pipelines.order import Batch, Order
 
 root = Path(sys.argv[1])
 broken = next((root / "train" / "ship").iterdir())
@@ -152,3 +161,61 @@ def test_a_damaged_file_is_named_and_never_ends_the_process(cifar10: Path, tmp_p
         [sys.executable, "-c", DAMAGE, str(data)], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_a_batch_on_a_gpu_is_given_back_after_the_work_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stream of a GPU that does nothing until it is waited for, in place of a real one."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, number: int) -> None:
+            self.number, self.over = number, False
+
+        def query(self) -> bool:
+            return self.over
+
+        def synchronize(self) -> None:
+            self.over = True
+            log.append(f"work {self.number} is over")
+
+    class Stream:
+        events: ClassVar[list[Event]] = []
+
+        def record_event(self) -> Event:
+            self.events.append(Event(len(self.events)))
+            return self.events[-1]
+
+        def synchronize(self) -> None:
+            log.append("all is over")
+
+    class Decoded:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def as_tensor(self) -> torch.Tensor:
+            memory = np.zeros((2, 4, 4, 3), np.float32)
+            weakref.finalize(memory, log.append, f"memory {self.number} is given back")
+            return torch.from_numpy(memory)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    spec = LoaderSpec(split=Split(whole_files(["a"]), [0], ("a",)), stages=STAGES, training=True)
+    outputs = ((Decoded(number), torch.zeros(2), cast("Batch", None)) for number in range(99))
+    batches = held(spec, outputs)
+    for _ in range(HELD_BATCHES + 3):
+        next(batches)
+    assert log == [
+        *("work 0 is over", "memory 0 is given back"),
+        *("work 1 is over", "memory 1 is given back"),
+    ]
+    for event in Stream.events[:5]:
+        event.over = True
+    next(batches)
+    assert log[4:] == [
+        f"{what} {number} is {end}"
+        for number in (2, 3, 4)
+        for what, end in (("work", "over"), ("memory", "given back"))
+    ]
+    batches.close()
+    assert log[10] == "all is over" and len(log) == 11 + HELD_BATCHES + 4 - 5

@@ -15,7 +15,7 @@ import pytest
 from benchmarks import decode_sweep, gpu_suite, suite_steps
 from benchmarks.decode_sweep import DecodeRate, Task
 from benchmarks.intervals import Estimate
-from benchmarks.suite_parts import PARTS, Part, Setup, read_tests
+from benchmarks.suite_parts import PARTS, TESTS, Part, Setup, read_tests
 from benchmarks.training_step import StepRate
 from fastimagenet.files import Row, read_object
 from pipelines.dali_settings import DaliSettings
@@ -49,7 +49,8 @@ def test_the_whole_suite_is_rehearsed_on_a_cpu(
         assert part["figures"] and part["command"].startswith("python -m "), name
     figures = {name: part["figures"] for name, part in result["parts"].items()}
     assert figures["ceilings"]["matmul_flops_per_sec"]["mean"] > 0
-    assert figures["tests"]["counts"].keys() == {"skipped"}
+    for name in TESTS:
+        assert figures[f"tests-{name}"]["counts"].keys() == {"skipped"}
     assert figures["cifar10"]["epochs"] == 2 and len(figures["cifar10"]["evaluated"]) >= 1
     assert figures["lr-finder"]["sweeps"][0]["iterations"] > 0
     assert [phase["image_size"] for phase in figures["stall"]["phases"]] == [32]
@@ -67,6 +68,11 @@ def test_the_whole_suite_is_rehearsed_on_a_cpu(
 
 def test_the_parts_fit_into_eight_minutes() -> None:
     assert sum(part.seconds for part in PARTS) + 10 <= 480
+
+
+def test_every_file_of_gpu_tests_is_a_part() -> None:
+    files = (ROOT / "tests" / "gpu").glob("test_*.py")
+    assert {path.stem.removeprefix("test_") for path in files} == set(TESTS)
 
 
 def part(name: str, script: str, read: Callable[[Path], Row], needs: str = "") -> Part:
@@ -140,7 +146,7 @@ def test_a_page_that_cannot_be_drawn_costs_no_figure(
 
 
 def test_a_suite_that_is_stopped_leaves_what_it_had(tmp_path: Path) -> None:
-    flags = ["--device", "cpu", "--output", tmp_path, "--only", "tests", "steps"]
+    flags = ["--device", "cpu", "--output", tmp_path, "--only", "tests-loaders", "steps"]
     command = [sys.executable, "-m", "benchmarks.gpu_suite", *map(str, flags)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (tmp_path / "steps").exists():
@@ -149,7 +155,7 @@ def test_a_suite_that_is_stopped_leaves_what_it_had(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     parts = result_of(tmp_path)["parts"]
-    assert parts["tests"]["status"] == "done" and "steps" not in parts
+    assert parts["tests-loaders"]["status"] == "done" and "steps" not in parts
 
 
 def test_what_pytest_did_not_finish_counts_as_not_passed(tmp_path: Path) -> None:
@@ -163,6 +169,7 @@ def test_what_pytest_did_not_finish_counts_as_not_passed(tmp_path: Path) -> None
     assert read_tests(tmp_path) == {
         "counts": {"passed": 1, "failed": 1, "skipped": 1, "unfinished": 1},
         "not_passed": ["tests/gpu/test_a.py::test_two", "tests/gpu/test_a.py::test_four"],
+        "skipped": ["tests/gpu/test_a.py::test_three (needs more)"],
     }
 
 
@@ -198,8 +205,8 @@ def test_batches_grow_while_that_pays_and_end_with_memory(
     assert suite_steps.main([*flags, "--image-size", "224", "288"]) == 0
     assert asked == [
         *((224, "eager", batch) for batch in (128, 256, 512, 1024)),
-        *((288, "eager", batch) for batch in (128, 256, 512)),
         *((224, variant, 1024) for variant in ("compiled", "graphs")),
+        *((288, "eager", batch) for batch in (128, 256, 512)),
         *(
             (288, variant, batch)
             for variant, batch in (("compiled", 256), ("graphs", 256), ("graphs", 128))

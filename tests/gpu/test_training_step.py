@@ -56,7 +56,7 @@ def test_a_step_never_waits_for_the_gpu(variant: str) -> None:
 def updated(trainer: Trainer, count: int) -> list[torch.Tensor]:
     """The weights after an update of `count` batches."""
     trainer.model.train()
-    update = tuple((a.to(GPU), b.to(GPU)) for a, b in list(batches(32, 16))[:count])
+    update = tuple((a.to(GPU).half(), b.to(GPU)) for a, b in list(batches(32, 16))[:count])
     for _ in range(3):
         trainer.update(update, LR, MOMENTUM, trainer.plan.phases[0])
     return [weight.detach().clone() for weight in trainer.model.parameters()]
