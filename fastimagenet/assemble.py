@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastimagenet import cli, recipe_toml
+from fastimagenet import checkpoint, cli, recipe_toml
 from fastimagenet.distributed import World, gather_objects, started_by_us
 from fastimagenet.files import write_object
 from fastimagenet.recipe_book import named_recipe
@@ -92,6 +92,12 @@ def read_data(args: argparse.Namespace, world: World | None) -> tuple[Split, Spl
 
 def check_output(folder: Path, resuming: bool = False) -> None:
     """Raise UserError if the folder cannot take this run, which, resumed, may find itself there."""
+    results = [name for name in ("summary.json", "lr_find.json") if (folder / name).exists()]
+    if results and not (folder / "checkpoints" / checkpoint.LAST).exists():
+        raise UserError(
+            f"--output {folder} holds results, {results[0]}, and no checkpoint to go on from: "
+            "name another folder"
+        )
     if not resuming and (folder / "plan.json").exists():
         raise UserError(
             f"--output {folder} holds another run: name another folder, "
@@ -129,12 +135,16 @@ def make_trainer(
         raise UserError(
             "--device cuda: this build of torch cannot use the CUDA device; --device cpu runs"
         )
-    counts = gather_objects((len(train), len(val)), world, "the comparison of the data")
-    if len(set(counts)) > 1:
+    asked = (len(train), len(val)), recipe_toml.dumps(recipe), args.seed
+    counts, recipes, seeds = map(set, zip(*gather_objects(asked, world, "a check"), strict=True))
+    if len(counts) > 1:
         raise UserError(
             f"--data: the processes see different images, {min(counts)} and {max(counts)} "
             "(training, validation): give all of them the same files"
         )
+    if len(recipes) > 1 or len(seeds) > 1:
+        flag = "--seed" if len(seeds) > 1 else "--recipe, --set or --epochs"
+        raise UserError(f"{flag}: the processes differ: type the same command on every node")
     dtype = autocast_dtype(recipe.precision, world.device.partition(":")[0])
     torch.manual_seed(args.seed)
     model = make_model(

@@ -9,6 +9,7 @@ import ctypes
 import os
 import re
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ TIMEOUT_SECONDS = 600
 """How long a process waits for the others, unless --timeout says so."""
 LAUNCHER = "FASTIMAGENET_LAUNCHER"
 """Variable with the process number of our own launcher."""
+STARTED = "FASTIMAGENET_STARTED"
+"""Variable with the time at which that was started, in seconds since 1970."""
 STOPPED = (130, 143)
 """Exit status of a process that was asked to stop, and has saved."""
 
@@ -162,6 +165,18 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def launched_before(moment: float) -> bool:
+    """Whether the run that this process belongs to was under way at `moment`, in seconds since
+    1970: what is from then is its own."""
+    return float(os.environ[STARTED]) <= moment if started_by_us() else restarted()
+
+
+def seconds_since_launch() -> float:
+    """From the start of the command, which checked data and met other nodes, to that of this
+    process; 0 where our own launcher did not start it."""
+    return max(0.0, time.time() - float(os.environ[STARTED])) if started_by_us() else 0.0
+
+
 def report_to_launcher(error: Exception) -> bool:
     """Leave the error to our launcher, which says it once; False where there is none."""
     if not started_by_us():
@@ -172,9 +187,10 @@ def report_to_launcher(error: Exception) -> bool:
     return True
 
 
-def run_processes(launch: Launch, module: str, argv: list[str]) -> int:
+def run_processes(launch: Launch, module: str, argv: list[str], seconds_before: float = 0.0) -> int:
     """Start `python -m module argv` in every process of this node and wait for the run's end.
 
+    `seconds_before` have passed since the command was typed: they count as the run's.
     Returns the exit status: that of the first process that failed, otherwise 0. Raises UserError
     or NotWritten where a process did, and UserError where the other nodes cannot be met.
     """
@@ -188,6 +204,7 @@ def run_processes(launch: Launch, module: str, argv: list[str]) -> int:
     before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.nproc_per_node)))
     os.environ[LAUNCHER] = str(os.getpid())
+    os.environ[STARTED] = str(time.time() - seconds_before)
     try:
         return run_agent(launch, module, argv)
     finally:  # what this process starts later is not of this run

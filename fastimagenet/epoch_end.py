@@ -24,13 +24,21 @@ def evaluate_epoch(trainer: Trainer, phase: PlannedPhase) -> dict[str, float | N
     """
     if not trainer.plan.evaluates(trainer.epoch):
         return {}
-    last, size = trainer.epoch + 1 == trainer.plan.epochs, phase.eval_size
-    tta = trainer.plan.recipe.tta if last else "none"
+    recipe, last = trainer.plan.recipe, trainer.epoch + 1 == trainer.plan.epochs
+
+    def counted(tta: str) -> Counts:
+        return counts_of(
+            trainer, trainer.evaluated_model, trainer.eval_loader, phase.eval_size, tta
+        )
+
     with trainer.clock.section("evaluation"):
-        counts = counts_of(trainer, trainer.evaluated_model, trainer.eval_loader, size, tta)
+        counts = counted(recipe.tta if last else "none")
+        if not last and trainer.stop_at_target and recipe.reached_by(counts.accuracies()):
+            last = True
+            counts = counts if recipe.tta == "none" else counted(recipe.tta)
         fields: dict[str, float | None] = {"val_loss": counts.loss, **counts.accuracies()}
         if last and phase.phase.rect:
-            squares = counts_of(trainer, trainer.evaluated_model, trainer.eval_loader, size)
+            squares = counted("none")
             fields |= {"square_top1": squares.top1, "square_top5": squares.top5}
     return fields
 

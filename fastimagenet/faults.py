@@ -42,8 +42,8 @@ class LossWatch:
         if failed_at >= 0:
             step = int(failed_at)
             raise UserError(
-                f"the loss is not finite at step {step}, lr {plan.lr(step):.4g}: "
-                f"try a lower one, such as --set max_lr={plan.recipe.max_lr / 2:g}"
+                f"the loss is not finite at step {step}, lr {plan.lr(step):.4g}: try a lower one "
+                f"in another --output, such as --set max_lr={plan.recipe.max_lr / 2:g}"
             )
         return float(value)
 

@@ -6,6 +6,7 @@ the named ones, `recipe_toml.py` reads and writes them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
@@ -208,6 +209,14 @@ class Recipe:
             return None
         metric, _, value = self.target.partition("=")
         return metric, float(value)
+
+    def reached_by(self, accuracies: Mapping[str, float | None]) -> bool:
+        """Whether these fractions, by metric, have the target; False without one."""
+        if self.target_metric is None:
+            return False
+        metric, mark = self.target_metric
+        value = accuracies.get(metric)
+        return value is not None and value >= mark
 
     def plan(self, world_size: int, num_train: int, global_batch: int | None = None) -> Plan:
         """Derive steps, global batch and rates; `global_batch` is that of the first phase.

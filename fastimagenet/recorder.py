@@ -38,11 +38,12 @@ OUTSIDE_TRAINING = ("compile", "evaluation", "checkpoint")
 class Stopwatch:
     """Seconds by section. Exactly one section runs at a time, so they add up to the wall time.
 
-    Starts in "start_up". A context manager or `waiting` enters a section and comes back.
+    Starts in "start_up", which has taken `before` seconds elsewhere. A context manager or `waiting`
+    enters a section and comes back.
     """
 
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(SECTIONS, 0.0)
+    def __init__(self, before: float = 0.0) -> None:
+        self.seconds = dict.fromkeys(SECTIONS, 0.0) | {"start_up": before}
         self._section = "start_up"
         self._since = time.perf_counter()
 
@@ -84,8 +85,15 @@ class Stopwatch:
         self.switch(self._section)
         return dict(self.seconds)
 
-    def carry_over(self, seconds: dict[str, float]) -> None:
-        """Add the reading of the run that this one goes on with."""
+    def carry_over(self, seconds: dict[str, float], lost: float | None = None) -> None:
+        """Add the reading of the run that this one goes on with.
+
+        `lost`: seconds from that reading to now, where the run itself went on: they count, as
+        "other", in place of what this process has taken so far.
+        """
+        self.switch(self._section)
+        if lost is not None:
+            self.seconds = dict.fromkeys(SECTIONS, 0.0) | {"other": lost}
         for section, value in seconds.items():
             self.seconds[section] += value
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastimagenet import checkpoint
-from fastimagenet.distributed import gather_objects
+from fastimagenet.distributed import gather_objects, launched_before
 from fastimagenet.recorder import EpochRecord
 from pipelines.errors import UserError
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from fastimagenet.trainer import Trainer
 
 
-ENTRIES = ("recipe", "classes", "num_train", "seed", "model", "ranks", "accumulation")
+ENTRIES = (
+    *("recipe", "classes", "num_train", "seed", "model", "ranks", "accumulation", "clock"),
+    "saved_at",
+)
 """What a checkpoint that a run goes on from holds at least."""
 
 
@@ -42,6 +46,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "epoch": trainer.epoch,
         "records": [vars(record) for record in trainer.records],
         "clock": trainer.clock.read(),
+        "saved_at": time.time(),
         "ranks": gather_objects(rank_state, trainer.world, f"the save at step {trainer.step}"),
     }
 
@@ -161,4 +166,7 @@ def resume(trainer: Trainer, output: Path, flag: str, *, elastic: bool = False) 
         if state[name] != trainer.about[name]:
             raise UserError(f"--resume: {path} is of a run with another {name}: {remedy}")
     restore(trainer, state)
-    trainer.clock.carry_over(state["clock"])
+    # After a fault the run itself goes on: what was lost since the checkpoint is a part of it.
+    saved_at = state["saved_at"]
+    lost = max(0.0, time.time() - saved_at) if launched_before(saved_at) else None
+    trainer.clock.carry_over(state["clock"], lost)

@@ -33,6 +33,7 @@ from fastimagenet.distributed import (
     process_group,
     restarted,
     run_processes,
+    seconds_since_launch,
     started_by_us,
 )
 from fastimagenet.optimizer import BACKENDS as OPTIMIZER_BACKENDS
@@ -109,7 +110,7 @@ def parser() -> cli.Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    clock = Stopwatch()
+    clock = Stopwatch(seconds_since_launch())
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     if args.list_recipes:
@@ -145,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_output(args.output, resuming=goes_on(args))
     if world is None:
         if launch.world_size > 1:
-            return run_processes(launch, "fastimagenet.train", argv)
+            before = sum(clock.read().values())
+            return run_processes(launch, "fastimagenet.train", argv, before)
         world = World(device="cpu" if launch.device == "cpu" else "cuda:0")
     with process_group(world, args.timeout):
         return train_and_report(args, plan, world, train, val, clock, argv)
@@ -231,6 +233,10 @@ def train_and_report(
     flag = "auto" if restarted() or (args.resume is None and started_by_us()) else args.resume
     if flag is not None:
         resume(trainer, args.output, flag, elastic=bool(args.nodes[0]))
+        has_results = (args.output / "summary.json").exists()
+        if trainer.over and gather_objects(has_results, world, "a check")[0]:
+            cli.say(world, f"the run in {args.output} is finished: nothing is left to train")
+            return 0
     if args.profile and world.is_main:
         trainer.profiler = StepProfiler(args.output / "profile", trainer.device)
     if world.is_main:

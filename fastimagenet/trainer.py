@@ -132,7 +132,7 @@ class Trainer:
             self._record_event(f"resumed{self.changed}")
         self.clock.switch("compute")
         try:
-            while self.epoch < self.plan.epochs and not (self.stop_at_target and self.at_target):
+            while not self.over:
                 self.train_epoch()
         finally:
             if self.profiler is not None:
@@ -144,11 +144,13 @@ class Trainer:
             self.clock.switch("other")
 
     @property
-    def at_target(self) -> bool:
-        """Whether the last epoch was evaluated and reached the recipe's target."""
-        target = self.plan.recipe.target_metric
-        value = getattr(self.records[-1], target[0]) if target and self.records else None
-        return target is not None and value is not None and value >= target[1]
+    def over(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.epoch == self.plan.epochs or (
+            self.stop_at_target
+            and bool(self.records)
+            and self.plan.recipe.reached_by(vars(self.records[-1]))
+        )
 
     def train_epoch(self) -> None:
         """What is left of the present epoch, its evaluation and its checkpoint."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.workers import num_cores
+from pipelines.workers import num_cores, preload_torchvision
 
 ROOT = Path(__file__).resolve().parent.parent
 # A job in the background ignores SIGINT, and so would the commands that the tests start and stop.
@@ -28,6 +28,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing that the tests read gets into the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def workers() -> None:
+    """Loaders' worker processes start in no time, as they do in the commands."""
+    preload_torchvision()
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import pytest
 
-from fastimagenet.distributed import Launch, World, launched_world, plan_launch, run_processes
+from fastimagenet.distributed import (
+    LAUNCHER,
+    STARTED,
+    Launch,
+    World,
+    launched_before,
+    launched_world,
+    plan_launch,
+    run_processes,
+    seconds_since_launch,
+)
 from pipelines.errors import UserError
 
 LAUNCHERS = (
@@ -112,3 +123,18 @@ def test_where_nodes_meet_may_be_ipv4_and_ipv6(endpoint: str, address: str) -> N
 def test_several_nodes_need_a_place_to_meet() -> None:
     with pytest.raises(UserError, match="--nodes 2 needs --rdzv-endpoint HOST:PORT"):
         run_processes(Launch(2, 1, "cpu"), "fastimagenet.train", [])
+
+
+def test_what_the_launcher_has_taken_counts_and_what_it_has_seen_is_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in (LAUNCHER, STARTED, "RANK", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert seconds_since_launch() == 0 and not launched_before(time.time())
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # under torchrun
+    assert seconds_since_launch() == 0 and launched_before(time.time())
+    monkeypatch.setenv(LAUNCHER, "1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(STARTED, str(time.time() - 60))
+    assert 60 <= seconds_since_launch() < 70
+    assert launched_before(time.time() - 50) and not launched_before(time.time() - 80)

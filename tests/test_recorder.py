@@ -73,6 +73,15 @@ def test_sections_add_up_to_the_wall_time() -> None:
     assert train_seconds(seconds) == pytest.approx(sum(seconds.values()) - outside)
 
 
+def test_what_was_lost_since_a_checkpoint_counts_once() -> None:
+    clock = Stopwatch(before=5.0)
+    assert 5 <= clock.read()["start_up"] < 6
+    clock.carry_over({"start_up": 2.0, "compute": 3.0}, lost=4.0)
+    seconds = clock.read()
+    assert (seconds["compute"], seconds["other"]) == (3.0, 4.0)
+    assert 2 <= seconds["start_up"] < 3
+
+
 def test_an_exception_leaves_the_section() -> None:
     clock = Stopwatch()
     with pytest.raises(RuntimeError), clock.section("evaluation"):

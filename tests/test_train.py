@@ -390,10 +390,10 @@ def test_a_corrupt_jpeg_is_named(cifar10: Path, tmp_path: Path) -> None:
 
 
 def test_an_output_folder_with_another_run_is_left_alone(finished: Path, cifar10: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    before = everything_in(finished)
     message = error_of("--data", cifar10, "--output", finished, *SMALL)
     assert "holds another run" in message
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    assert everything_in(finished) == before
 
 
 def test_resuming_needs_to_know_which_run(finished: Path, cifar10: Path, tmp_path: Path) -> None:
@@ -403,6 +403,34 @@ def test_resuming_needs_to_know_which_run(finished: Path, cifar10: Path, tmp_pat
     shutil.copytree(finished, tmp_path / "other")
     message = error_of(*flags, "--resume", last, "--output", tmp_path / "other")
     assert "holds another run" in message
+
+
+def everything_in(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_finished_run_is_not_written_again(finished: Path, cifar10: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = everything_in(folder)
+    out, _ = train("--data", cifar10, "--output", folder, "--resume", "auto", *SMALL)
+    assert f"the run in {folder} is finished: nothing is left to train" in out
+    assert everything_in(folder) == before
+    shutil.rmtree(folder / "checkpoints")
+    before = everything_in(folder)
+    message = error_of("--data", cifar10, "--output", folder, "--resume", "auto", *SMALL)
+    assert "holds results, summary.json, and no checkpoint to go on from" in message
+    assert everything_in(folder) == before
+
+
+def test_nodes_that_were_asked_for_different_runs_are_told(cifar10: Path, tmp_path: Path) -> None:
+    common = ("--data", cifar10, "--output", tmp_path / "run", *SMALL, "--nodes", 2)
+    common = (*common, "--rdzv-endpoint", free_endpoint())
+    nodes = [start("fastimagenet.train", *common, "--seed", seed) for seed in range(2)]
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2]
+    assert "error: --seed: the processes differ: type the same command on every node\n" in said
+    assert not list(tmp_path.glob("run/*"))
 
 
 @pytest.mark.slow

@@ -306,11 +306,12 @@ def test_the_parts_of_a_run_add_up_to_its_wall_time(tmp_path: Path) -> None:
 
 def test_it_ends_at_the_evaluation_that_reaches_the_target() -> None:
     """Of seven classes each image is among the five best or not: any start reaches 1 %."""
-    trainer = make_trainer(replace(RECIPE, target="top5=0.01", eval_every_epochs=2))
+    trainer = make_trainer(replace(RECIPE, target="top5=0.01", eval_every_epochs=2, tta="flip"))
     trainer.stop_at_target = True
     trainer.fit()
     assert (trainer.epoch, len(trainer.records)) == (2, 2)
     assert [record.top5 is None for record in trainer.records] == [True, False]
+    assert trainer.records[-1].tta_top5 is not None, "the last evaluation has the TTA"
     trainer.fit()  # as a resume of a run that was killed before it wrote its results
     assert trainer.epoch == 2
     missed = make_trainer(replace(RECIPE, target="top1=1.0"))
