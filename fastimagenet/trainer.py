@@ -1,6 +1,6 @@
 """The training loop: fit -> train_epoch -> train_step, in a straight line.
 
-The only place of autocast and DistributedDataParallel. Nothing here waits for the device but the
+The only place of DistributedDataParallel, and with `evaluation` of autocast. Nothing here waits for the device but the
 log steps, the end of an epoch and the evaluation.
 """
 
