@@ -26,7 +26,7 @@ CLOCKS = {
     "train_eval": "The training clock and all evaluations up to there, the last one included.",
     "train_compile": "The training clock and the warm-up of the compiler.",
     "train_eval_compile": "The training clock, evaluations and the warm-up of the compiler.",
-    "wall": "Everything from the start of the process on, checkpoints included.",
+    "wall": "Everything from the start of the command on, checkpoints included.",
 }
 """What the time to a target may be read from, and what each clock counts."""
 

@@ -38,7 +38,7 @@ DEFINITIONS = {
     "communication": "Time in which an update had to wait for other processes after its own "
     "gradients were ready; part of the training time.",
     "checkpoint": "Saving the state of the run; not part of the training time.",
-    "wall time": "From the start of the process to the end of the run: the sum of all parts, of "
+    "wall time": "From the start of the command to the end of the run: the sum of all parts, of "
     "which exactly one runs at any time.",
     "time to target": "Training time at the end of the first evaluated epoch whose plain accuracy "
     "reaches the target.",

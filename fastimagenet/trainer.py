@@ -1,7 +1,7 @@
 """The training loop: fit -> train_epoch -> train_step, in a straight line.
 
-The only place of DistributedDataParallel, and with `evaluation` of autocast. Nothing here waits for the device but the
-log steps, the end of an epoch and the evaluation.
+The only place of DistributedDataParallel, and with `evaluation` of autocast. Nothing here waits for
+the device but the log steps, the end of an epoch and the evaluation.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from pipelines.loader import LoaderSpec, Stage
 from pipelines.memory import MemoryLoader
 from pipelines.order import Order
 from pipelines.split import Split, read_split
+from pipelines.workers import in_processes
 
 STAGES = (
     Stage(epochs=1, image_size=32, batch_size=30, min_scale=0.5),
@@ -141,6 +142,14 @@ def test_processes_read_what_one_does(
     broken = Split(files, [0] * len(files), ("a",))
     with pytest.raises(UserError, match=r"bad\.jpg cannot be decoded .*--skip-list"):
         make_loader("memory", spec_of(broken, num_threads=2, **fields))
+
+
+def test_processes_find_torchvision_imported_and_keep_to_one_core() -> None:
+    asked = [
+        "'torchvision.transforms.v2' in __import__('sys').modules",
+        "__import__('torch').get_num_threads() == 1",
+    ]
+    assert list(in_processes(eval, asked, 1)) == [True, True]
 
 
 def test_the_augmentation_is_pad_crop_and_flip(cifar10: Path) -> None:

@@ -161,10 +161,22 @@ def test_the_loss_scaler_gets_its_chance() -> None:
         watch.read(good, plan)
 
 
-def test_out_of_memory_says_what_was_tried_and_what_to_set() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+    ],
+)
+def test_out_of_memory_says_what_was_tried_and_what_to_set(error: RuntimeError) -> None:
     advice = r"batch_size 8 at 16 px: --set phases\.1\.batch_size=4"
     with pytest.raises(UserError, match=advice), out_of_memory_advice(8, 16, 1):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
+
+
+def test_other_errors_are_no_matter_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_advice(8, 16, 1):
+        raise RuntimeError("shapes do not match")
 
 
 def test_warm_up_leaves_the_model_as_it_was() -> None:
