@@ -170,3 +170,17 @@ def resume(trainer: Trainer, output: Path, flag: str, *, elastic: bool = False) 
     saved_at = state["saved_at"]
     lost = max(0.0, time.time() - saved_at) if launched_before(saved_at) else None
     trainer.clock.carry_over(state["clock"], lost)
+    if trainer.world.is_main:
+        adopt(output / "checkpoints", path, state["epoch"])
+
+
+def adopt(folder: Path, path: Path, epochs: int) -> None:
+    """Give the run's new folder the checkpoint that it goes on from, after so many epochs, and the
+    best one until then: its rows and its summary speak of them."""
+    if path.parent.resolve() == folder.resolve():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.link(path, folder / checkpoint.LAST)
+    best = path.with_name(checkpoint.BEST)
+    if best.exists() and checkpoint.load(best, "epoch")["epoch"] <= epochs:
+        checkpoint.link(best, folder / checkpoint.BEST)

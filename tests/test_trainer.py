@@ -344,6 +344,19 @@ def test_a_resumed_run_takes_the_clock_and_both_loaders_with_it(tmp_path: Path) 
     assert second.eval_loader.state_dict() == {"epoch": 3, "step": 0}
 
 
+def test_another_folder_gets_the_checkpoints_that_its_rows_speak_of(tmp_path: Path) -> None:
+    old, new = tmp_path / "old" / "checkpoints", tmp_path / "new" / "checkpoints"
+    about = {"recipe": "test", "classes": [], "num_train": 50, "seed": 3}
+    first, second = make_trainer(folder=old.parent), make_trainer(folder=new.parent)
+    first.about = second.about = about
+    first.fit()
+    resume(second, new.parent, str(old / "epoch.pt"))
+    assert second.over
+    for name in ("last.pt", "best.pt"):
+        step = checkpoint.load(old / name)["step"]
+        assert checkpoint.load(new / name)["step"] == step
+
+
 def test_another_model_is_refused() -> None:
     trainer = make_trainer()
     trainer.fit()
