@@ -7,12 +7,11 @@ the named ones, `recipe_toml.py` reads and writes them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Literal
 
 from fastimagenet.evaluation import TTA
 from fastimagenet.model import MODELS, OPTIONS
-from fastimagenet.phase import Phase, require
+from fastimagenet.phase import Phase, require, settle_floats
 from fastimagenet.plan import Plan, make_plan
 from pipelines.augmentation import AUTO_AUGMENT, MAGNITUDES, Augmentation
 from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
@@ -121,6 +120,7 @@ class Recipe:
     """Such as "top1=0.94": the mark that time to target is measured to."""
 
     def __post_init__(self) -> None:
+        settle_floats(self)
         self._check_choices()
         self._check_numbers()
         if self.target:
@@ -156,21 +156,18 @@ class Recipe:
 
     def _check_numbers(self) -> None:
         for field in ("max_lr", "bias_lr_factor"):
-            require(0 < getattr(self, field) < inf, field, "above 0", getattr(self, field))
+            require(getattr(self, field) > 0, field, "above 0", getattr(self, field))
         factor, momentum = self.muon
-        valid = 0 < factor < inf and 0 <= momentum < 1
+        valid = factor > 0 and 0 <= momentum < 1
         require(valid, "muon", "[LR factor above 0, momentum in [0, 1)]", self.muon)
         epochs = self.whitening_bias_epochs
         require(epochs >= 0, "whitening_bias_epochs", "0 or more", epochs)
         for field in ("momentum", "ema_decay", "label_smoothing"):
             require(0 <= getattr(self, field) < 1, field, "in [0, 1)", getattr(self, field))
-        for field in ("weight_decay", "lr_reference_batch", "reflect_pad"):
+        for field in ("weight_decay", "mixup", "cutmix", "lr_reference_batch", "reflect_pad"):
             require(getattr(self, field) >= 0, field, "0 or more", getattr(self, field))
         for field in ("color_jitter", "random_erasing"):
             require(0 <= getattr(self, field) <= 1, field, "in [0, 1]", getattr(self, field))
-        for field in ("mixup", "cutmix"):
-            valid = 0 <= getattr(self, field) < inf
-            require(valid, field, "0 or more, and finite", getattr(self, field))
         num_ops, magnitude = self.rand_augment
         valid = num_ops >= 1 and 0 <= magnitude < MAGNITUDES
         rule = f"[1 or more operations, magnitude 0 to {MAGNITUDES - 1}]"
