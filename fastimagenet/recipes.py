@@ -172,7 +172,7 @@ class Recipe:
         valid = num_ops >= 1 and 0 <= magnitude < MAGNITUDES
         rule = f"[1 or more operations, magnitude 0 to {MAGNITUDES - 1}]"
         require(valid, "rand_augment", rule, self.rand_augment)
-        require(self.resize_ratio >= 1, "resize_ratio", "at least 1", self.resize_ratio)
+        require(1 <= self.resize_ratio <= 4, "resize_ratio", "from 1 to 4", self.resize_ratio)
         require(min(self.std) > 0, "std", "above 0 for every channel", self.std)
         low, high = self.aspect_ratio
         require(0 < low <= high, "aspect_ratio", "(low, high) above 0", self.aspect_ratio)

@@ -74,6 +74,7 @@ def test_a_name_that_is_not_there_is_an_error() -> None:
         ("mixup=-1", "recipe field mixup must be 0 or more, not -1.0"),
         ("cutmix=inf", "recipe field cutmix must be finite, not inf"),
         ("resize_ratio=inf", "recipe field resize_ratio must be finite, not inf"),
+        ("resize_ratio=1e9", "recipe field resize_ratio must be from 1 to 4, not 1000000000.0"),
         ("weight_decay=inf", "recipe field weight_decay must be finite, not inf"),
         ("mean=[nan, 1, 1]", "recipe field mean must be finite, not (nan, 1, 1)"),
         ("std=[inf, 1, 1]", "recipe field std must be finite, not (inf, 1, 1)"),
