@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fastimagenet import schedule
 from fastimagenet.evaluation import TTA
 from fastimagenet.model import MODELS, OPTIONS
 from fastimagenet.phase import Phase, require, settle_floats
@@ -22,6 +23,8 @@ SCHEDULES = ("use_clr_beta", "one_cycle", "piecewise")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 METRICS = ("top1", "top5")
 OPTIMIZERS = ("sgd", "muon")
+MANY_STEPS = 10**18
+"""With so many a schedule can only be wrong in itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,7 @@ class Recipe:
         settle_floats(self)
         self._check_choices()
         self._check_numbers()
+        self._check_schedules()
         if self.target:
             metric, _, value = self.target.partition("=")
             valid = metric in METRICS and _is_fraction(value)
@@ -180,6 +184,16 @@ class Recipe:
         require(every >= 1, "eval_every_epochs", "at least 1", every)
         smallest = min(phase.image_size for phase in self.phases)
         require(self.reflect_pad < smallest, "reflect_pad", "below image_size", self.reflect_pad)
+
+    def _check_schedules(self) -> None:
+        """Also those that do not hold; whether a run has steps enough is found by its plan."""
+        try:
+            schedule.use_clr_beta(MANY_STEPS, self.max_lr, *self.use_clr_beta)
+            schedule.one_cycle(MANY_STEPS, self.max_lr, *self.one_cycle)
+            if self.lr_spans:
+                schedule.PiecewiseLinear(self.lr_spans)
+        except ValueError as error:
+            raise UserError(f"recipe field {error}") from None
 
     @property
     def epochs(self) -> int:

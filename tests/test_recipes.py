@@ -87,6 +87,20 @@ def test_a_name_that_is_not_there_is_an_error() -> None:
         ("reflect_pad=16", "recipe field reflect_pad must be below image_size"),
         ("lr_spans=[[0, 6, 1]]", "recipe field lr_spans.0 must be a list of 4 values"),
         ("bias_lr_factor=0", "recipe field bias_lr_factor must be above 0, not 0.0"),
+        ("use_clr_beta=[10, 10, 0.9]", "recipe field use_clr_beta must be (div, pct) or"),
+        ("use_clr_beta=[10]", "use_clr_beta must be (div, pct) or (div, pct, max_mom, min_mom), "),
+        ("use_clr_beta=[10, 100]", "recipe field use_clr_beta: pct must be in per cent"),
+        ("use_clr_beta=[0, 10]", "recipe field use_clr_beta: div must be above 0, not 0.0"),
+        (
+            "use_clr_beta=[10, 10, 0.85, 0.95]",
+            "recipe field use_clr_beta: min_mom must be from 0 to max_mom = 0.85, not 0.95",
+        ),
+        ("one_cycle=[2, 25, 1e4, 0.95, 0.85]", "recipe field one_cycle: pct_start must be a fr"),
+        ("lr_spans=[[5, 1, 2, 3]]", "recipe field lr_spans.0 must be a span that begins at 0, not"),
+        (
+            "lr_spans=[[0, 3, 1, 2], [4, 6, 2, 1]]",
+            "recipe field lr_spans.1 must be a span that begins at 3, not 4",
+        ),
         ("optimizer=adam", "recipe field optimizer must be one of sgd, muon, not 'adam'"),
         ("muon=[0.2, 1]", "recipe field muon must be [LR factor above 0, momentum in [0, 1)], not"),
         ("whitening=true", "recipe field whitening must be false for model smallnet, not True"),
@@ -106,9 +120,7 @@ def test_errors_name_the_field(setting: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("use_clr_beta=[10, 10, 0.9]", "use_clr_beta must be (div, pct) or"),
-        ("use_clr_beta=[10, 100]", "use_clr_beta pct must be in per cent"),
-        ("use_clr_beta=[10]", "use_clr_beta must hold at least (div, pct)"),
+        ("use_clr_beta=[10, 99.9]", "recipe field use_clr_beta: num_steps must be enough for"),
         ("phases.1.batch_size=1001", "phases.1.batch_size = 1001 x 1 processes is more than"),
     ],
 )
