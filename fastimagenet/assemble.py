@@ -18,6 +18,7 @@ from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import Recipe
 from fastimagenet.recorder import NullRecorder, Recorder, Stopwatch
 from pipelines import start_workers
+from pipelines.cli import check_seed
 from pipelines.copies import AUTO, ORIGINAL, best_copy, find_copies, read_copy
 from pipelines.errors import UserError
 from pipelines.loader import Stage
@@ -36,8 +37,7 @@ WHITENING_IMAGES = 2000
 
 def chosen_recipe(args: argparse.Namespace) -> Recipe:
     """The recipe that --recipe names, with --set and --precision. Raises UserError."""
-    if args.seed < 0:
-        raise UserError(f"--seed must be 0 or more, not {args.seed}")
+    check_seed(args.seed)
     name = args.recipe or ("imagenet" if args.data else "digits")
     if name.endswith(".toml"):
         recipe = recipe_toml.load(Path(name))

@@ -37,6 +37,12 @@ def make_parser(module: str, description: str, example: str) -> Parser:
     )
 
 
+def check_seed(seed: int) -> None:
+    """Raise UserError unless every random generator that we use takes the --seed."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed must be from 0 to {2**63 - 1} (2^63 - 1), not {seed}")
+
+
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     """Run a command; the user's mistake is one line on standard error and status 2."""
     try:
