@@ -109,6 +109,14 @@ def test_where_nodes_meet_may_be_ipv4_and_ipv6(endpoint: str, address: str) -> N
     assert interface_of(address) == "lo"
 
 
+@pytest.mark.parametrize("endpoint", ["host", "127.0.0.1:0", "127.0.0.1:99999", "127.0.0.1:-1"])
+def test_where_nodes_meet_has_a_port(endpoint: str) -> None:
+    from fastimagenet.launcher import address_towards
+
+    with pytest.raises(UserError, match="must be HOST:PORT, PORT from 1 to 65535, not"):
+        address_towards(endpoint)
+
+
 def test_several_nodes_need_a_place_to_meet() -> None:
     with pytest.raises(UserError, match="--nodes 2 needs --rdzv-endpoint HOST:PORT"):
         run_processes(Launch(2, 1, "cpu"), "fastimagenet.train", [])
