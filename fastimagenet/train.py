@@ -166,8 +166,12 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def check_entry_flags(args: argparse.Namespace) -> None:
     """Raise UserError for what would spoil the DAWNBench entry once the training is over."""
-    for flag, text in (("--author", args.author), ("--author-email", args.author_email)):
-        if not text.strip():
+    for flag, text in (
+        ("--author", args.author),
+        ("--author-email", args.author_email),
+        ("--hardware", args.hardware),
+    ):
+        if text is not None and not text.strip():
             raise UserError(f"{flag} must not be empty: DAWNBench requires it")
     cost = args.cost_per_hour
     if cost is not None and not 0 <= cost < math.inf:

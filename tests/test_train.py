@@ -330,6 +330,7 @@ def test_list_print_and_dry_run(cifar10: Path, tmp_path: Path) -> None:
         (["--seed", "-1"], "--seed must be from 0 to 9223372036854775807 (2^63 - 1), not -1"),
         (["--seed", "9" * 23], "--seed must be from 0 to 9223372036854775807"),
         (["--author", " "], "--author must not be empty"),
+        (["--hardware", " "], "--hardware must not be empty"),
         (["--cost-per-hour", "nan"], "--cost-per-hour must be a number of US dollars"),
         (["--device", "cuda"], "--device cuda: no CUDA device is there"),
         (["--nodes", "2"], "--nodes 2 needs --rdzv-endpoint HOST:PORT"),
