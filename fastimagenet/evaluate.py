@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--image-size must be at least 8 pixels, not {args.image_size}")
     start_workers(args.backend)
     val = read_split(cli.data_folder(args), "val", args.skip_list, on_bad_image=args.on_bad_image)
-    world = launched_world(launch)
+    world = launched_world(launch, args.nproc_per_node)
     if world is None and launch.world_size > 1:
         return run_processes(launch, "fastimagenet.evaluate", argv)
     world = world or World(device="cpu" if launch.device == "cpu" else "cuda:0")

@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_elastic(args)
     recipe = with_copies(recipe, cli.data_folder(args))
     launch = replace(cli.launch_of(args, elastic=True), max_restarts=args.max_restarts)
-    world = launched_world(launch)
+    world = launched_world(launch, args.nproc_per_node)
     world_size = launch.world_size if world is None else world.world_size
     if args.dry_run:
         data = cli.data_folder(args)

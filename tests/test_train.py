@@ -420,6 +420,11 @@ def test_a_diverging_run_names_step_and_lr(cifar10: Path, tmp_path: Path) -> Non
     assert "the loss is not finite at step" in message
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(cifar10: Path) -> None:
+    message = error_of("--data", cifar10, "--output", "/proc/fastimagenet", *SMALL)
+    assert message == "error: cannot use /proc/fastimagenet: No such file or directory"
+
+
 def test_a_disk_that_is_full_at_the_start_is_one_line(cifar10: Path, small_disk: Path) -> None:
     fill(small_disk)
     message = error_of("--data", cifar10, "--output", small_disk / "out", *SMALL)
