@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import resource
 import shutil
 import signal
 import socket
@@ -149,7 +150,27 @@ def test_evaluate_gives_the_runs_own_figures(finished: Path, cifar10: Path) -> N
 def test_evaluate_refuses_other_data(finished: Path, digits: Path) -> None:
     last = finished / "checkpoints" / "last.pt"
     _, err = run("fastimagenet.evaluate", last, "--data", digits, "--device", "cpu", status=2)
-    assert "knows 10 classes (airplane, ...), --data has 10 (0, ...)" in err
+    assert "knows 10 classes, --data has 10, and the first that differ are airplane and 0:" in err
+
+
+@pytest.mark.parametrize(
+    ("backend", "size", "message"),
+    [
+        ("dali", 60_000, "--image-size 60000: a batch of 25 such images does not fit into memory"),
+        ("torchvision", 60_000, "--image-size 60000: a batch of 25 such images does not fit"),
+        ("auto", 100_000, "--image-size must be from 8 to 65535 pixels, not 100000"),
+    ],
+)
+def test_evaluate_names_an_image_size_that_is_too_large(
+    backend: str, size: int, message: str, finished: Path, cifar10: Path
+) -> None:
+    flags = ("--data", cifar10, "--device", "cpu", "--backend", backend, "--image-size", size)
+    process = start("fastimagenet.evaluate", finished / "checkpoints" / "last.pt", *flags)
+    # A kernel that promises more memory than there is would kill other processes, too.
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (1 << 36, 1 << 36))
+    _, err = process.communicate(timeout=600)
+    (line,) = err.splitlines()
+    assert process.returncode == 2 and line.startswith(f"error: {message}")
 
 
 def test_the_same_seed_gives_the_same_losses_bit_for_bit(
