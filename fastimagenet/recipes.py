@@ -244,7 +244,7 @@ class Recipe:
             if length:
                 phases.append(replace(phase, epochs=length))
         spans = [(a * factor, b * factor, start, end) for a, b, start, end in self.lr_spans]
-        if spans:
+        if self.schedule == "piecewise":
             spans[-1] = (spans[-1][0], float(epochs), *spans[-1][2:])
         return replace(self, phases=tuple(phases), lr_spans=tuple(spans))
 

@@ -124,7 +124,7 @@ def test_the_recipe_and_the_flags_are_the_same_and_train_takes_both(
     flags = pasted(out)
     assert flags[1] == f"max_lr={found['max_lr']}"
     assert flags[3].startswith("weight_decay=")
-    assert flags[5] == "use_clr_beta=[10, 20, 0.95, 0.8]"
+    assert flags[5] == "use_clr_beta=[10.0, 20.0, 0.95, 0.8]"
     train = "fastimagenet.train"
     assert run(train, "--print-recipe", *flags)[0] == (folder / "mine.toml").read_text()
     plan, _ = run(train, "--dry-run", "--device", "cpu", "--recipe", folder / "mine.toml")
@@ -341,7 +341,7 @@ def test_why_nothing_is_suggested(sweep: Sweep, reason: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ([], "use_clr_beta=[10, 20, 0.95, 0.7]"),
+        ([], "use_clr_beta=[10.0, 20.0, 0.95, 0.7]"),
         (["use_clr_beta=[10, 20, 0.6, 0.5]"], "use_clr_beta=[10.0, 20.0, 0.7, 0.7]"),
         (["use_clr_beta=[10, 20]"], "momentum=0.7"),
         (["schedule=one_cycle"], "one_cycle=[0.3, 25.0, 10000.0, 0.95, 0.7]"),

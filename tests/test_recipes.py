@@ -272,6 +272,11 @@ def test_stretching_keeps_proportions(epochs: int) -> None:
     stretched.plan(1, 1000)
 
 
+def test_spans_that_do_not_hold_may_reach_past_the_end() -> None:
+    recipe = two_phases(lr_spans=((0, 8, 0, 1), (8, 9, 1, 0)))
+    assert recipe.stretched(6).lr_spans == recipe.lr_spans
+
+
 def test_stretching_to_nothing_is_an_error() -> None:
     with pytest.raises(UserError, match="--epochs must be at least 1"):
         two_phases().stretched(0)
