@@ -18,10 +18,11 @@ from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import Recipe
 from fastimagenet.recorder import NullRecorder, Recorder, Stopwatch
 from pipelines import start_workers
+from pipelines.cli import check_seed
 from pipelines.copies import AUTO, ORIGINAL, best_copy, find_copies, read_copy
 from pipelines.errors import UserError
 from pipelines.loader import Stage
-from pipelines.split import Split, check_classes, left_out_note, read_split
+from pipelines.split import Split, check_classes, left_out_note, read_split, skip_list_note
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,8 +37,7 @@ WHITENING_IMAGES = 2000
 
 def chosen_recipe(args: argparse.Namespace) -> Recipe:
     """The recipe that --recipe names, with --set and --precision. Raises UserError."""
-    if args.seed < 0:
-        raise UserError(f"--seed must be 0 or more, not {args.seed}")
+    check_seed(args.seed)
     name = args.recipe or ("imagenet" if args.data else "digits")
     if name.endswith(".toml"):
         recipe = recipe_toml.load(Path(name))
@@ -59,9 +59,12 @@ def with_copies(recipe: Recipe, root: Path) -> Recipe:
         data = best_copy(copies, phase.image_size) if phase.data == AUTO else phase.data
         if data not in (*copies, ORIGINAL):
             there = f"has {', '.join(copies)}" if copies else "has no finished copies"
+            remedy = f'name a copy, "{ORIGINAL}" or "{AUTO}"'
+            if data.isdecimal():
+                resize = f"python -m pipelines.prepare resize {root} {root}"
+                remedy = f"{resize} --short-side {data} makes one"
             raise UserError(
-                f"recipe field phases.{index}.data = {data!r}: {root} {there}; "
-                f"python -m pipelines.prepare resize {root} {root} --short-side {data} makes one"
+                f"recipe field phases.{index}.data = {data!r}: {root} {there}; {remedy}"
             )
         phases.append(replace(phase, data=data))
     return replace(recipe, phases=tuple(phases))
@@ -84,9 +87,9 @@ def read_data(args: argparse.Namespace, world: World | None) -> tuple[Split, Spl
         for split in ("train", "val")
     )
     check_classes(train, val)
-    for split in (train, val):
-        if split.left_out and checks_flags(world):
-            print(left_out_note(split), file=sys.stderr)  # noqa: T201
+    for note in (*map(left_out_note, (train, val)), skip_list_note(args.skip_list, train, val)):
+        if note and checks_flags(world):
+            print(note, file=sys.stderr)  # noqa: T201
     return train, val
 
 

@@ -116,7 +116,12 @@ def load(path: Path, *entries: str) -> dict[str, Any]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # torch advises to load it all the same
+        raise UserError(
+            f"checkpoint {path} cannot be read, take another one: it holds more than tensors and "
+            "plain values, which fastimagenet.train never writes and which may run code"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} cannot be read, take another one: {reason}") from None
     missing = [name for name in entries if not isinstance(state, dict) or name not in state]

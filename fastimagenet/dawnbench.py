@@ -116,6 +116,7 @@ def _entry(summary: Row) -> Row:
         "seed": summary.get("seed"),
         "worldSize": summary.get("world_size"),
         "precision": summary.get("precision"),
+        "backend": summary.get("backend"),
         "versions": summary.get("versions"),
         "clock": TRAIN_CLOCK,
         "trainSeconds": summary.get("train_seconds"),

@@ -108,26 +108,33 @@ def plan_launch(
     return Launch(nodes, processes, device, endpoint, min_nodes=min_nodes)
 
 
-def launched_world(launch: Launch) -> World | None:
+def launched_world(launch: Launch, nproc_flag: int | None = None) -> World | None:
     """The World that torchrun, srun or our own launcher has put this process in; None before that.
 
-    Raises UserError where what was launched differs from what the flags say.
+    Raises UserError where what was launched differs from what the flags say, of which `nproc_flag`
+    is --nproc-per-node, and where a variable of the launcher is missing or no number.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local_rank = int(env.get("LOCAL_RANK", "0"))
-        local_size = int(env.get("LOCAL_WORLD_SIZE", "1"))
-        nodes = int(env.get("GROUP_WORLD_SIZE", str(launch.nodes)))
+        rank, size = _number("RANK"), _number("WORLD_SIZE", least=1)
+        local_rank = _number("LOCAL_RANK", "0")
+        local_size = _number("LOCAL_WORLD_SIZE", "1", least=1)
+        nodes = _number("GROUP_WORLD_SIZE", str(launch.nodes), least=1)
         starter = f"torchrun --nnodes {launch.nodes}"
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-        local_rank = int(env["SLURM_LOCALID"])
-        nodes = int(env["SLURM_NNODES"])
+        if "LOCAL_WORLD_SIZE" in env and nproc_flag not in (None, local_size):
+            raise UserError(
+                f"--nproc-per-node {nproc_flag}, but {local_size} process(es) of this machine were "
+                f"launched: start it with torchrun --nproc-per-node {nproc_flag} or say "
+                f"--nproc-per-node {local_size}"
+            )
+    elif "SLURM_PROCID" in env and _number("SLURM_NTASKS", "1", least=1) > 1:
+        rank, size = _number("SLURM_PROCID"), _number("SLURM_NTASKS", least=1)
+        local_rank = _number("SLURM_LOCALID")
+        nodes = _number("SLURM_NNODES", least=1)
         local_size = size // nodes
         starter = f"srun --nodes {launch.nodes}"
-        env.setdefault("MASTER_ADDR", _first_host(env["SLURM_JOB_NODELIST"]))
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        env.setdefault("MASTER_ADDR", _first_host(_variable("SLURM_JOB_NODELIST")))
+        env.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID") % 20000))
     else:
         return None
     if not (launch.min_nodes or launch.nodes) <= nodes <= launch.nodes:
@@ -136,6 +143,21 @@ def launched_world(launch: Launch) -> World | None:
             f"start it with {starter} or say --nodes {nodes}"
         )
     return World(rank, local_rank, size, local_size, _device(launch.device, local_rank))
+
+
+def _variable(name: str, default: str | None = None) -> str:
+    text = os.environ.get(name, default)
+    if not text:
+        raise UserError(f"environment variable {name} is missing: torchrun and srun set all theirs")
+    return text
+
+
+def _number(name: str, default: str | None = None, least: int = 0) -> int:
+    text = _variable(name, default)
+    if not text.isdecimal() or int(text) < least:
+        rule = f"a whole number of at least {least}, as torchrun and srun set it"
+        raise UserError(f"environment variable {name} must be {rule}, not {text!r}")
+    return int(text)
 
 
 def _device(kind: str, local_rank: int) -> str:

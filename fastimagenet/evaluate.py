@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from fastimagenet.recipes import Recipe
 from pipelines import start_workers
 from pipelines.errors import UserError
 from pipelines.loader import Stage
-from pipelines.split import Split, left_out_note, read_split
+from pipelines.split import Split, left_out_note, read_split, skip_list_note
+
+MAX_IMAGE_SIZE = 65535
+"""That of a JPEG."""
 
 
 def parser() -> cli.Parser:
@@ -50,16 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     launch = cli.launch_of(args)
-    if args.image_size is not None and args.image_size < 8:
-        raise UserError(f"--image-size must be at least 8 pixels, not {args.image_size}")
+    if args.image_size is not None and not 8 <= args.image_size <= MAX_IMAGE_SIZE:
+        rule = f"from 8 to {MAX_IMAGE_SIZE} pixels"
+        raise UserError(f"--image-size must be {rule}, not {args.image_size}")
     start_workers(args.backend)
     val = read_split(cli.data_folder(args), "val", args.skip_list, on_bad_image=args.on_bad_image)
-    world = launched_world(launch)
+    world = launched_world(launch, args.nproc_per_node)
     if world is None and launch.world_size > 1:
         return run_processes(launch, "fastimagenet.evaluate", argv)
     world = world or World(device="cpu" if launch.device == "cpu" else "cuda:0")
-    if val.left_out and world.is_main:
-        print(left_out_note(val), file=sys.stderr)  # noqa: T201
+    for note in (left_out_note(val), skip_list_note(args.skip_list, val)):
+        if note and world.is_main:
+            print(note, file=sys.stderr)  # noqa: T201
     with process_group(world, args.timeout):
         started = time.perf_counter()
         counts, *rect = evaluate_checkpoint(args, val, world)
@@ -80,16 +86,19 @@ def evaluate_checkpoint(args: argparse.Namespace, val: Split, world: World) -> l
     import torch
 
     from fastimagenet import checkpoint
+    from fastimagenet.faults import is_out_of_memory
     from fastimagenet.precision import autocast_dtype
     from fastimagenet.reading import open_loader
 
     state = checkpoint.load(args.checkpoint, "recipe", "classes", "model", "ema")
     recipe = recipe_toml.loads(state["recipe"], f"the recipe in {args.checkpoint}")
     if tuple(state["classes"]) != val.classes:
+        pairs = zip_longest(state["classes"], val.classes, fillvalue="none")
+        known, there = next((a, b) for a, b in pairs if a != b)
         raise UserError(
-            f"{args.checkpoint} knows {len(state['classes'])} classes ({state['classes'][0]}, "
-            f"...), --data has {len(val.classes)} ({val.classes[0]}, ...): name the data that it "
-            "was trained on"
+            f"{args.checkpoint} knows {len(state['classes'])} classes, --data has "
+            f"{len(val.classes)}, and the first that differ are {known} and {there}: name the data "
+            "that it was trained on"
         )
     dtype = autocast_dtype(args.precision or recipe.precision, world.device.partition(":")[0])
     last = recipe.phases[-1]
@@ -110,6 +119,18 @@ def evaluate_checkpoint(args: argparse.Namespace, val: Split, world: World) -> l
             evaluate(model, loader, device=device, autocast_dtype=dtype, tta=args.tta)
             for _ in stages
         ]
+    except (MemoryError, RuntimeError) as error:
+        # Of numpy, of torch on a CPU, of torch on a GPU.
+        if (
+            isinstance(error, MemoryError)
+            or "allocate memory" in str(error)
+            or is_out_of_memory(error)
+        ):
+            raise UserError(
+                f"--image-size {stage.image_size}: a batch of {stage.batch_size} such images does "
+                "not fit into memory; give a smaller one"
+            ) from None
+        raise
     finally:
         loader.close()
     return [

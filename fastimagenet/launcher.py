@@ -159,8 +159,8 @@ def address_towards(endpoint: str | None) -> tuple[str, bool]:
     if endpoint is None:
         return "127.0.0.1", True
     host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"--rdzv-endpoint must be HOST:PORT, not {endpoint}")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise UserError(f"--rdzv-endpoint must be HOST:PORT, PORT from 1 to 65535, not {endpoint}")
     try:
         family, *_, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[
             0

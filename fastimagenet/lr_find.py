@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.output = Path("runs") / f"lr_find-{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         argv += ["--output", str(args.output)]
     launch = cli.launch_of(args)
-    world = launched_world(launch)
+    world = launched_world(launch, args.nproc_per_node)
     if checks_flags(world):
         check_output(args.output)
         check_recipe_out(args.recipe_out)

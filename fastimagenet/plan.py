@@ -73,13 +73,9 @@ class Plan:
         lr: schedule.Schedule
         try:
             if recipe.schedule == "use_clr_beta":
-                if len(recipe.use_clr_beta) < 2:
-                    raise ValueError("use_clr_beta must hold at least (div, pct)")
                 lr, momentum = schedule.use_clr_beta(steps, recipe.max_lr, *recipe.use_clr_beta)
             elif recipe.schedule == "one_cycle":
-                pct_start, div, final_div, high, low = recipe.one_cycle
-                lr = schedule.OneCycleLR(steps, recipe.max_lr, pct_start, div, final_div)
-                momentum = schedule.OneCycleMomentum(steps, pct_start, high, low)
+                lr, momentum = schedule.one_cycle(steps, recipe.max_lr, *recipe.one_cycle)
             else:
                 lr = self._piecewise()
         except ValueError as error:

@@ -124,7 +124,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is Literal:
         hint = str
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return value  # the recipe makes floats of them
     if hint is str and type(value) is int:  # phases.0.data=160
         return str(value)
     if type(value) is not hint:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Literal
 
+from fastimagenet import schedule
 from fastimagenet.evaluation import TTA
 from fastimagenet.model import MODELS, OPTIONS
-from fastimagenet.phase import Phase, require
+from fastimagenet.phase import Phase, require, settle_floats
 from fastimagenet.plan import Plan, make_plan
 from pipelines.augmentation import AUTO_AUGMENT, MAGNITUDES, Augmentation
 from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
@@ -24,6 +24,8 @@ SCHEDULES = ("use_clr_beta", "one_cycle", "piecewise")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 METRICS = ("top1", "top5")
 OPTIMIZERS = ("sgd", "muon")
+MANY_STEPS = 10**18
+"""With so many a schedule can only be wrong in itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +124,10 @@ class Recipe:
     """Such as "top1=0.94": the mark that time to target is measured to."""
 
     def __post_init__(self) -> None:
+        settle_floats(self)
         self._check_choices()
         self._check_numbers()
+        self._check_schedules()
         if self.target:
             metric, _, value = self.target.partition("=")
             valid = metric in METRICS and _is_fraction(value)
@@ -157,26 +161,23 @@ class Recipe:
 
     def _check_numbers(self) -> None:
         for field in ("max_lr", "bias_lr_factor"):
-            require(0 < getattr(self, field) < inf, field, "above 0", getattr(self, field))
+            require(getattr(self, field) > 0, field, "above 0", getattr(self, field))
         factor, momentum = self.muon
-        valid = 0 < factor < inf and 0 <= momentum < 1
+        valid = factor > 0 and 0 <= momentum < 1
         require(valid, "muon", "[LR factor above 0, momentum in [0, 1)]", self.muon)
         epochs = self.whitening_bias_epochs
         require(epochs >= 0, "whitening_bias_epochs", "0 or more", epochs)
         for field in ("momentum", "ema_decay", "label_smoothing"):
             require(0 <= getattr(self, field) < 1, field, "in [0, 1)", getattr(self, field))
-        for field in ("weight_decay", "lr_reference_batch", "reflect_pad"):
+        for field in ("weight_decay", "mixup", "cutmix", "lr_reference_batch", "reflect_pad"):
             require(getattr(self, field) >= 0, field, "0 or more", getattr(self, field))
         for field in ("color_jitter", "random_erasing"):
             require(0 <= getattr(self, field) <= 1, field, "in [0, 1]", getattr(self, field))
-        for field in ("mixup", "cutmix"):
-            valid = 0 <= getattr(self, field) < inf
-            require(valid, field, "0 or more, and finite", getattr(self, field))
         num_ops, magnitude = self.rand_augment
         valid = num_ops >= 1 and 0 <= magnitude < MAGNITUDES
         rule = f"[1 or more operations, magnitude 0 to {MAGNITUDES - 1}]"
         require(valid, "rand_augment", rule, self.rand_augment)
-        require(self.resize_ratio >= 1, "resize_ratio", "at least 1", self.resize_ratio)
+        require(1 <= self.resize_ratio <= 4, "resize_ratio", "from 1 to 4", self.resize_ratio)
         require(min(self.std) > 0, "std", "above 0 for every channel", self.std)
         low, high = self.aspect_ratio
         require(0 < low <= high, "aspect_ratio", "(low, high) above 0", self.aspect_ratio)
@@ -184,6 +185,16 @@ class Recipe:
         require(every >= 1, "eval_every_epochs", "at least 1", every)
         smallest = min(phase.image_size for phase in self.phases)
         require(self.reflect_pad < smallest, "reflect_pad", "below image_size", self.reflect_pad)
+
+    def _check_schedules(self) -> None:
+        """Also those that do not hold; whether a run has steps enough is found by its plan."""
+        try:
+            schedule.use_clr_beta(MANY_STEPS, self.max_lr, *self.use_clr_beta)
+            schedule.one_cycle(MANY_STEPS, self.max_lr, *self.one_cycle)
+            if self.lr_spans:
+                schedule.PiecewiseLinear(self.lr_spans)
+        except ValueError as error:
+            raise UserError(f"recipe field {error}") from None
 
     @property
     def epochs(self) -> int:
@@ -242,7 +253,7 @@ class Recipe:
             if length:
                 phases.append(replace(phase, epochs=length))
         spans = [(a * factor, b * factor, start, end) for a, b, start, end in self.lr_spans]
-        if spans:
+        if self.schedule == "piecewise":
             spans[-1] = (spans[-1][0], float(epochs), *spans[-1][2:])
         return replace(self, phases=tuple(phases), lr_spans=tuple(spans))
 

@@ -157,14 +157,16 @@ def resume(trainer: Trainer, output: Path, flag: str, *, elastic: bool = False) 
         path = Path(flag)
         state = checkpoint.load(path, *ENTRIES)
     remedies = {
-        "recipe": "give the --recipe, --set, --epochs and --precision that it began with",
-        "classes": "name the --data that it began with",
-        "num_train": "name the --data and --skip-list that it began with",
-        "seed": f"--seed {state['seed']}",
+        "recipe": "another recipe: give the --recipe, --set, --epochs and --precision that it "
+        "began with",
+        "classes": "other classes: name the --data that it began with",
+        "num_train": f"{state['num_train']} training images: name the --data and --skip-list that "
+        "it began with",
+        "seed": f"another seed: --seed {state['seed']}",
     }
     for name, remedy in remedies.items():
         if state[name] != trainer.about[name]:
-            raise UserError(f"--resume: {path} is of a run with another {name}: {remedy}")
+            raise UserError(f"--resume: {path} is of a run with {remedy}")
     restore(trainer, state)
     # After a fault the run itself goes on: what was lost since the checkpoint is a part of it.
     saved_at = state["saved_at"]

@@ -46,7 +46,7 @@ class ClrBetaLR:
 
     def __post_init__(self) -> None:
         _require(self.max_lr > 0, "max_lr", "above 0", self.max_lr)
-        _require(self.div > 0, "use_clr_beta div", "above 0", self.div)
+        _require(self.div > 0, "use_clr_beta: div", "above 0", self.div)
         _half_cycle(self.num_steps, self.pct)
 
     def __call__(self, step: int) -> float:
@@ -73,7 +73,7 @@ class ClrBetaMomentum:
     min_mom: float
 
     def __post_init__(self) -> None:
-        _check_momentum_range("use_clr_beta max_mom", self.max_mom, "min_mom", self.min_mom)
+        _check_momentum_range("use_clr_beta", "max_mom", self.max_mom, "min_mom", self.min_mom)
         _half_cycle(self.num_steps, self.pct)
 
     def __call__(self, step: int) -> float:
@@ -84,26 +84,25 @@ class ClrBetaMomentum:
 
 
 def use_clr_beta(
-    num_steps: int, max_lr: float, div: float, pct: float, *momentum_range: float
+    num_steps: int, max_lr: float, *parameters: float
 ) -> tuple[ClrBetaLR, ClrBetaMomentum | None]:
-    """LR and momentum of `use_clr_beta=(div, pct[, max_mom, min_mom])` over num_steps updates.
+    """LR and momentum of the parameters (div, pct[, max_mom, min_mom]) over num_steps updates.
 
     The momentum is None where its range is left out. Raises ValueError naming the field; a tuple
     of three, whose momentum the original dropped without a word, is an error.
     """
-    if len(momentum_range) not in (0, 2):
-        raise ValueError(
-            "use_clr_beta must be (div, pct) or (div, pct, max_mom, min_mom), "
-            f"not {2 + len(momentum_range)} values"
-        )
+    number, rule = len(parameters), "(div, pct) or (div, pct, max_mom, min_mom)"
+    _require(number in (2, 4), "use_clr_beta", rule, f"{number} values")
+    div, pct, *momentum_range = parameters
     lr = ClrBetaLR(num_steps, max_lr, div, pct)
     return lr, ClrBetaMomentum(num_steps, pct, *momentum_range) if momentum_range else None
 
 
 def _half_cycle(num_steps: int, pct: float) -> int:
-    _require(0 <= pct < 100, "use_clr_beta pct", "in per cent, from 0 to below 100", pct)
+    _require(0 <= pct < 100, "use_clr_beta: pct", "in per cent, from 0 to below 100", pct)
     half = int(num_steps * (1 - pct / 100) / 2)
-    _require(half >= 1, "num_steps", f"enough for a rise and a fall beside pct={pct:g}", num_steps)
+    rule = f"enough for a rise and a fall beside pct={pct:g}"
+    _require(num_steps > 2 and half >= 1, "use_clr_beta: num_steps", rule, num_steps)
     return half
 
 
@@ -130,9 +129,9 @@ class OneCycleLR:
 
     def __post_init__(self) -> None:
         _require(self.max_lr > 0, "max_lr", "above 0", self.max_lr)
-        _require(self.div_factor > 0, "one_cycle div_factor", "above 0", self.div_factor)
+        _require(self.div_factor > 0, "one_cycle: div_factor", "above 0", self.div_factor)
         final = self.final_div_factor
-        _require(final > 0, "one_cycle final_div_factor", "above 0", final)
+        _require(final > 0, "one_cycle: final_div_factor", "above 0", final)
         _check_one_cycle(self.num_steps, self.pct_start)
 
     def __call__(self, step: int) -> float:
@@ -155,7 +154,7 @@ class OneCycleMomentum:
 
     def __post_init__(self) -> None:
         _check_momentum_range(
-            "one_cycle max_momentum", self.max_momentum, "base_momentum", self.base_momentum
+            "one_cycle", "max_momentum", self.max_momentum, "base_momentum", self.base_momentum
         )
         _check_one_cycle(self.num_steps, self.pct_start)
 
@@ -164,15 +163,32 @@ class OneCycleMomentum:
         return _cosine_cycle(step, self.num_steps, self.pct_start, values)
 
 
+def one_cycle(
+    num_steps: int,
+    max_lr: float,
+    pct_start: float,
+    div_factor: float,
+    final_div_factor: float,
+    max_momentum: float,
+    base_momentum: float,
+) -> tuple[OneCycleLR, OneCycleMomentum]:
+    """Both, as the recipe field has them. Raises ValueError naming the field."""
+    lr = OneCycleLR(num_steps, max_lr, pct_start, div_factor, final_div_factor)
+    return lr, OneCycleMomentum(num_steps, pct_start, max_momentum, base_momentum)
+
+
 def _check_one_cycle(num_steps: int, pct_start: float) -> None:
-    _require(0 < pct_start < 1, "one_cycle pct_start", "a fraction between 0 and 1", pct_start)
+    _require(0 < pct_start < 1, "one_cycle: pct_start", "a fraction between 0 and 1", pct_start)
     rise, total = pct_start * num_steps - 1, num_steps - 1
-    _require(0 < rise < total, "num_steps", f"enough for pct_start={pct_start:g}", num_steps)
+    rule = f"enough for pct_start={pct_start:g}"
+    _require(0 < rise < total, "one_cycle: num_steps", rule, num_steps)
 
 
-def _check_momentum_range(max_name: str, high: float, min_name: str, low: float) -> None:
-    _require(0 <= high < 1, max_name, "in [0, 1)", high)
-    _require(0 <= low <= high, min_name, f"from 0 to {max_name} = {high:g}", low)
+def _check_momentum_range(
+    field: str, max_name: str, high: float, min_name: str, low: float
+) -> None:
+    _require(0 <= high < 1, f"{field}: {max_name}", "in [0, 1)", high)
+    _require(0 <= low <= high, f"{field}: {min_name}", f"from 0 to {max_name} = {high:g}", low)
 
 
 def _cosine_cycle(
@@ -193,7 +209,8 @@ def _cosine(start: float, end: float, fraction: float) -> float:
 class PiecewiseLinear:
     """Linear inside each span `(first, last, start, end)`; spans may jump where they meet.
 
-    `first` and `last` are steps (fractions are fine, for spans that come from epochs); at `last`
+    `first` and `last` are steps (fractions are fine, for spans that come from epochs) or, for the
+    check of a recipe, epochs; at `last`
     the next span holds. Past the last span its end value stays.
 
     Raises ValueError naming the span that is empty or does not meet its neighbour.
@@ -206,7 +223,7 @@ class PiecewiseLinear:
             raise ValueError("lr_spans must hold at least one (first, last, start, end)")
         expected = 0.0
         for index, (first, last, start, end) in enumerate(self.spans):
-            where = f"lr_spans[{index}]"
+            where = f"lr_spans.{index}"
             _require(first == expected, where, f"a span that begins at {expected:g}", f"{first:g}")
             _require(last > first, where, f"a span that ends after {first:g}", f"{last:g}")
             _require(start >= 0 and end >= 0, where, "of values from 0 up", (start, end))

@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_elastic(args)
     recipe = with_copies(recipe, cli.data_folder(args))
     launch = replace(cli.launch_of(args, elastic=True), max_restarts=args.max_restarts)
-    world = launched_world(launch)
+    world = launched_world(launch, args.nproc_per_node)
     world_size = launch.world_size if world is None else world.world_size
     if args.dry_run:
         data = cli.data_folder(args)
@@ -168,8 +168,12 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def check_entry_flags(args: argparse.Namespace) -> None:
     """Raise UserError for what would spoil the DAWNBench entry once the training is over."""
-    for flag, text in (("--author", args.author), ("--author-email", args.author_email)):
-        if not text.strip():
+    for flag, text in (
+        ("--author", args.author),
+        ("--author-email", args.author_email),
+        ("--hardware", args.hardware),
+    ):
+        if text is not None and not text.strip():
             raise UserError(f"{flag} must not be empty: DAWNBench requires it")
     cost = args.cost_per_hour
     if cost is not None and not 0 <= cost < math.inf:

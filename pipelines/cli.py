@@ -14,7 +14,7 @@ from pipelines.errors import UserError
 
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT),
 )
 """What the user's folders can do to us; any other OSError is a defect."""
 
@@ -35,6 +35,12 @@ def make_parser(module: str, description: str, example: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError unless every random generator that we use takes the --seed."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed must be from 0 to {2**63 - 1} (2^63 - 1), not {seed}")
 
 
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:

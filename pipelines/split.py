@@ -38,6 +38,8 @@ class Split:
     """What `on_bad_image="skip"` has left out."""
     shapes: NDArray[np.int32] | None = None
     """(N, 2): height and width as the headers have them; None: not looked at."""
+    strange_skip_list: bool = False
+    """Whether the skip list has names, and none of them is among the images."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -102,7 +104,8 @@ def chosen(
     images = listing.images
     shapes, bad_places = (None, []) if index is None else (index.shapes, index.bad)
     keep = np.ones(len(images), bool)
-    keep[places(images, skipped)] = False
+    found = places(images, skipped)
+    keep[found] = False
     bad = [(str(images[place]), text) for place, text in bad_places if keep[place]]
     if bad and on_bad_image == "error":
         raise bad_images(source.parent, bad)
@@ -113,7 +116,8 @@ def chosen(
         if not any_good:
             what = "images that can be read" if any_left else "images"
             raise UserError(f"class {name} has no {what} in {source}: add some or remove it")
-    split = Split(images, listing.labels, listing.classes, tuple(bad), shapes)
+    strange = bool(skipped) and not found
+    split = Split(images, listing.labels, listing.classes, tuple(bad), shapes, strange)
     return split.take(np.flatnonzero(keep))
 
 
@@ -147,6 +151,14 @@ def left_out_note(split: Split) -> str:
     number = len(split.left_out)
     files = "1 bad file" if number == 1 else f"{number:,} bad files"
     return f"left out {files} of {number + len(split):,}; the first: {path} {reason}"
+
+
+def skip_list_note(skip_list: Path | str | None, *splits: Split) -> str:
+    """One line where a skip list names no image of these splits; otherwise empty."""
+    if not all(split.strange_skip_list for split in splits):
+        return ""
+    rule = "its paths are absolute or relative to the data folder"
+    return f"note: --skip-list {skip_list} names none of the images that are read; {rule}"
 
 
 def check_classes(train: Split, val: Split) -> None:

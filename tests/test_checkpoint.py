@@ -116,7 +116,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:
         checkpoint.load(path)
     with path.open("r+b") as file:
         checkpoint.seal(file)
-    with pytest.raises(UserError, match=r"hostile\.pt cannot be read"):
+    with pytest.raises(UserError, match=r"hostile\.pt cannot be read.*: it holds more than tens"):
         checkpoint.load(path)
     assert not (tmp_path / "ran").exists()
 

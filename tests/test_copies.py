@@ -75,6 +75,8 @@ def test_a_copy_that_is_not_there_or_not_finished_is_refused(copied: Path) -> No
     )
     with pytest.raises(UserError, match=r"phases.0.data = '32': .* has 24, 60; .*--short-side 32"):
         with_copies(recipe, copied)
+    with pytest.raises(UserError, match=r"= 'foo': .*; name a copy, \"original\" or \"auto\"$"):
+        with_copies(with_settings(recipe, ["phases.0.data=foo"]), copied)
     assert with_settings(recipe, ["phases.0.data=24"]).phases[0].data == "24"
     facts = json.loads((copied / "24" / "dataset.json").read_text())
     (copied / "24" / "dataset.json").write_text(json.dumps(facts | {"complete": False}))

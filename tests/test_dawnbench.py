@@ -78,6 +78,7 @@ def test_cifar10_entry_field_by_field(tmp_path: Path) -> None:
     )
     assert (misc["trainSeconds"], misc["evaluationSeconds"], misc["wallSeconds"]) == (360, 12, 400)
     assert misc["ttaTop1Accuracy"] == 95.12
+    assert misc["backend"] == "dali"
     assert "evaluation" in misc["clock"]
     # Hours by hand: 90 / 3600, 270 / 3600, 360 / 3600. The epoch without evaluation has no row.
     assert tsv_path.read_text() == (

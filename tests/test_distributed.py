@@ -80,6 +80,39 @@ def test_torchruns_environment_is_recognised(monkeypatch: pytest.MonkeyPatch) ->
         launched_world(Launch(1, 2, "cpu"))
 
 
+def test_torchruns_processes_are_those_of_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    assert launched_world(Launch(1, 2, "cpu"), 2) == launched_world(Launch(1, 1, "cpu"))
+    with pytest.raises(UserError, match=r"--nproc-per-node 4, but 2 process.*torchrun --nproc-per"):
+        launched_world(Launch(1, 4, "cpu"), 4)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ("RANK=x WORLD_SIZE=2", "variable RANK must be a whole number of at least 0, .* not 'x'"),
+        ("RANK=0 WORLD_SIZE=0", "variable WORLD_SIZE must be a whole number of at least 1"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=-1", "variable LOCAL_RANK must be"),
+        ("SLURM_PROCID=0 SLURM_NTASKS=two", "variable SLURM_NTASKS must be"),
+        ("SLURM_PROCID=0 SLURM_NTASKS=2", "variable SLURM_LOCALID is missing"),
+        ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_LOCALID=0", "variable SLURM_NNODES is missing"),
+        (
+            "SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_LOCALID=0 SLURM_NNODES=1",
+            "variable SLURM_JOB_NODELIST is missing",
+        ),
+    ],
+)
+def test_a_launchers_variables_are_named(
+    variables: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    with pytest.raises(UserError, match=message):
+        launched_world(Launch(1, 1, "cpu"))
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
@@ -118,6 +151,14 @@ def test_where_nodes_meet_may_be_ipv4_and_ipv6(endpoint: str, address: str) -> N
         pytest.skip(f"this machine has no {address}")
     assert address_towards(endpoint) == (address, True)
     assert interface_of(address) == "lo"
+
+
+@pytest.mark.parametrize("endpoint", ["host", "127.0.0.1:0", "127.0.0.1:99999", "127.0.0.1:-1"])
+def test_where_nodes_meet_has_a_port(endpoint: str) -> None:
+    from fastimagenet.launcher import address_towards
+
+    with pytest.raises(UserError, match="must be HOST:PORT, PORT from 1 to 65535, not"):
+        address_towards(endpoint)
 
 
 def test_several_nodes_need_a_place_to_meet() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipelines.digits import digits_folder
 from pipelines.errors import UserError
-from pipelines.split import Split, check_classes, read_split
+from pipelines.split import Split, check_classes, read_split, skip_list_note
 
 PIXELS = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
 
@@ -70,6 +70,19 @@ def test_the_skip_list_takes_paths_of_both_kinds(root: Path) -> None:
         "train/dog/0.png",
     ]
     assert len(read_split(root, "val", skip_list)) == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "strange"),
+    [("# no names\n", False), ("train/cat/0.png\nx\n", False), ("cat/0.png\n", True)],
+)
+def test_a_skip_list_that_names_nothing_is_noted(root: Path, lines: str, strange: bool) -> None:
+    skip_list = root / "skip.txt"
+    skip_list.write_text(lines)
+    train, val = (read_split(root, split, skip_list) for split in ("train", "val"))
+    note = skip_list_note(skip_list, train, val)
+    assert note.startswith(f"note: --skip-list {skip_list} names none of the im") == strange
+    assert bool(note) == strange
 
 
 def test_missing_things_are_named(root: Path, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_the_recipe_and_the_flags_are_the_same_and_train_takes_both(
     flags = pasted(out)
     assert flags[1] == f"max_lr={found['max_lr']}"
     assert flags[3].startswith("weight_decay=")
-    assert flags[5] == "use_clr_beta=[10, 20, 0.95, 0.8]"
+    assert flags[5] == "use_clr_beta=[10.0, 20.0, 0.95, 0.8]"
     train = "fastimagenet.train"
     assert run(train, "--print-recipe", *flags)[0] == (folder / "mine.toml").read_text()
     plan, _ = run(train, "--dry-run", "--device", "cpu", "--recipe", folder / "mine.toml")
@@ -217,7 +217,7 @@ def test_nothing_to_suggest_is_said_and_is_no_error(tmp_path: Path, digits: Path
         (["--wd", "0.1", "-1"], "--wd must be 0 or more, not -1"),
         (["--momentum", "0.9", "1"], "--momentum must be in [0, 1), not 1"),
         (["--recipe", "resnet"], "--recipe resnet is none of digits"),
-        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--seed", "-1"], "--seed must be from 0 to 9223372036854775807"),
         (["--set", "use_clr_beta=[10, 10, 0.9]"], "use_clr_beta must be (div, pct) or"),
         (["--set", "phases.0.batch_size=400", "--set", "phases.1.batch_size=400"], "smaller than"),
         (["--recipe-out", "mine.txt"], "--recipe-out mine.txt must end with .toml"),
@@ -341,7 +341,7 @@ def test_why_nothing_is_suggested(sweep: Sweep, reason: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ([], "use_clr_beta=[10, 20, 0.95, 0.7]"),
+        ([], "use_clr_beta=[10.0, 20.0, 0.95, 0.7]"),
         (["use_clr_beta=[10, 20, 0.6, 0.5]"], "use_clr_beta=[10.0, 20.0, 0.7, 0.7]"),
         (["use_clr_beta=[10, 20]"], "momentum=0.7"),
         (["schedule=one_cycle"], "one_cycle=[0.3, 25.0, 10000.0, 0.95, 0.7]"),

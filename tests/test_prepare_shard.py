@@ -263,7 +263,7 @@ def test_wrong_flags_are_named_before_anything_is_written(src: Path, tmp_path: P
         ((src, src), "/src lies in .*/src itself: name another DST"),
         ((tmp_path / "none", tmp_path / "dst"), "none has no images: expected .*/train/CLASS"),
         ((src, tmp_path / "dst", "--shard-size", 0), "--shard-size must be from 1 to 1024 MiB"),
-        ((src, tmp_path / "dst", "--seed", -1), "--seed must be at least 0, not -1"),
+        ((src, tmp_path / "dst", "--seed", -1), "--seed must be from 0 to 9223372036854775807"),
     ):
         with pytest.raises(UserError, match=message):
             shard(*arguments)

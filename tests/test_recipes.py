@@ -26,7 +26,12 @@ def two_phases(**changes: object) -> Recipe:
 @pytest.mark.parametrize("nodes", [1, 2, 3, 16, 64])
 def test_every_named_recipe_survives_toml_and_makes_a_plan(name: str, nodes: int) -> None:
     recipe = named_recipe(name, nodes)
-    assert recipe_toml.loads(recipe_toml.dumps(recipe)) == recipe
+    text = recipe_toml.dumps(recipe)
+    again = recipe_toml.loads(text)
+    assert again == recipe
+    # Resuming compares texts: 10 in place of 10.0 would be another recipe.
+    assert recipe_toml.dumps(again) == text
+    assert recipe_toml.dumps(recipe_toml.with_settings(recipe, [])) == text
     plan = recipe.plan(8 * nodes if name.startswith("imagenet") else 1, 1_281_167)
     rates = [plan.lr(step) for step in range(0, plan.total_steps, 97)]
     assert min(rates) >= 0
@@ -66,11 +71,36 @@ def test_a_name_that_is_not_there_is_an_error() -> None:
         ("rand_augment=[2, 31]", "operations, magnitude 0 to 30], not (2, 31)"),
         ("color_jitter=1.5", "recipe field color_jitter must be in [0, 1], not 1.5"),
         ("random_erasing=-0.1", "recipe field random_erasing must be in [0, 1], not -0.1"),
-        ("mixup=-1", "recipe field mixup must be 0 or more, and finite, not -1.0"),
-        ("cutmix=inf", "recipe field cutmix must be 0 or more, and finite, not inf"),
+        ("mixup=-1", "recipe field mixup must be 0 or more, not -1.0"),
+        ("cutmix=inf", "recipe field cutmix must be finite, not inf"),
+        ("resize_ratio=inf", "recipe field resize_ratio must be finite, not inf"),
+        ("resize_ratio=1e9", "recipe field resize_ratio must be from 1 to 4, not 1000000000.0"),
+        ("weight_decay=inf", "recipe field weight_decay must be finite, not inf"),
+        ("mean=[nan, 1, 1]", "recipe field mean must be finite, not (nan, 1, 1)"),
+        ("std=[inf, 1, 1]", "recipe field std must be finite, not (inf, 1, 1)"),
+        ("aspect_ratio=[0.5, inf]", "recipe field aspect_ratio must be finite, not (0.5, inf)"),
+        ("use_clr_beta=[inf, 10]", "recipe field use_clr_beta must be finite, not (inf, 10)"),
+        ("one_cycle=[0.3, inf, 1e4, 0.95, 0.85]", "recipe field one_cycle must be finite, not"),
+        ("lr_spans=[[0, 6, 1, inf]]", "recipe field lr_spans must be finite, not ((0, 6, 1, inf"),
+        ("phases.1.min_scale=nan", "recipe field phases.1.min_scale must be finite, not nan"),
+        (f"max_lr=1{'0' * 400}", "recipe field max_lr must be finite, not 1000"),
         ("reflect_pad=16", "recipe field reflect_pad must be below image_size"),
         ("lr_spans=[[0, 6, 1]]", "recipe field lr_spans.0 must be a list of 4 values"),
         ("bias_lr_factor=0", "recipe field bias_lr_factor must be above 0, not 0.0"),
+        ("use_clr_beta=[10, 10, 0.9]", "recipe field use_clr_beta must be (div, pct) or"),
+        ("use_clr_beta=[10]", "use_clr_beta must be (div, pct) or (div, pct, max_mom, min_mom), "),
+        ("use_clr_beta=[10, 100]", "recipe field use_clr_beta: pct must be in per cent"),
+        ("use_clr_beta=[0, 10]", "recipe field use_clr_beta: div must be above 0, not 0.0"),
+        (
+            "use_clr_beta=[10, 10, 0.85, 0.95]",
+            "recipe field use_clr_beta: min_mom must be from 0 to max_mom = 0.85, not 0.95",
+        ),
+        ("one_cycle=[2, 25, 1e4, 0.95, 0.85]", "recipe field one_cycle: pct_start must be a fr"),
+        ("lr_spans=[[5, 1, 2, 3]]", "recipe field lr_spans.0 must be a span that begins at 0, not"),
+        (
+            "lr_spans=[[0, 3, 1, 2], [4, 6, 2, 1]]",
+            "recipe field lr_spans.1 must be a span that begins at 3, not 4",
+        ),
         ("optimizer=adam", "recipe field optimizer must be one of sgd, muon, not 'adam'"),
         ("muon=[0.2, 1]", "recipe field muon must be [LR factor above 0, momentum in [0, 1)], not"),
         ("whitening=true", "recipe field whitening must be false for model smallnet, not True"),
@@ -90,9 +120,7 @@ def test_errors_name_the_field(setting: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("use_clr_beta=[10, 10, 0.9]", "use_clr_beta must be (div, pct) or"),
-        ("use_clr_beta=[10, 100]", "use_clr_beta pct must be in per cent"),
-        ("use_clr_beta=[10]", "use_clr_beta must hold at least (div, pct)"),
+        ("use_clr_beta=[10, 99.9]", "recipe field use_clr_beta: num_steps must be enough for"),
         ("phases.1.batch_size=1001", "phases.1.batch_size = 1001 x 1 processes is more than"),
     ],
 )
@@ -242,6 +270,11 @@ def test_stretching_keeps_proportions(epochs: int) -> None:
     if epochs % 3 == 0:
         assert [phase.epochs for phase in stretched.phases] == [2 * epochs // 3, epochs // 3]
     stretched.plan(1, 1000)
+
+
+def test_spans_that_do_not_hold_may_reach_past_the_end() -> None:
+    recipe = two_phases(lr_spans=((0, 8, 0, 1), (8, 9, 1, 0)))
+    assert recipe.stretched(6).lr_spans == recipe.lr_spans
 
 
 def test_stretching_to_nothing_is_an_error() -> None:

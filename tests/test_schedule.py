@@ -55,6 +55,8 @@ def test_without_a_momentum_range_there_is_no_momentum_schedule() -> None:
     ("steps", "parameters", "field"),
     [
         (2, (10, 10), "num_steps"),
+        (2, (10, 0), "num_steps"),
+        (100, (10,), "1 values"),
         (3, (10, 50), "num_steps"),
         (100, (10, 100), "pct"),
         (100, (10, -1), "pct"),

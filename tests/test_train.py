@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import resource
 import shutil
 import signal
 import socket
@@ -149,7 +150,27 @@ def test_evaluate_gives_the_runs_own_figures(finished: Path, cifar10: Path) -> N
 def test_evaluate_refuses_other_data(finished: Path, digits: Path) -> None:
     last = finished / "checkpoints" / "last.pt"
     _, err = run("fastimagenet.evaluate", last, "--data", digits, "--device", "cpu", status=2)
-    assert "knows 10 classes (airplane, ...), --data has 10 (0, ...)" in err
+    assert "knows 10 classes, --data has 10, and the first that differ are airplane and 0:" in err
+
+
+@pytest.mark.parametrize(
+    ("backend", "size", "message"),
+    [
+        ("dali", 60_000, "--image-size 60000: a batch of 25 such images does not fit into memory"),
+        ("torchvision", 60_000, "--image-size 60000: a batch of 25 such images does not fit"),
+        ("auto", 100_000, "--image-size must be from 8 to 65535 pixels, not 100000"),
+    ],
+)
+def test_evaluate_names_an_image_size_that_is_too_large(
+    backend: str, size: int, message: str, finished: Path, cifar10: Path
+) -> None:
+    flags = ("--data", cifar10, "--device", "cpu", "--backend", backend, "--image-size", size)
+    process = start("fastimagenet.evaluate", finished / "checkpoints" / "last.pt", *flags)
+    # A kernel that promises more memory than there is would kill other processes, too.
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (1 << 36, 1 << 36))
+    _, err = process.communicate(timeout=600)
+    (line,) = err.splitlines()
+    assert process.returncode == 2 and line.startswith(f"error: {message}")
 
 
 def test_the_same_seed_gives_the_same_losses_bit_for_bit(
@@ -327,8 +348,10 @@ def test_list_print_and_dry_run(cifar10: Path, tmp_path: Path) -> None:
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--nodes", "0"], "--nodes: must be at least 1"),
         (["--nodes", "3:2"], "--nodes: 3:2: 1 <= MIN <= MAX must hold"),
-        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--seed", "-1"], "--seed must be from 0 to 9223372036854775807 (2^63 - 1), not -1"),
+        (["--seed", "9" * 23], "--seed must be from 0 to 9223372036854775807"),
         (["--author", " "], "--author must not be empty"),
+        (["--hardware", " "], "--hardware must not be empty"),
         (["--cost-per-hour", "nan"], "--cost-per-hour must be a number of US dollars"),
         (["--device", "cuda"], "--device cuda: no CUDA device is there"),
         (["--nodes", "2"], "--nodes 2 needs --rdzv-endpoint HOST:PORT"),
@@ -444,6 +467,11 @@ def test_a_diverging_run_names_step_and_lr(cifar10: Path, tmp_path: Path) -> Non
         *("--data", cifar10, "--output", tmp_path / "out", *SMALL, "--set", "max_lr=1e9")
     )
     assert "the loss is not finite at step" in message
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(cifar10: Path) -> None:
+    message = error_of("--data", cifar10, "--output", "/proc/fastimagenet", *SMALL)
+    assert message == "error: cannot use /proc/fastimagenet: No such file or directory"
 
 
 def test_a_disk_that_is_full_at_the_start_is_one_line(cifar10: Path, small_disk: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -355,6 +356,24 @@ def test_another_folder_gets_the_checkpoints_that_its_rows_speak_of(tmp_path: Pa
     for name in ("last.pt", "best.pt"):
         step = checkpoint.load(old / name)["step"]
         assert checkpoint.load(new / name)["step"] == step
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"recipe": "mine"}, "of a run with another recipe: give the --recipe, --set,"),
+        ({"classes": ["cat"]}, "of a run with other classes: name the --data that"),
+        ({"num_train": 49}, "of a run with 50 training images: name the --data and --skip-list"),
+        ({"seed": 4}, "of a run with another seed: --seed 3"),
+    ],
+)
+def test_another_run_is_refused(other: dict[str, Any], message: str, tmp_path: Path) -> None:
+    about = {"recipe": "test", "classes": [], "num_train": 50, "seed": 3}
+    first, second = make_trainer(folder=tmp_path), make_trainer(folder=tmp_path)
+    first.about, second.about = about, about | other
+    checkpoint.save_last(tmp_path / "checkpoints", state_of(first))
+    with pytest.raises(UserError, match=message):
+        resume(second, tmp_path, "auto")
 
 
 def test_another_model_is_refused() -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pipelines.cli import check_seed
 from pipelines.errors import UserError
 from pipelines.files import scratch_folder
 from pipelines.folder import visible
@@ -98,8 +99,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(
             f"--shard-size must be from 1 to {MAX_SHARD_SIZE} MiB, not {args.shard_size}"
         )
-    if args.seed < 0:
-        raise UserError(f"--seed must be at least 0, not {args.seed}")
+    check_seed(args.seed)
     if args.workers < 1:
         raise UserError(f"--workers must be at least 1, not {args.workers}")
     if args.dst.resolve().is_relative_to(args.src.resolve()):
