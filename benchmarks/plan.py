@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.plan_results import check, table, write_results
 from benchmarks.planner import candidates, with_fitting_batch
 from fastimagenet import cli
-from fastimagenet.assemble import chosen_recipe, read_data, with_copies
+from fastimagenet.assemble import check_output, chosen_recipe, read_data, with_copies
 from fastimagenet.distributed import World
 from fastimagenet.recorder import Stopwatch
 from pipelines.datasets import dataset_name
@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world_size = nodes * gpus
     if args.output is None:
         args.output = Path("runs") / f"plan-{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_output(args.output)
     world = World(local_world_size=gpus, device="cpu" if launch.device == "cpu" else "cuda:0")
     train, val = read_data(args, world)
     recipe = with_fitting_batch(recipe, world_size, len(train))

@@ -252,3 +252,14 @@ def test_a_wrong_flag_is_named(flags: list[str], message: str, tmp_path: Path) -
     with pytest.raises(UserError, match=message):
         main([*flags, "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_a_run_is_left_as_it_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    write_object(run / "plan.json", RECIPE.plan(1, 1020).to_dict())
+    before = (run / "plan.json").read_bytes()
+    with pytest.raises(UserError, match=r"--output .* holds another run"):
+        main(["--minutes", "1", "--device", "cpu", "--output", str(run)])
+    with pytest.raises(UserError, match=r"--output .* holds no plan"):
+        main(["--check", str(run), "--output", str(run)])
+    assert (run / "plan.json").read_bytes() == before
