@@ -36,7 +36,6 @@ from pipelines.dali_graph import (
     shape_of,
 )
 from pipelines.environment import processor, versions
-from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage
 from pipelines.order import Order
 from pipelines.split import read_split
@@ -162,11 +161,11 @@ def parser() -> cli.Parser:
     )
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="with train/CLASS/IMAGE")
-    add("--size", type=int, default=224, metavar="S", help="default 224")
-    add("--batch-size", type=int, default=64, help="default 64")
-    add("--threads", type=int, default=2, help="default 2")
-    add("--rounds", type=int, default=5, help="at least 2, for the intervals; default 5")
-    add("--seconds", type=float, default=5.0, help="of each turn; default 5")
+    add("--size", type=cli.count, default=224, metavar="S", help="default 224")
+    add("--batch-size", type=cli.count, default=64, help="default 64")
+    add("--threads", type=cli.count, default=2, help="default 2")
+    add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for intervals; default 5")
+    add("--seconds", type=cli.positive, default=5.0, help="of each turn; default 5")
     add("--json", type=Path, help="write the result here as well")
     return result
 
@@ -174,8 +173,6 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     args = parser().parse_args(argv)
-    if args.rounds < 2:
-        raise UserError("--rounds: at least 2, for the intervals")
     task = Task(
         split=read_split(args.data, "train"),
         image_size=args.size,

@@ -173,12 +173,18 @@ def parser() -> cli.Parser:
     cli.add_device_flag(result)
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder with train/CLASS/IMAGE")
-    add("--entries", type=int, default=20_000, metavar="N", help="at least so many, default 20000")
+    add("--entries", type=cli.count, default=20_000, metavar="N", help="at least; default 20000")
     sizes = [128, 160, 192, 224, 288]
-    add("--image-size", type=int, nargs="+", default=sizes, metavar="S")
-    add("--threads", type=int, nargs="+", metavar="T", help="default 4, 8 and 16, up to the cores")
-    add("--batch-size", type=int, default=256)
-    add("--seconds", type=float, default=1.2, help="of each measurement, default 1.2")
+    add("--image-size", type=cli.count, nargs="+", default=sizes, metavar="S")
+    add(
+        "--threads",
+        type=cli.count,
+        nargs="+",
+        metavar="T",
+        help="default 4, 8, 16, up to the cores",
+    )
+    add("--batch-size", type=cli.count, default=256)
+    add("--seconds", type=cli.positive, default=1.2, help="of each measurement, default 1.2")
     add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
     add("--json", type=Path, metavar="FILE", help="write the result")
     return result

@@ -198,11 +198,11 @@ def parser() -> cli.Parser:
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder with train/CLASS/IMAGE")
     add("--backend", choices=BACKENDS, default="dali")
-    add("--image-size", type=int, nargs="+", default=[128, 160, 192, 224], metavar="S",
+    add("--image-size", type=cli.count, nargs="+", default=[128, 160, 192, 224], metavar="S",
         help="different ones, for as many epochs each; default 128 160 192 224")  # fmt: skip
-    add("--epochs", type=int, default=20, help="of all sizes together, at least 3 each")
-    add("--batch-size", type=int, default=50)
-    add("--threads", type=int, default=2, help="decoding threads or worker processes")
+    add("--epochs", type=cli.count, default=20, help="of all sizes together, at least 3 each")
+    add("--batch-size", type=cli.count, default=50)
+    add("--threads", type=cli.count, default=2, help="decoding threads or worker processes")
     add("--json", type=Path, metavar="FILE.json", help="write the result, and pictures beside it")
     return result
 

@@ -196,14 +196,16 @@ def parser() -> argparse.ArgumentParser:
         metavar="[LABEL=]DIR",
         help="folders with train/CLASS/IMAGE that are read in turn (default: the embedded digits)",
     )
-    add("--image-size", type=int, nargs="+", default=[224], metavar="S", help="default 224")
+    add("--image-size", type=cli.count, nargs="+", default=[224], metavar="S", help="default 224")
     add("--only", nargs="+", choices=LOADERS, default=list(LOADERS), metavar="NAME",
         help=f"some of {', '.join(LOADERS)}")  # fmt: skip
-    add("--reflect-pad", type=int, default=0, help="in place of random areas: pad, crop back")
-    add("--threads", type=int, default=2, help="decoding threads or worker processes")
-    add("--batch-size", type=int, default=64)
-    add("--rounds", type=int, default=5, help="at least 2, for the intervals")
-    add("--seconds", type=float, default=8, help="per loader and round")
+    add(
+        "--reflect-pad", type=cli.at_least(0), default=0, help="in place of random areas: pad, crop"
+    )
+    add("--threads", type=cli.count, default=2, help="decoding threads or worker processes")
+    add("--batch-size", type=cli.count, default=64)
+    add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for the intervals")
+    add("--seconds", type=cli.positive, default=8, help="per loader and round")
     add("--json", type=Path, help="write the result here as well")
     return result
 
@@ -211,8 +213,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     args = parser().parse_args(argv)
-    if args.rounds < 2:
-        raise UserError("--rounds: at least 2, for the intervals")
     torch.set_num_threads(args.threads)  # for what is augmented in this process
     result = run(args)
     print(f"\n{result.hardware}, {args.threads} threads (95 % intervals)\n")

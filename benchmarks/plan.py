@@ -40,13 +40,13 @@ def parser() -> cli.Parser:
     add = result.add_argument
     help_text = "no probe: set this finished run of --output/recipe.toml beside its prediction"
     add("--check", type=Path, metavar="RUN", help=help_text)
-    add("--minutes", type=float, metavar="M", help="wall time that the run may take")
-    add("--gpus", type=int, metavar="K", help="of a node; default: those of this machine, or 1")
+    add("--minutes", type=cli.positive, metavar="M", help="wall time that the run may take")
+    add("--gpus", type=cli.count, metavar="K", help="of a node; default: those of this one, or 1")
     add("--price", type=float, metavar="USD", help="of one node for an hour, on demand")
     add("--target", metavar="METRIC=VALUE", help="top5=0.93, top1=0.94; default: the recipe's")
     add(
         "--probe-seconds",
-        type=float,
+        type=cli.positive,
         default=60.0,
         metavar="S",
         help="of measuring, about, start-up aside; default 60",
@@ -119,16 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Raise UserError naming the flag."""
-    if args.minutes is None or not 0 < args.minutes < 1e6:
-        raise UserError(f"--minutes must be a number above 0, not {args.minutes}")
-    if args.gpus is not None and args.gpus < 1:
-        raise UserError(f"--gpus must be at least 1, not {args.gpus}")
+    if args.minutes is None:
+        raise UserError("--minutes M is required: the wall time that the run may take")
     if args.global_batch is not None:
         raise UserError("--global-batch: the batches are the recipe's; --set phases.0.batch_size=N")
     if args.price is not None and not 0 <= args.price < 1e9:
         raise UserError(f"--price must be a number of US dollars, not {args.price}")
-    if not 0 < args.probe_seconds < 3600:
-        raise UserError(f"--probe-seconds must be above 0, not {args.probe_seconds}")
 
 
 if __name__ == "__main__":

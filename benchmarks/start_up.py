@@ -106,9 +106,10 @@ def parser() -> cli.Parser:
     )
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder with the originals")
-    add("--files", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 1_300_000])
+    numbers = [10_000, 100_000, 1_000_000, 1_300_000]
+    add("--files", type=cli.at_least(CLASSES), nargs="+", default=numbers)
     add("--backend", choices=BACKENDS, default="auto")
-    add("--threads", type=int, default=2, help="decoding threads, or workers of the DataLoader")
+    add("--threads", type=cli.count, default=2, help="decoding threads, or DataLoader's workers")
     add("--scratch", type=Path, metavar="DIR", help="where links can be made; default: beside DIR")
     add("--json", type=Path, metavar="FILE", help="write the result")
     return result
@@ -171,8 +172,6 @@ def growth(starts: Sequence[Start], start: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status. Raises UserError for the user's mistakes."""
     args = parser().parse_args(argv)
-    if min(args.files) < CLASSES:
-        raise UserError(f"--files must be at least {CLASSES}, an image a class")
     # Links to links: the originals may be symbolic ones.
     originals = [os.path.realpath(file.path) for file in read_split(args.data, "train").files]
     backend = chosen_backend(args.backend)

@@ -25,7 +25,10 @@ from fastimagenet.peers import PeerLost
 from fastimagenet.recipes import PRECISIONS
 from pipelines import BACKENDS, cli
 from pipelines.cli import Parser as Parser
+from pipelines.cli import at_least as at_least
+from pipelines.cli import count as count
 from pipelines.cli import make_parser as make_parser
+from pipelines.cli import positive as positive
 from pipelines.errors import UserError
 from pipelines.s3 import SCHEME, fetched
 from pipelines.split import ON_BAD_IMAGE

@@ -49,7 +49,7 @@ def read_run(run_dir: Path) -> Run:
     """Raises UserError where the folder holds no run."""
     plan = read_object(run_dir / "plan.json")
     if not {"recipe", "phases"} <= plan.keys():  # benchmarks.plan writes a file of that name, too
-        raise UserError(f"{run_dir}/plan.json is not that of a run: name the --output folder of one")
+        raise UserError(f"{run_dir}/plan.json is not of a run: name a run's --output folder")
     summary = run_dir / "summary.json"
     rows = read_rows(run_dir)
     return Run(

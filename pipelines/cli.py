@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import signal
 import sys
@@ -35,6 +36,27 @@ def make_parser(module: str, description: str, example: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    return number
+
+
+count = at_least(1)
+
+
+def positive(text: str) -> float:
+    """An argparse type: finite numbers above 0."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return value
 
 
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:

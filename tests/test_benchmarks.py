@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_loaders_compares_folders_copies_and_shards(cifar10: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rounds", "1"], "error: --rounds"),
+        (["--rounds", "1"], "error: argument --rounds: must be at least 2, not 1"),
         (["--data", "a=x", "a=y"], "error: --data: two folders are called a"),
     ],
 )
@@ -114,6 +115,38 @@ def test_loaders_names_a_wrong_flag(flags: list[str], message: str) -> None:
     result = run("loaders", *flags)
     assert result.returncode == 2
     assert result.stderr.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        *(
+            ("loaders", f"--{flag} 0")
+            for flag in ("image-size", "threads", "batch-size", "seconds")
+        ),
+        ("loaders", "--reflect-pad -1"),
+        ("training_step", "--sizes 0"),
+        ("training_step", "--batches 0"),
+        ("training_step", "--seconds nan"),
+        ("step_floor", "--sizes 0"),
+        ("step_floor", "--batch-size 0"),
+        ("step_floor", "--ceilings 0 0"),
+        *(("decode_sweep", f"--{flag} 0") for flag in ("threads", "image-size", "batch-size")),
+        *(("dali_stages", f"--{flag} 0") for flag in ("size", "threads", "batch-size", "seconds")),
+        ("device_ceilings", "--seconds 0"),
+        *(("loader_memory", f"--{flag} 0") for flag in ("image-size", "threads", "batch-size")),
+        *(("prepare_rates", f"--{flag} 0") for flag in ("workers", "short-side", "seconds")),
+        ("checkpoint_cost", "--interval 0"),
+        ("start_up", "--threads 0"),
+        ("suite_steps", "--batch-size 0"),
+        ("faults", "--faults 0"),
+        ("superconvergence", "--seed -1"),
+    ],
+)
+def test_numbers_that_nothing_can_be_measured_with_are_named(name: str, flags: str) -> None:
+    flag, number, *_ = flags.split()
+    with pytest.raises(UserError, match=rf"{flag}: must be .*, not {number}"):
+        import_module(f"benchmarks.{name}").main(flags.split())
 
 
 @pytest.mark.parametrize("decode", [by_pillow, by_torchvision])
@@ -220,7 +253,7 @@ def test_start_up_leaves_nothing_behind(photographs: Path, tmp_path: Path) -> No
     assert left == ["data", "start-up.json"]
     with pytest.raises(UserError, match="--scratch /proc: no hard links to --data"):
         start_up.main([*flags, "--scratch", "/proc"])
-    with pytest.raises(UserError, match="--files must be at least 1000"):
+    with pytest.raises(UserError, match="--files: must be at least 1000"):
         start_up.main([*flags[:2], "--files", "10"])
 
 

@@ -240,9 +240,9 @@ def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--minutes", "0"], "--minutes must be a number above 0"),
-        (["--price", "1"], "--minutes must be a number above 0"),
-        (["--minutes", "1", "--gpus", "0"], "--gpus must be at least 1"),
+        (["--minutes", "0"], "--minutes: must be a number above 0"),
+        (["--price", "-1"], "--minutes M is required"),
+        (["--minutes", "1", "--gpus", "0"], "--gpus: must be at least 1"),
         (["--minutes", "1", "--price", "-1"], "--price must be"),
         (["--minutes", "1", "--target", "93"], "target must be such as"),
         (["--minutes", "1", "--global-batch", "64"], "--global-batch: the batches are"),
