@@ -368,11 +368,16 @@ def test_a_stopped_call_leaves_whole_images_no_process_and_is_gone_on_with(
 
 
 def test_wrong_flags_and_folders_are_named(src: Path, tmp_path: Path) -> None:
+    file = tmp_path / "files" / "64"
+    file.parent.mkdir()
+    file.touch()
     for arguments, message in (
         ((src, tmp_path, "--short-side", 7), "--short-side must be at least 8 pixels, not 7"),
         ((src, tmp_path, "--short-side", 160, "--quality", 96), "--quality must be from 1 to 95"),
         ((tmp_path, tmp_path, "--short-side", 160), "has no images: expected .*/train/CLASS/IMAGE"),
         ((src, tmp_path), "--short-side"),
+        ((src, file, "--short-side", 160), f"{file} is a file: DST must be a folder"),
+        ((src, file.parent, "--short-side", 64), f"{file} is a file: DST must be a folder"),
     ):
         with pytest.raises(UserError, match=message):
             resize(*arguments)

@@ -380,6 +380,16 @@ def test_folders_that_training_would_stop_at(root: Path) -> None:
         main(["scan", str(root), "--report", str(root)])
 
 
+@pytest.mark.parametrize("command", ["scan", "resize"])
+def test_help_says_what_status_1_means(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "Exit status: 1: damaged images" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "Exit status" not in capsys.readouterr().out
+
+
 def test_nothing_is_written_unasked(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(root.rglob("*"))
     assert main(["scan", str(root)]) == 0

@@ -21,11 +21,13 @@ COMMANDS = {
         "cifar-10-python.tar.gz cifar10",
     ),
     "scan": (
-        "Find damaged and odd images before training does.",
+        "Find damaged and odd images before training does.\n"
+        "Exit status: 1: damaged images, or folders that would stop training, were found.",
         "imagenet",
     ),
     "resize": (
-        "Copies of an image folder that decode faster, one tree per length of the short side.",
+        "Copies of an image folder that decode faster, one tree per length of the short side.\n"
+        "Exit status: 1: damaged images were found; they have no copy.",
         "imagenet imagenet-small --short-side 160 352",
     ),
     "shard": (
@@ -33,14 +35,14 @@ COMMANDS = {
         "imagenet imagenet-shards",
     ),
 }
-"""Name: what it does, the arguments of an example."""
+"""Name: what it does, in the first line by itself; the arguments of an example."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Raises UserError for the user's mistakes."""
     argv = list(sys.argv[1:] if argv is None else argv)
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{summary}" for name, (summary, _) in COMMANDS.items()]
+    lines = [f"  {name:<{width}}{text.splitlines()[0]}" for name, (text, _) in COMMANDS.items()]
     outer = make_parser(
         "pipelines.prepare",
         "\n".join(("Prepare data. Commands, each with its own --help:", *lines)),

@@ -117,6 +117,9 @@ def check_flags(args: argparse.Namespace, sides: tuple[int, ...]) -> None:
         raise UserError(f"--quality must be from 1 to 95, not {args.quality}")
     if args.workers < 1:
         raise UserError(f"--workers must be at least 1, not {args.workers}")
+    for folder in (args.dst, *(args.dst / str(side) for side in sides)):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file: DST must be a folder, or new")
     for side in sides:
         if (args.dst / str(side)).resolve() == args.src.resolve():
             raise UserError(f"{args.dst}/{side} is {args.src} itself: name another DST")
