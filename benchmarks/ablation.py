@@ -73,7 +73,7 @@ def parser() -> cli.Parser:
     add("--runs", type=cli.count, default=3, metavar="N", help="seeds of each; default 3")
     add("--seed", type=cli.at_least(0), default=0, metavar="S", help="the first seed; default 0")
     folder = Path("runs/ablation")
-    add("--output", type=Path, default=folder, metavar="DIR", help=f"default {folder}")
+    add("--output", type=cli.output_folder, default=folder, metavar="DIR", help=f"default {folder}")
     add("--epochs", type=int, metavar="E", help="a rehearsal: stretch the recipe to E epochs")
     help_text = "a rehearsal: change a recipe field in all runs; repeatable"
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help=help_text)

@@ -49,7 +49,8 @@ def parser() -> cli.Parser:
         "python -m benchmarks.checkpoint_cost --data imagenet --recipe imagenet",
     )
     cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/checkpoint-cost-RECIPE-TIME; its disk is the one measured")
+    default = "runs/checkpoint-cost-RECIPE-TIME; its disk is the one measured"
+    cli.add_run_flags(result, default, cli.output_folder)
     add = result.add_argument
     add("--interval", type=cli.count, default=100, help="steps of a block; default 100")
     add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for intervals; default 5")

@@ -9,7 +9,6 @@ it has torch resize and normalise. `dali resize` and `dali normalise` are what D
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,7 @@ from pipelines.dali_graph import (
     shape_of,
 )
 from pipelines.environment import processor, versions
+from pipelines.files import write_object
 from pipelines.loader import LoaderSpec, Stage
 from pipelines.order import Order
 from pipelines.split import read_split
@@ -166,7 +166,7 @@ def parser() -> cli.Parser:
     add("--threads", type=cli.count, default=2, help="default 2")
     add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for intervals; default 5")
     add("--seconds", type=cli.positive, default=5.0, help="of each turn; default 5")
-    add("--json", type=Path, help="write the result here as well")
+    add("--json", type=cli.output_file, help="write the result here as well")
     return result
 
 
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is not None:
         facts = {"hardware": about, "date": date.today().isoformat(), "versions": versions()}
         rows = [asdict(rate) for rate in rates]
-        args.json.write_text(json.dumps(facts | {"stages": rows}, indent=1) + "\n")
+        write_object(args.json, facts | {"stages": rows})
     return 0
 
 

@@ -46,7 +46,7 @@ def parser() -> cli.Parser:
         "python -m benchmarks.dawnbench --recipe cifar10 --data CIFAR10 --runs 5 --stop-at-target",
     )
     cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/dawnbench-RECIPE")
+    cli.add_run_flags(result, "runs/dawnbench-RECIPE", cli.output_folder)
     add = result.add_argument
     add("--runs", type=cli.count, default=1, metavar="N", help="seeds, from --seed on; default 1")
     add("--target", metavar="METRIC=VALUE", help="top5=0.93, top1=0.94; default: the recipe's")

@@ -186,7 +186,7 @@ def parser() -> cli.Parser:
     add("--batch-size", type=cli.count, default=256)
     add("--seconds", type=cli.positive, default=1.2, help="of each measurement, default 1.2")
     add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
-    add("--json", type=Path, metavar="FILE", help="write the result")
+    add("--json", type=cli.output_file, metavar="FILE", help="write the result")
     return result
 
 

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--faults", type=cli.count, default=len(KINDS), metavar="N", help="default one of a kind")
     add("--seed", type=int, default=0)
     add("--data", type=Path, metavar="DIR", help="image folder; default: the embedded digits")
-    add("--json", type=Path, metavar="FILE", help="write the outcomes, too")
+    add("--json", type=cli.output_file, metavar="FILE", help="write the outcomes, too")
     args = parser.parse_args(argv)
     if not permitted():
         raise UserError("network namespaces cannot be made here: run it as root")

@@ -203,7 +203,12 @@ def parser() -> cli.Parser:
     add("--epochs", type=cli.count, default=20, help="of all sizes together, at least 3 each")
     add("--batch-size", type=cli.count, default=50)
     add("--threads", type=cli.count, default=2, help="decoding threads or worker processes")
-    add("--json", type=Path, metavar="FILE.json", help="write the result, and pictures beside it")
+    add(
+        "--json",
+        type=cli.output_file,
+        metavar="FILE.json",
+        help="write the result, and pictures beside it",
+    )
     return result
 
 

@@ -15,7 +15,6 @@ are loaders that cannot take part: `memory` where the set does not fit, `spdl` w
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -43,6 +42,7 @@ from pipelines import cli, make_loader
 from pipelines.digits import digits_folder
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
+from pipelines.files import write_object
 from pipelines.loader import LoaderSpec, Stage
 from pipelines.split import Split, read_split
 
@@ -206,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=cli.count, default=64)
     add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for the intervals")
     add("--seconds", type=cli.positive, default=8, help="per loader and round")
-    add("--json", type=Path, help="write the result here as well")
+    add("--json", type=cli.output_file, help="write the result here as well")
     return result
 
 
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{result.hardware}, {args.threads} threads (95 % intervals)\n")
     print(table(result.measured))
     if args.json is not None:
-        args.json.write_text(json.dumps(asdict(result), indent=1) + "\n")
+        write_object(args.json, asdict(result))
     return 0
 
 

@@ -36,7 +36,7 @@ def parser() -> cli.Parser:
         "python -m benchmarks.plan --data imagenet --minutes 30 --nodes 4 --price 98.32",
     )
     cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/plan-RECIPE-TIME")
+    cli.add_run_flags(result, "runs/plan-RECIPE-TIME", cli.output_folder)
     add = result.add_argument
     help_text = "no probe: set this finished run of --output/recipe.toml beside its prediction"
     add("--check", type=Path, metavar="RUN", help=help_text)

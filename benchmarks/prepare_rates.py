@@ -127,7 +127,7 @@ def parser() -> cli.Parser:
     add("--short-side", type=cli.at_least(8), nargs="+", default=[160], metavar="S", help=help_text)
     add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for the intervals")
     add("--seconds", type=cli.positive, default=8, help="of each in each round")
-    add("--json", type=Path, metavar="FILE", help="write the result here as well")
+    add("--json", type=cli.output_file, metavar="FILE", help="write the result here as well")
     return result
 
 

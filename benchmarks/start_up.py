@@ -111,7 +111,7 @@ def parser() -> cli.Parser:
     add("--backend", choices=BACKENDS, default="auto")
     add("--threads", type=cli.count, default=2, help="decoding threads, or DataLoader's workers")
     add("--scratch", type=Path, metavar="DIR", help="where links can be made; default: beside DIR")
-    add("--json", type=Path, metavar="FILE", help="write the result")
+    add("--json", type=cli.output_file, metavar="FILE", help="write the result")
     return result
 
 

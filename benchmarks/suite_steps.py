@@ -101,7 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--variants", nargs="*", default=["compiled", "graphs"], metavar="V", help="beside eager")
     add("--seconds", type=cli.positive, default=1.0, help="of each measurement, default 1")
     add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
-    add("--json", type=Path, required=True, metavar="FILE", help="gone on from where it exists")
+    add(
+        "--json",
+        type=cli.output_file,
+        required=True,
+        metavar="FILE",
+        help="gone on from where it exists",
+    )
     args = parser.parse_args(argv)
     if args.json.exists():  # a second process: the limit is that of the first
         start -= time.time() - args.json.with_suffix(".start").stat().st_mtime

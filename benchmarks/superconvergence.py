@@ -55,7 +55,7 @@ def parser() -> cli.Parser:
     add("--seed", type=cli.at_least(0), default=0, metavar="S", help="the first seed; default 0")
     add(
         "--output",
-        type=Path,
+        type=cli.output_folder,
         default=Path("runs/superconvergence"),
         metavar="DIR",
         help="default runs/superconvergence",

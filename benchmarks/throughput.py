@@ -98,7 +98,7 @@ def parser() -> cli.Parser:
         "python -m benchmarks.throughput --data imagenet --recipe imagenet",
     )
     cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/throughput-RECIPE-TIME")
+    cli.add_run_flags(result, "runs/throughput-RECIPE-TIME", cli.output_folder)
     add = result.add_argument
     add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for intervals; default 5")
     add("--seconds", type=cli.positive, default=3.0, help="of each turn; default 3")

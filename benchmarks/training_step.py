@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -253,7 +252,7 @@ def parser() -> cli.Parser:
     add("--batches", type=cli.count, nargs="+", metavar="B", help="default: by device")
     add("--seconds", type=cli.positive, default=10.0, help="of a rate, in five parts; default 10")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add("--json", type=Path, help="write the result here as well")
+    add("--json", type=cli.output_file, help="write the result here as well")
     return result
 
 

@@ -35,6 +35,13 @@ def run(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+def call(name: str, *flags: str) -> None:
+    """In this process."""
+    if name == "dali_stages":
+        pytest.importorskip("nvidia.dali")
+    import_module(f"benchmarks.{name}").main(flags)
+
+
 def test_intervals_are_those_of_student() -> None:
     found = estimate([1.0, 2.0, 3.0])  # 2 +- 4.303 * 1 / sqrt(3)
     assert (found.mean, found.low, found.high) == pytest.approx((2, -0.484, 4.484), abs=1e-3)
@@ -146,7 +153,26 @@ def test_loaders_names_a_wrong_flag(flags: list[str], message: str) -> None:
 def test_numbers_that_nothing_can_be_measured_with_are_named(name: str, flags: str) -> None:
     flag, number, *_ = flags.split()
     with pytest.raises(UserError, match=rf"{flag}: must be .*, not {number}"):
-        import_module(f"benchmarks.{name}").main(flags.split())
+        call(name, *flags.split())
+
+
+JSON = ("dali_stages", "decode_sweep", "device_ceilings", "faults", "loader_memory", "loaders",
+        "prepare_rates", "start_up", "suite_steps", "training_step")  # fmt: skip
+OUTPUT = ("ablation", "checkpoint_cost", "compare", "dawnbench", "gpu_suite", "plan",
+          "superconvergence", "throughput")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [*((name, "--json") for name in JSON), *((name, "--output") for name in OUTPUT)],
+)
+def test_where_nothing_can_be_written_is_told_at_once(name: str, flag: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for wrong in (file / "x", file if flag == "--output" else tmp_path):
+        with pytest.raises(UserError, match=rf"{flag}: .* is a (file: name a folder|folder: name)"):
+            call(name, flag, str(wrong))
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("decode", [by_pillow, by_torchvision])
