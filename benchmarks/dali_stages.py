@@ -24,6 +24,7 @@ from benchmarks.intervals import Estimate, estimate, ratio
 from benchmarks.loader_rivals import MIN_SCALE, Task
 from benchmarks.loaders import ours
 from benchmarks.run_table import markdown
+from benchmarks.training_images import training_images
 from pipelines import cli
 from pipelines.dali import Feed, empty_pipeline, with_paths
 from pipelines.dali_graph import (
@@ -38,7 +39,6 @@ from pipelines.environment import processor, versions
 from pipelines.files import write_object
 from pipelines.loader import LoaderSpec, Stage
 from pipelines.order import Order
-from pipelines.split import read_split
 
 STAGES = (
     *("feed", "read", "header", "window", "decode whole"),
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     args = parser().parse_args(argv)
     task = Task(
-        split=read_split(args.data, "train"),
+        split=training_images(args.data),
         image_size=args.size,
         batch_size=args.batch_size,
         threads=args.threads,

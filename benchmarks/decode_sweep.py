@@ -26,12 +26,13 @@ from benchmarks.ceilings import calls_per_sec
 from benchmarks.intervals import Estimate, estimate
 from benchmarks.phase_rates import WARM_UP_BATCHES, endless
 from benchmarks.run_table import markdown
+from benchmarks.training_images import training_images
 from fastimagenet import cli
 from fastimagenet.files import write_object
 from pipelines import make_loader
 from pipelines.dali_settings import DaliSettings
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.split import Split, read_split
+from pipelines.split import Split
 from pipelines.workers import num_cores
 
 ROUNDS = 3
@@ -196,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     cores = num_cores()
     threads = args.threads or [count for count in (4, 8, 16) if count <= cores] or [cores]
-    originals = read_split(args.data, "train")
+    originals = training_images(args.data)
     task = Task(
         split=repeated(originals, args.entries),
         device=cli.one_device(args.device),

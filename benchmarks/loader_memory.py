@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from benchmarks.run_table import markdown
+from benchmarks.training_images import training_images
 from fastimagenet.figures import (
     BLUE,
     ORANGE,
@@ -41,7 +42,6 @@ from pipelines import BACKENDS, cli, make_loader
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.split import read_split
 
 BAND = 0.05
 """The share within which memory counts as flat."""
@@ -104,7 +104,7 @@ def read_epochs(args: argparse.Namespace) -> list[Epoch]:
         Stage(epochs=each, image_size=size, batch_size=args.batch_size) for size in args.image_size
     ]
     spec = LoaderSpec(
-        split=read_split(args.data, "train"),
+        split=training_images(args.data),
         stages=tuple(stages),
         training=True,
         num_threads=args.threads,

@@ -9,7 +9,8 @@ normalised to float32 on the CPU. `decode` only decodes whole images and `decode
 from memory: the ceilings. All of one image size take turns, on all folders: in each round every
 loader makes a few batches that are not counted, then batches for some seconds. The intervals are
 over the rounds. What our back end `memory` spends on reading the set once is not counted. Left out
-are loaders that cannot take part: `memory` where the set does not fit, `spdl` where it is missing.
+are loaders that cannot take part: `memory` where the set does not fit, `spdl` where it is missing,
+`decode` where there are no JPEGs.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ from benchmarks.loader_rivals import (
     spdl,
     spdl_version,
 )
+from benchmarks.training_images import training_images
 from pipelines import cli, make_loader
 from pipelines.digits import digits_folder
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 from pipelines.files import write_object
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.split import Split, read_split
+from pipelines.split import Split
 
 
 def ours(backend: str, task: Task) -> Generator[Any]:
@@ -101,8 +103,8 @@ def measure(
         running = []
         for label, task in tasks.items():
             for name in args.only:
-                batches = stack.enter_context(closing(LOADERS[name](task)))
                 try:  # files into the page cache, buffers to their size
+                    batches = stack.enter_context(closing(LOADERS[name](task)))
                     images_per_sec(batches, task, 0.1)
                 except UserError as error:
                     left_out[name] = str(error)
@@ -110,6 +112,8 @@ def measure(
                     continue
                 running.append((label, name, batches))
                 found[label][name] = []
+        if not running:
+            raise UserError(f"--only {' '.join(args.only)}: none can take part: name others")
         for number in range(1, args.rounds + 1):
             for label, name, batches in running:
                 rate = images_per_sec(batches, tasks[label], args.seconds)
@@ -122,7 +126,7 @@ def run(args: argparse.Namespace) -> Result:
     """Measure all loaders in turn. Raises UserError naming the flag or folder."""
     load_average = os.getloadavg()[0]
     folders = labelled(args.data)
-    splits = {label: read_split(folder, "train") for label, folder in folders.items()}
+    splits = {label: training_images(folder) for label, folder in folders.items()}
     measured: list[Measured] = []
     left_out: dict[str, str] = {}
     for image_size in args.image_size:

@@ -29,12 +29,12 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.run_table import markdown
+from benchmarks.training_images import training_images
 from fastimagenet.files import write_object
 from pipelines import BACKENDS, chosen_backend, cli
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 from pipelines.index import SETTLED_SECONDS
-from pipelines.split import read_split
 
 CLASSES = 1000
 BATCH_SIZE = 64
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status. Raises UserError for the user's mistakes."""
     args = parser().parse_args(argv)
     # Links to links: the originals may be symbolic ones.
-    originals = [os.path.realpath(file.path) for file in read_split(args.data, "train").files]
+    originals = [os.path.realpath(file.path) for file in training_images(args.data).files]
     backend = chosen_backend(args.backend)
     scratch = args.scratch or Path(originals[0]).parents[2]
     starts = []

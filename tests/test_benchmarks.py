@@ -23,6 +23,7 @@ from benchmarks.hosts import permitted
 from benchmarks.intervals import Estimate, estimate, ratio, shown
 from benchmarks.loader_rivals import Task, by_pillow, by_torchvision, spdl
 from benchmarks.loaders import LOADERS
+from pipelines.digits import digits_folder
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main as prepare
 from pipelines.split import read_split
@@ -109,6 +110,20 @@ def test_loaders_compares_folders_copies_and_shards(cifar10: Path, tmp_path: Pat
         assert other["ratio_to_dataloader"] == other["ratio_to_decode"] == {}  # not among them
     header = next(line for line in result.stdout.splitlines() if line.startswith("|"))
     assert "/ originals" in header
+
+
+def test_loaders_leaves_out_who_cannot_take_part(tmp_path: Path) -> None:
+    """The embedded digits are PNGs; one more file is none."""
+    data = tmp_path / "data"
+    shutil.copytree(digits_folder(), data)
+    (data / "train" / "0" / "bad.png").write_bytes(b"nothing")
+    sizes = ["--image-size", 8, "--batch-size", 8, "--rounds", 2, "--seconds", 0.05, "--threads", 1]
+    for only, status in ((["torchvision", "decode"], 0), (["decode"], 2)):
+        result = run("loaders", "--data", data, *sizes, "--only", *only)
+        assert result.returncode == status, result.stderr
+        assert "decode is left out: there are no JPEGs to decode" in result.stdout
+        assert result.stderr.startswith("left out 1 bad file of 1,439; the first: ")
+        assert ("error: --only decode: " in result.stderr) == (status == 2)
 
 
 @pytest.mark.parametrize(
