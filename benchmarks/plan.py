@@ -18,14 +18,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.plan_results import check, table, write_results
-from benchmarks.planner import candidates, with_fitting_batch
+from benchmarks.planner import MIN_STEPS, candidates, with_fitting_batch
 from fastimagenet import cli
 from fastimagenet.assemble import check_output, chosen_recipe, read_data, with_copies
 from fastimagenet.distributed import World
+from fastimagenet.recipes import Recipe
 from fastimagenet.recorder import Stopwatch
 from pipelines.datasets import dataset_name
 from pipelines.environment import versions
 from pipelines.errors import UserError
+
+PASSED_ON = ("data", "skip_list", "on_bad_image", "backend", "device", "seed", "timeout")
+"""Flags that train has with the same defaults."""
 
 
 def parser() -> cli.Parser:
@@ -78,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(args.output)
     world = World(local_world_size=gpus, device="cpu" if launch.device == "cpu" else "cuda:0")
     train, val = read_data(args, world)
-    recipe = with_fitting_batch(recipe, world_size, len(train))
+    asked, recipe = recipe, with_fitting_batch(recipe, world_size, len(train))
     recipe.plan(world_size, len(train))
 
     from benchmarks.probe import measure  # imports torch
@@ -110,11 +114,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     write_results(result, found, args.output)
     print(f"\n{table(result, found)}\nall of it: {args.output}", flush=True)
-    flags = ["--data", str(args.data)] if args.data else []
-    flags += ["--recipe", str(args.output / "recipe.toml")]
-    flags += ["--nodes", str(nodes)] if nodes > 1 else []
-    print(f"train it: {shlex.join(['python', '-m', 'fastimagenet.train', *flags])}")
+    if note := batch_note(asked, recipe):
+        print(note)
+    command = ["python", "-m", "fastimagenet.train", *train_flags(args)]
+    print(f"train it: {shlex.join(command)}")
     return 0
+
+
+def batch_note(asked: Recipe, planned: Recipe) -> str:
+    """What the plan has changed about the recipe's batches; "" where it is nothing."""
+    before, after = ([phase.batch_size for phase in recipe.phases] for recipe in (asked, planned))
+    if before == after:
+        return ""
+    return (
+        f"batch size a process: {', '.join(map(str, after))} in place of the recipe's "
+        f"{', '.join(map(str, before))}, so that an epoch has at least {MIN_STEPS} updates; "
+        "the LR in proportion"
+    )
+
+
+def train_flags(args: argparse.Namespace) -> list[str]:
+    """Of the run that was predicted; what else was given is in recipe.toml."""
+    flags = ["--recipe", str(args.output / "recipe.toml")]
+    for name in PASSED_ON:
+        value = getattr(args, name)
+        if value != parser().get_default(name):
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    if processes := args.gpus or args.nproc_per_node:
+        flags += ["--nproc-per-node", str(processes)]
+    if (nodes := args.nodes[1]) > 1:
+        flags += ["--nodes", str(nodes), "--rdzv-endpoint", args.rdzv_endpoint or "HOST:PORT"]
+    return flags
 
 
 def check_numbers(args: argparse.Namespace) -> None:
