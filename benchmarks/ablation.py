@@ -70,10 +70,10 @@ def parser() -> cli.Parser:
     add("--recipe", default="cifar10-speed", metavar="NAME", help="default cifar10-speed")
     parts = ", ".join(PARTS)
     add("--only", nargs="+", choices=list(PARTS), metavar="FIELD", help=f"some of {parts}")
-    add("--runs", type=int, default=3, metavar="N", help="seeds of each; default 3")
-    add("--seed", type=int, default=0, metavar="S", help="the first seed; default 0")
+    add("--runs", type=cli.count, default=3, metavar="N", help="seeds of each; default 3")
+    add("--seed", type=cli.at_least(0), default=0, metavar="S", help="the first seed; default 0")
     folder = Path("runs/ablation")
-    add("--output", type=Path, default=folder, metavar="DIR", help=f"default {folder}")
+    add("--output", type=cli.output_folder, default=folder, metavar="DIR", help=f"default {folder}")
     add("--epochs", type=int, metavar="E", help="a rehearsal: stretch the recipe to E epochs")
     help_text = "a rehearsal: change a recipe field in all runs; repeatable"
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help=help_text)
@@ -86,8 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    if args.runs < 1:
-        raise UserError(f"--runs must be at least 1, not {args.runs}")
     data = describe(args.data)
     trainings = make_trainings(args, data.train_images)
     for training in trainings:

@@ -36,7 +36,6 @@ from fastimagenet.summary import hardware, precision_name
 from fastimagenet.trainer import Trainer
 from fastimagenet.warm_up import warm_up
 from pipelines.environment import versions
-from pipelines.errors import UserError
 
 WAYS = ("without", "beside", "in line")
 PARTS = ("state", "copy", "write", "checksum", "fsync")
@@ -50,10 +49,11 @@ def parser() -> cli.Parser:
         "python -m benchmarks.checkpoint_cost --data imagenet --recipe imagenet",
     )
     cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/checkpoint-cost-RECIPE-TIME; its disk is the one measured")
+    default = "runs/checkpoint-cost-RECIPE-TIME; its disk is the one measured"
+    cli.add_run_flags(result, default, cli.output_folder)
     add = result.add_argument
-    add("--interval", type=int, default=100, help="steps of a block; default 100")
-    add("--rounds", type=int, default=5, help="at least 2, for the intervals; default 5")
+    add("--interval", type=cli.count, default=100, help="steps of a block; default 100")
+    add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for intervals; default 5")
     return result
 
 
@@ -62,9 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_average = os.getloadavg()[0]
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    for flag, number, least in (("--rounds", args.rounds, 2), ("--interval", args.interval, 1)):
-        if number < least:
-            raise UserError(f"{flag} must be at least {least}, not {number}")
     recipe = with_copies(chosen_recipe(args), cli.data_folder(args))
     if args.output is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")

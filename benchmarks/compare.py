@@ -40,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "(compare.html) and a picture (comparison.svg, .png).",
         "python -m benchmarks.compare runs/one runs/other --output comparison",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's --output folder")
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path(), help="default: here")
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", type=Path, help="a run's --output folder")
+    add("--output", metavar="DIR", type=cli.output_folder, default=Path(), help="default: here")
     args = parser.parse_args(argv)
     runs = {str(folder): read_run(folder) for folder in args.runs}
     for name, run in runs.items():

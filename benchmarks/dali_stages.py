@@ -9,7 +9,6 @@ it has torch resize and normalise. `dali resize` and `dali normalise` are what D
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from benchmarks.intervals import Estimate, estimate, ratio
 from benchmarks.loader_rivals import MIN_SCALE, Task
 from benchmarks.loaders import ours
 from benchmarks.run_table import markdown
+from benchmarks.training_images import training_images
 from pipelines import cli
 from pipelines.dali import Feed, empty_pipeline, with_paths
 from pipelines.dali_graph import (
@@ -36,10 +36,9 @@ from pipelines.dali_graph import (
     shape_of,
 )
 from pipelines.environment import processor, versions
-from pipelines.errors import UserError
+from pipelines.files import write_object
 from pipelines.loader import LoaderSpec, Stage
 from pipelines.order import Order
-from pipelines.split import read_split
 
 STAGES = (
     *("feed", "read", "header", "window", "decode whole"),
@@ -162,22 +161,20 @@ def parser() -> cli.Parser:
     )
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="with train/CLASS/IMAGE")
-    add("--size", type=int, default=224, metavar="S", help="default 224")
-    add("--batch-size", type=int, default=64, help="default 64")
-    add("--threads", type=int, default=2, help="default 2")
-    add("--rounds", type=int, default=5, help="at least 2, for the intervals; default 5")
-    add("--seconds", type=float, default=5.0, help="of each turn; default 5")
-    add("--json", type=Path, help="write the result here as well")
+    add("--size", type=cli.count, default=224, metavar="S", help="default 224")
+    add("--batch-size", type=cli.count, default=64, help="default 64")
+    add("--threads", type=cli.count, default=2, help="default 2")
+    add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for intervals; default 5")
+    add("--seconds", type=cli.positive, default=5.0, help="of each turn; default 5")
+    add("--json", type=cli.output_file, help="write the result here as well")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     args = parser().parse_args(argv)
-    if args.rounds < 2:
-        raise UserError("--rounds: at least 2, for the intervals")
     task = Task(
-        split=read_split(args.data, "train"),
+        split=training_images(args.data),
         image_size=args.size,
         batch_size=args.batch_size,
         threads=args.threads,
@@ -188,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is not None:
         facts = {"hardware": about, "date": date.today().isoformat(), "versions": versions()}
         rows = [asdict(rate) for rate in rates]
-        args.json.write_text(json.dumps(facts | {"stages": rows}, indent=1) + "\n")
+        write_object(args.json, facts | {"stages": rows})
     return 0
 
 

@@ -46,9 +46,9 @@ def parser() -> cli.Parser:
         "python -m benchmarks.dawnbench --recipe cifar10 --data CIFAR10 --runs 5 --stop-at-target",
     )
     cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/dawnbench-RECIPE")
+    cli.add_run_flags(result, "runs/dawnbench-RECIPE", cli.output_folder)
     add = result.add_argument
-    add("--runs", type=int, default=1, metavar="N", help="seeds, from --seed on; default 1")
+    add("--runs", type=cli.count, default=1, metavar="N", help="seeds, from --seed on; default 1")
     add("--target", metavar="METRIC=VALUE", help="top5=0.93, top1=0.94; default: the recipe's")
     add("--stop-at-target", action="store_true", help="end each run when it has reached the target")
     add("--epochs", type=int, metavar="E", help="stretch the recipe, LR and phases, to E epochs")
@@ -64,8 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     check_entry_flags(args)
-    if args.runs < 1:
-        raise UserError(f"--runs must be at least 1, not {args.runs}")
     if args.nodes != (0, 1):
         raise UserError("--nodes: the runs are started on this machine alone, as --nodes 1")
     recipe = target_recipe(args)

@@ -26,12 +26,13 @@ from benchmarks.ceilings import calls_per_sec
 from benchmarks.intervals import Estimate, estimate
 from benchmarks.phase_rates import WARM_UP_BATCHES, endless
 from benchmarks.run_table import markdown
+from benchmarks.training_images import training_images
 from fastimagenet import cli
 from fastimagenet.files import write_object
 from pipelines import make_loader
 from pipelines.dali_settings import DaliSettings
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.split import Split, read_split
+from pipelines.split import Split
 from pipelines.workers import num_cores
 
 ROUNDS = 3
@@ -173,14 +174,20 @@ def parser() -> cli.Parser:
     cli.add_device_flag(result)
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder with train/CLASS/IMAGE")
-    add("--entries", type=int, default=20_000, metavar="N", help="at least so many, default 20000")
+    add("--entries", type=cli.count, default=20_000, metavar="N", help="at least; default 20000")
     sizes = [128, 160, 192, 224, 288]
-    add("--image-size", type=int, nargs="+", default=sizes, metavar="S")
-    add("--threads", type=int, nargs="+", metavar="T", help="default 4, 8 and 16, up to the cores")
-    add("--batch-size", type=int, default=256)
-    add("--seconds", type=float, default=1.2, help="of each measurement, default 1.2")
+    add("--image-size", type=cli.count, nargs="+", default=sizes, metavar="S")
+    add(
+        "--threads",
+        type=cli.count,
+        nargs="+",
+        metavar="T",
+        help="default 4, 8, 16, up to the cores",
+    )
+    add("--batch-size", type=cli.count, default=256)
+    add("--seconds", type=cli.positive, default=1.2, help="of each measurement, default 1.2")
     add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
-    add("--json", type=Path, metavar="FILE", help="write the result")
+    add("--json", type=cli.output_file, metavar="FILE", help="write the result")
     return result
 
 
@@ -190,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     cores = num_cores()
     threads = args.threads or [count for count in (4, 8, 16) if count <= cores] or [cores]
-    originals = read_split(args.data, "train")
+    originals = training_images(args.data)
     task = Task(
         split=repeated(originals, args.entries),
         device=cli.one_device(args.device),

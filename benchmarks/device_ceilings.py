@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m benchmarks.device_ceilings --seconds 4",
     )
     cli.add_device_flag(parser)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of all turns; default 6")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    parser.add_argument("--seconds", type=cli.positive, default=6.0, help="of all turns; default 6")
+    parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="write the result")
     args = parser.parse_args(argv)
     device = cli.one_device(args.device)
     result = facts(device) | measure(device, args.seconds)

@@ -93,13 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     example = "python -m benchmarks.faults --faults 50 --json result.json"
     parser = cli.make_parser("benchmarks.faults", (__doc__ or "").splitlines()[0], example)
     add = parser.add_argument
-    add("--faults", type=int, default=len(KINDS), metavar="N", help="runs; default one of a kind")
+    add("--faults", type=cli.count, default=len(KINDS), metavar="N", help="default one of a kind")
     add("--seed", type=int, default=0)
     add("--data", type=Path, metavar="DIR", help="image folder; default: the embedded digits")
-    add("--json", type=Path, metavar="FILE", help="write the outcomes, too")
+    add("--json", type=cli.output_file, metavar="FILE", help="write the outcomes, too")
     args = parser.parse_args(argv)
-    if args.faults < 1:
-        raise UserError(f"--faults must be at least 1, not {args.faults}")
     if not permitted():
         raise UserError("network namespaces cannot be made here: run it as root")
     data, generator = cli.data_folder(args), random.Random(args.seed)

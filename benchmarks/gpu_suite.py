@@ -52,7 +52,7 @@ def parser() -> cli.Parser:
     )
     cli.add_device_flag(result)
     add = result.add_argument
-    add("--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    add("--output", type=cli.output_folder, required=True, metavar="DIR", help="a new folder")
     help_text = "full-size photographs: DIR/train/CLASS/*, DIR/val/CLASS/* (may be the same ones)"
     add("--data", type=Path, metavar="DIR", help=help_text)
     add("--cifar10", type=Path, metavar="DIR", help="as pipelines.prepare cifar10 leaves it")

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from benchmarks.run_table import markdown
+from benchmarks.training_images import training_images
 from fastimagenet.figures import (
     BLUE,
     ORANGE,
@@ -41,7 +42,6 @@ from pipelines import BACKENDS, cli, make_loader
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.split import read_split
 
 BAND = 0.05
 """The share within which memory counts as flat."""
@@ -104,7 +104,7 @@ def read_epochs(args: argparse.Namespace) -> list[Epoch]:
         Stage(epochs=each, image_size=size, batch_size=args.batch_size) for size in args.image_size
     ]
     spec = LoaderSpec(
-        split=read_split(args.data, "train"),
+        split=training_images(args.data),
         stages=tuple(stages),
         training=True,
         num_threads=args.threads,
@@ -198,12 +198,17 @@ def parser() -> cli.Parser:
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder with train/CLASS/IMAGE")
     add("--backend", choices=BACKENDS, default="dali")
-    add("--image-size", type=int, nargs="+", default=[128, 160, 192, 224], metavar="S",
+    add("--image-size", type=cli.count, nargs="+", default=[128, 160, 192, 224], metavar="S",
         help="different ones, for as many epochs each; default 128 160 192 224")  # fmt: skip
-    add("--epochs", type=int, default=20, help="of all sizes together, at least 3 each")
-    add("--batch-size", type=int, default=50)
-    add("--threads", type=int, default=2, help="decoding threads or worker processes")
-    add("--json", type=Path, metavar="FILE.json", help="write the result, and pictures beside it")
+    add("--epochs", type=cli.count, default=20, help="of all sizes together, at least 3 each")
+    add("--batch-size", type=cli.count, default=50)
+    add("--threads", type=cli.count, default=2, help="decoding threads or worker processes")
+    add(
+        "--json",
+        type=cli.output_file,
+        metavar="FILE.json",
+        help="write the result, and pictures beside it",
+    )
     return result
 
 

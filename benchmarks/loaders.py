@@ -9,13 +9,13 @@ normalised to float32 on the CPU. `decode` only decodes whole images and `decode
 from memory: the ceilings. All of one image size take turns, on all folders: in each round every
 loader makes a few batches that are not counted, then batches for some seconds. The intervals are
 over the rounds. What our back end `memory` spends on reading the set once is not counted. Left out
-are loaders that cannot take part: `memory` where the set does not fit, `spdl` where it is missing.
+are loaders that cannot take part: `memory` where the set does not fit, `spdl` where it is missing,
+`decode` where there are no JPEGs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -39,12 +39,14 @@ from benchmarks.loader_rivals import (
     spdl,
     spdl_version,
 )
+from benchmarks.training_images import training_images
 from pipelines import cli, make_loader
 from pipelines.digits import digits_folder
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
+from pipelines.files import write_object
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.split import Split, read_split
+from pipelines.split import Split
 
 
 def ours(backend: str, task: Task) -> Generator[Any]:
@@ -101,8 +103,8 @@ def measure(
         running = []
         for label, task in tasks.items():
             for name in args.only:
-                batches = stack.enter_context(closing(LOADERS[name](task)))
                 try:  # files into the page cache, buffers to their size
+                    batches = stack.enter_context(closing(LOADERS[name](task)))
                     images_per_sec(batches, task, 0.1)
                 except UserError as error:
                     left_out[name] = str(error)
@@ -110,6 +112,8 @@ def measure(
                     continue
                 running.append((label, name, batches))
                 found[label][name] = []
+        if not running:
+            raise UserError(f"--only {' '.join(args.only)}: none can take part: name others")
         for number in range(1, args.rounds + 1):
             for label, name, batches in running:
                 rate = images_per_sec(batches, tasks[label], args.seconds)
@@ -122,7 +126,7 @@ def run(args: argparse.Namespace) -> Result:
     """Measure all loaders in turn. Raises UserError naming the flag or folder."""
     load_average = os.getloadavg()[0]
     folders = labelled(args.data)
-    splits = {label: read_split(folder, "train") for label, folder in folders.items()}
+    splits = {label: training_images(folder) for label, folder in folders.items()}
     measured: list[Measured] = []
     left_out: dict[str, str] = {}
     for image_size in args.image_size:
@@ -196,29 +200,29 @@ def parser() -> argparse.ArgumentParser:
         metavar="[LABEL=]DIR",
         help="folders with train/CLASS/IMAGE that are read in turn (default: the embedded digits)",
     )
-    add("--image-size", type=int, nargs="+", default=[224], metavar="S", help="default 224")
+    add("--image-size", type=cli.count, nargs="+", default=[224], metavar="S", help="default 224")
     add("--only", nargs="+", choices=LOADERS, default=list(LOADERS), metavar="NAME",
         help=f"some of {', '.join(LOADERS)}")  # fmt: skip
-    add("--reflect-pad", type=int, default=0, help="in place of random areas: pad, crop back")
-    add("--threads", type=int, default=2, help="decoding threads or worker processes")
-    add("--batch-size", type=int, default=64)
-    add("--rounds", type=int, default=5, help="at least 2, for the intervals")
-    add("--seconds", type=float, default=8, help="per loader and round")
-    add("--json", type=Path, help="write the result here as well")
+    add(
+        "--reflect-pad", type=cli.at_least(0), default=0, help="in place of random areas: pad, crop"
+    )
+    add("--threads", type=cli.count, default=2, help="decoding threads or worker processes")
+    add("--batch-size", type=cli.count, default=64)
+    add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for the intervals")
+    add("--seconds", type=cli.positive, default=8, help="per loader and round")
+    add("--json", type=cli.output_file, help="write the result here as well")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     args = parser().parse_args(argv)
-    if args.rounds < 2:
-        raise UserError("--rounds: at least 2, for the intervals")
     torch.set_num_threads(args.threads)  # for what is augmented in this process
     result = run(args)
     print(f"\n{result.hardware}, {args.threads} threads (95 % intervals)\n")
     print(table(result.measured))
     if args.json is not None:
-        args.json.write_text(json.dumps(asdict(result), indent=1) + "\n")
+        write_object(args.json, asdict(result))
     return 0
 
 

@@ -18,14 +18,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.plan_results import check, table, write_results
-from benchmarks.planner import candidates, with_fitting_batch
+from benchmarks.planner import MIN_STEPS, candidates, with_fitting_batch
 from fastimagenet import cli
-from fastimagenet.assemble import chosen_recipe, read_data, with_copies
+from fastimagenet.assemble import check_output, chosen_recipe, read_data, with_copies
 from fastimagenet.distributed import World
+from fastimagenet.recipes import Recipe
 from fastimagenet.recorder import Stopwatch
 from pipelines.datasets import dataset_name
 from pipelines.environment import versions
 from pipelines.errors import UserError
+
+PASSED_ON = ("data", "skip_list", "on_bad_image", "backend", "device", "seed", "timeout")
+"""Flags that train has with the same defaults."""
 
 
 def parser() -> cli.Parser:
@@ -36,17 +40,17 @@ def parser() -> cli.Parser:
         "python -m benchmarks.plan --data imagenet --minutes 30 --nodes 4 --price 98.32",
     )
     cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/plan-RECIPE-TIME")
+    cli.add_run_flags(result, "runs/plan-RECIPE-TIME", cli.output_folder)
     add = result.add_argument
     help_text = "no probe: set this finished run of --output/recipe.toml beside its prediction"
     add("--check", type=Path, metavar="RUN", help=help_text)
-    add("--minutes", type=float, metavar="M", help="wall time that the run may take")
-    add("--gpus", type=int, metavar="K", help="of a node; default: those of this machine, or 1")
+    add("--minutes", type=cli.positive, metavar="M", help="wall time that the run may take")
+    add("--gpus", type=cli.count, metavar="K", help="of a node; default: those of this one, or 1")
     add("--price", type=float, metavar="USD", help="of one node for an hour, on demand")
     add("--target", metavar="METRIC=VALUE", help="top5=0.93, top1=0.94; default: the recipe's")
     add(
         "--probe-seconds",
-        type=float,
+        type=cli.positive,
         default=60.0,
         metavar="S",
         help="of measuring, about, start-up aside; default 60",
@@ -75,9 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     world_size = nodes * gpus
     if args.output is None:
         args.output = Path("runs") / f"plan-{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_output(args.output)
     world = World(local_world_size=gpus, device="cpu" if launch.device == "cpu" else "cuda:0")
     train, val = read_data(args, world)
-    recipe = with_fitting_batch(recipe, world_size, len(train))
+    asked, recipe = recipe, with_fitting_batch(recipe, world_size, len(train))
     recipe.plan(world_size, len(train))
 
     from benchmarks.probe import measure  # imports torch
@@ -109,25 +114,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     write_results(result, found, args.output)
     print(f"\n{table(result, found)}\nall of it: {args.output}", flush=True)
-    flags = ["--data", str(args.data)] if args.data else []
-    flags += ["--recipe", str(args.output / "recipe.toml")]
-    flags += ["--nodes", str(nodes)] if nodes > 1 else []
-    print(f"train it: {shlex.join(['python', '-m', 'fastimagenet.train', *flags])}")
+    if note := batch_note(asked, recipe):
+        print(note)
+    command = ["python", "-m", "fastimagenet.train", *train_flags(args)]
+    print(f"train it: {shlex.join(command)}")
     return 0
+
+
+def batch_note(asked: Recipe, planned: Recipe) -> str:
+    """What the plan has changed about the recipe's batches; "" where it is nothing."""
+    before, after = ([phase.batch_size for phase in recipe.phases] for recipe in (asked, planned))
+    if before == after:
+        return ""
+    return (
+        f"batch size a process: {', '.join(map(str, after))} in place of the recipe's "
+        f"{', '.join(map(str, before))}, so that an epoch has at least {MIN_STEPS} updates; "
+        "the LR in proportion"
+    )
+
+
+def train_flags(args: argparse.Namespace) -> list[str]:
+    """Of the run that was predicted; what else was given is in recipe.toml."""
+    flags = ["--recipe", str(args.output / "recipe.toml")]
+    for name in PASSED_ON:
+        value = getattr(args, name)
+        if value != parser().get_default(name):
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    if processes := args.gpus or args.nproc_per_node:
+        flags += ["--nproc-per-node", str(processes)]
+    if (nodes := args.nodes[1]) > 1:
+        flags += ["--nodes", str(nodes), "--rdzv-endpoint", args.rdzv_endpoint or "HOST:PORT"]
+    return flags
 
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Raise UserError naming the flag."""
-    if args.minutes is None or not 0 < args.minutes < 1e6:
-        raise UserError(f"--minutes must be a number above 0, not {args.minutes}")
-    if args.gpus is not None and args.gpus < 1:
-        raise UserError(f"--gpus must be at least 1, not {args.gpus}")
+    if args.minutes is None:
+        raise UserError("--minutes M is required: the wall time that the run may take")
     if args.global_batch is not None:
         raise UserError("--global-batch: the batches are the recipe's; --set phases.0.batch_size=N")
     if args.price is not None and not 0 <= args.price < 1e9:
         raise UserError(f"--price must be a number of US dollars, not {args.price}")
-    if not 0 < args.probe_seconds < 3600:
-        raise UserError(f"--probe-seconds must be above 0, not {args.probe_seconds}")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,10 @@ def check(plan_dir: Path, run_dir: Path) -> str:
 
     Raises UserError for a run of another recipe.
     """
-    predicted = read_object(plan_dir / "plan.json")["predicted"][0]
+    plan = read_object(plan_dir / "plan.json")
+    if "predicted" not in plan:  # a run has a file of that name, too
+        raise UserError(f"--output {plan_dir} holds no plan: name the folder of one")
+    predicted = plan["predicted"][0]
     summary = read_object(run_dir / "summary.json")
     recipe = read_object(run_dir / "plan.json")["recipe"]
     wanted = predicted["recipe"]

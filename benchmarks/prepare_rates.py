@@ -122,19 +122,18 @@ def parser() -> cli.Parser:
     )
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder without bad files")
-    add("--workers", type=int, default=num_cores(), metavar="K", help="processes; default: a core")
-    add("--short-side", type=int, nargs="+", default=[160], metavar="S", help="of the copies")
-    add("--rounds", type=int, default=5, help="at least 2, for the intervals")
-    add("--seconds", type=float, default=8, help="of each in each round")
-    add("--json", type=Path, metavar="FILE", help="write the result here as well")
+    add("--workers", type=cli.count, default=num_cores(), metavar="K", help="default: a core each")
+    help_text = "of the copies; default 160"
+    add("--short-side", type=cli.at_least(8), nargs="+", default=[160], metavar="S", help=help_text)
+    add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for the intervals")
+    add("--seconds", type=cli.positive, default=8, help="of each in each round")
+    add("--json", type=cli.output_file, metavar="FILE", help="write the result here as well")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     args = parser().parse_args(argv)
-    if args.rounds < 2:
-        raise UserError("--rounds: at least 2, for the intervals")
     result = measure(args)
     rows = [["", "images/s", "/ decode"]]
     for name, rate in result.images_per_sec.items():

@@ -29,12 +29,12 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.run_table import markdown
+from benchmarks.training_images import training_images
 from fastimagenet.files import write_object
 from pipelines import BACKENDS, chosen_backend, cli
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 from pipelines.index import SETTLED_SECONDS
-from pipelines.split import read_split
 
 CLASSES = 1000
 BATCH_SIZE = 64
@@ -106,11 +106,12 @@ def parser() -> cli.Parser:
     )
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder with the originals")
-    add("--files", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 1_300_000])
+    numbers = [10_000, 100_000, 1_000_000, 1_300_000]
+    add("--files", type=cli.at_least(CLASSES), nargs="+", default=numbers)
     add("--backend", choices=BACKENDS, default="auto")
-    add("--threads", type=int, default=2, help="decoding threads, or workers of the DataLoader")
+    add("--threads", type=cli.count, default=2, help="decoding threads, or DataLoader's workers")
     add("--scratch", type=Path, metavar="DIR", help="where links can be made; default: beside DIR")
-    add("--json", type=Path, metavar="FILE", help="write the result")
+    add("--json", type=cli.output_file, metavar="FILE", help="write the result")
     return result
 
 
@@ -171,10 +172,8 @@ def growth(starts: Sequence[Start], start: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status. Raises UserError for the user's mistakes."""
     args = parser().parse_args(argv)
-    if min(args.files) < CLASSES:
-        raise UserError(f"--files must be at least {CLASSES}, an image a class")
     # Links to links: the originals may be symbolic ones.
-    originals = [os.path.realpath(file.path) for file in read_split(args.data, "train").files]
+    originals = [os.path.realpath(file.path) for file in training_images(args.data).files]
     backend = chosen_backend(args.backend)
     scratch = args.scratch or Path(originals[0]).parents[2]
     starts = []

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.run_table import markdown
 from benchmarks.step_layers import TRACED, Layer, count_model
-from fastimagenet.cli import exit_status, make_parser
+from fastimagenet import cli
 from fastimagenet.model import make_model
 from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import Recipe
@@ -69,16 +69,16 @@ def table(layers: Sequence[Layer], batch_size: int, ceilings: Sequence[float] | 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    parser = make_parser(
+    parser = cli.make_parser(
         "benchmarks.step_floor",
         "Count what a training step must compute and move for an image, in bf16.",
         "python -m benchmarks.step_floor --sizes 224 --batch-size 256 --ceilings 989 4.8",
     )
     add = parser.add_argument
     add("--recipe", default="imagenet", metavar="NAME", help="default imagenet")
-    add("--sizes", type=int, nargs="+", default=[224], metavar="S", help="default 224")
-    add("--batch-size", type=int, default=256, help="that weights are divided by; default 256")
-    add("--ceilings", type=float, nargs=2, metavar=("TFLOPS", "TBS"), help="of a device")
+    add("--sizes", type=cli.at_least(8), nargs="+", default=[224], metavar="S", help="default 224")
+    add("--batch-size", type=cli.count, default=256, help="to divide weights by; default 256")
+    add("--ceilings", type=cli.positive, nargs=2, metavar=("TFLOPS", "TBS"), help="of a device")
     args = parser.parse_args(argv)
     recipe = named_recipe(args.recipe, 1)
     for size in args.sizes:
@@ -93,4 +93,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main, None))
+    sys.exit(cli.exit_status(main, None))

@@ -95,12 +95,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     cli.add_device_flag(parser)
     add = parser.add_argument
-    add("--image-size", type=int, nargs="+", default=[224, 128, 160, 192, 288], metavar="S")
-    add("--batch-size", type=int, nargs="+", default=[128, 256, 512], metavar="B")
+    sizes = [224, 128, 160, 192, 288]
+    add("--image-size", type=cli.at_least(8), nargs="+", default=sizes, metavar="S")
+    add("--batch-size", type=cli.count, nargs="+", default=[128, 256, 512], metavar="B")
     add("--variants", nargs="*", default=["compiled", "graphs"], metavar="V", help="beside eager")
-    add("--seconds", type=float, default=1.0, help="of each measurement, default 1")
+    add("--seconds", type=cli.positive, default=1.0, help="of each measurement, default 1")
     add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
-    add("--json", type=Path, required=True, metavar="FILE", help="gone on from where it exists")
+    add(
+        "--json",
+        type=cli.output_file,
+        required=True,
+        metavar="FILE",
+        help="gone on from where it exists",
+    )
     args = parser.parse_args(argv)
     if args.json.exists():  # a second process: the limit is that of the first
         start -= time.time() - args.json.with_suffix(".start").stat().st_mtime

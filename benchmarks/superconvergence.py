@@ -30,7 +30,6 @@ from fastimagenet.recipes import PRECISIONS
 from fastimagenet.superconvergence import COMPARISON, IMAGES_PER_CLASS, RUNS, STUDY
 from pipelines import BACKENDS
 from pipelines.datasets import dataset_name
-from pipelines.errors import UserError
 from pipelines.skip_list import skip_line
 from pipelines.split import check_classes, read_split
 
@@ -52,11 +51,11 @@ def parser() -> cli.Parser:
         metavar="RUN",
         help=f"some of {', '.join(RUNS)}; default: the {len(STUDY)} of the study",
     )
-    add("--runs", type=int, default=1, metavar="N", help="seeds of each; default 1")
-    add("--seed", type=int, default=0, metavar="S", help="the first seed; default 0")
+    add("--runs", type=cli.count, default=1, metavar="N", help="seeds of each; default 1")
+    add("--seed", type=cli.at_least(0), default=0, metavar="S", help="the first seed; default 0")
     add(
         "--output",
-        type=Path,
+        type=cli.output_folder,
         default=Path("runs/superconvergence"),
         metavar="DIR",
         help="default runs/superconvergence",
@@ -80,8 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    if args.runs < 1:
-        raise UserError(f"--runs must be at least 1, not {args.runs}")
     data = describe(args.data)
     left_out = beyond_the_first(args.data, IMAGES_PER_CLASS)
     trainings = make_trainings(args, data.train_images, len(left_out))

@@ -32,7 +32,6 @@ from fastimagenet.summary import hardware, precision_name
 from fastimagenet.trainer import Trainer
 from pipelines import chosen_backend
 from pipelines.environment import versions
-from pipelines.errors import UserError
 
 DEFINITIONS = {
     "stall": "1 - both / model, of the same round.",
@@ -99,10 +98,10 @@ def parser() -> cli.Parser:
         "python -m benchmarks.throughput --data imagenet --recipe imagenet",
     )
     cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/throughput-RECIPE-TIME")
+    cli.add_run_flags(result, "runs/throughput-RECIPE-TIME", cli.output_folder)
     add = result.add_argument
-    add("--rounds", type=int, default=5, help="at least 2, for the intervals; default 5")
-    add("--seconds", type=float, default=3.0, help="of each turn; default 3")
+    add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for intervals; default 5")
+    add("--seconds", type=cli.positive, default=3.0, help="of each turn; default 3")
     return result
 
 
@@ -111,10 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_average = os.getloadavg()[0]
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    if args.rounds < 2:
-        raise UserError(f"--rounds must be at least 2, for the intervals, not {args.rounds}")
-    if not 0 < args.seconds < 3600:
-        raise UserError(f"--seconds must be above 0, not {args.seconds}")
     recipe = with_copies(chosen_recipe(args), cli.data_folder(args))
     if args.output is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")

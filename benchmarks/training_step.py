@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -38,7 +37,6 @@ from fastimagenet.recipe_book import named_recipe
 from fastimagenet.recipes import Recipe
 from fastimagenet.warm_up import warm_up
 from pipelines.environment import processor, versions
-from pipelines.errors import UserError
 
 SIZES = (128, 160, 192, 224, 288)
 BATCHES = {"cuda": (64, 128, 256, 512, 1024), "cpu": (8, 16)}
@@ -249,12 +247,12 @@ def parser() -> cli.Parser:
     add = result.add_argument
     add("--recipe", default="imagenet", metavar="NAME", help="default imagenet")
     add("--model", choices=MODELS, help="in place of the recipe's")
-    add("--sizes", type=int, nargs="+", default=SIZES, metavar="S")
+    add("--sizes", type=cli.at_least(8), nargs="+", default=SIZES, metavar="S")
     add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    add("--batches", type=int, nargs="+", metavar="B", help="default: by device")
-    add("--seconds", type=float, default=10.0, help="of each rate, in five parts; default 10")
+    add("--batches", type=cli.count, nargs="+", metavar="B", help="default: by device")
+    add("--seconds", type=cli.positive, default=10.0, help="of a rate, in five parts; default 10")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add("--json", type=Path, help="write the result here as well")
+    add("--json", type=cli.output_file, help="write the result here as well")
     return result
 
 
@@ -263,8 +261,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_average = os.getloadavg()[0]
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    if not 0 < args.seconds < 3600:
-        raise UserError(f"--seconds must be above 0, not {args.seconds}")
     kind = plan_launch(1, 1, args.device, None).device
     recipe = named_recipe(args.recipe, 1)
     recipe = replace(recipe, model=args.model or recipe.model)

@@ -25,7 +25,12 @@ from fastimagenet.peers import PeerLost
 from fastimagenet.recipes import PRECISIONS
 from pipelines import BACKENDS, cli
 from pipelines.cli import Parser as Parser
+from pipelines.cli import at_least as at_least
+from pipelines.cli import count as count
 from pipelines.cli import make_parser as make_parser
+from pipelines.cli import output_file as output_file
+from pipelines.cli import output_folder as output_folder
+from pipelines.cli import positive as positive
 from pipelines.errors import UserError
 from pipelines.s3 import SCHEME, fetched
 from pipelines.split import ON_BAD_IMAGE
@@ -109,8 +114,13 @@ def node_range(text: str) -> tuple[int, int]:
     return int(least or 0), int(most)
 
 
-def add_run_flags(parser: argparse.ArgumentParser, output: str) -> None:
-    """What to run and where to leave it: the same for train and lr_find but for the default."""
+def add_run_flags(
+    parser: argparse.ArgumentParser, output: str, folder: Callable[[str], Path] = Path
+) -> None:
+    """What to run and where to leave it: the same for train and lr_find but for the default.
+
+    `folder` is --output's type: of several processes, not all need to be able to write there.
+    """
     add = parser.add_argument
     add("--recipe", metavar="NAME|FILE.toml", help="default: digits without --data, else imagenet")
     add(
@@ -128,7 +138,7 @@ def add_run_flags(parser: argparse.ArgumentParser, output: str) -> None:
         "up the gradients of several batches",
     )
     add("--seed", type=int, default=0)
-    add("--output", type=Path, metavar="DIR", help=f"default: {output}")
+    add("--output", type=folder, metavar="DIR", help=f"default: {output}")
 
 
 def launch_of(args: argparse.Namespace, *, elastic: bool = False) -> Launch:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastimagenet.files import Row, read_object, read_rows, rows_of
+from pipelines.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Run:
 def read_run(run_dir: Path) -> Run:
     """Raises UserError where the folder holds no run."""
     plan = read_object(run_dir / "plan.json")
+    if not {"recipe", "phases"} <= plan.keys():  # benchmarks.plan writes a file of that name, too
+        raise UserError(f"{run_dir}/plan.json is not of a run: name a run's --output folder")
     summary = run_dir / "summary.json"
     rows = read_rows(run_dir)
     return Run(

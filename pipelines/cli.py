@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from pipelines.errors import UserError
@@ -41,6 +43,47 @@ def check_seed(seed: int) -> None:
     """Raise UserError unless every random generator that we use takes the --seed."""
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed must be from 0 to {2**63 - 1} (2^63 - 1), not {seed}")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    return number
+
+
+count = at_least(1)
+
+
+def positive(text: str) -> float:
+    """An argparse type: finite numbers above 0."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return value
+
+
+def output_folder(text: str) -> Path:
+    """An argparse type: a folder that is there or can be made, and can be written to."""
+    path = Path(text)
+    there = next(each for each in (path, *path.parents) if os.path.exists(each))
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is a file: name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{there} cannot be written to: name another folder")
+    return path
+
+
+def output_file(text: str) -> Path:
+    """An argparse type: a file that can be written, with its folder where that is missing."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder: name a file")
+    output_folder(str(path.parent))
+    return path
 
 
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:

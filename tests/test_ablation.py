@@ -76,7 +76,7 @@ def test_the_figures_are_those_of_the_seeds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--runs", "0"], "--runs must be at least 1, not 0"),
+        (["--runs", "0"], "--runs: must be at least 1, not 0"),
         (["--only", "whitening"], "--only whitening: recipe digits does not use it"),
         (["--only", "colour"], "--only: invalid choice: 'colour'"),
         (["--recipe", "digit"], "--recipe digit is none of digits, cifar10, cifar10-speed"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.hosts import permitted
 from benchmarks.intervals import Estimate, estimate, ratio, shown
 from benchmarks.loader_rivals import Task, by_pillow, by_torchvision, spdl
 from benchmarks.loaders import LOADERS
+from pipelines.digits import digits_folder
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main as prepare
 from pipelines.split import read_split
@@ -32,6 +34,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, flags)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def call(name: str, *flags: str) -> None:
+    """In this process."""
+    if name == "dali_stages":
+        pytest.importorskip("nvidia.dali")
+    import_module(f"benchmarks.{name}").main(flags)
 
 
 def test_intervals_are_those_of_student() -> None:
@@ -103,10 +112,24 @@ def test_loaders_compares_folders_copies_and_shards(cifar10: Path, tmp_path: Pat
     assert "/ originals" in header
 
 
+def test_loaders_leaves_out_who_cannot_take_part(tmp_path: Path) -> None:
+    """The embedded digits are PNGs; one more file is none."""
+    data = tmp_path / "data"
+    shutil.copytree(digits_folder(), data)
+    (data / "train" / "0" / "bad.png").write_bytes(b"nothing")
+    sizes = ["--image-size", 8, "--batch-size", 8, "--rounds", 2, "--seconds", 0.05, "--threads", 1]
+    for only, status in ((["torchvision", "decode"], 0), (["decode"], 2)):
+        result = run("loaders", "--data", data, *sizes, "--only", *only)
+        assert result.returncode == status, result.stderr
+        assert "decode is left out: there are no JPEGs to decode" in result.stdout
+        assert result.stderr.startswith("left out 1 bad file of 1,439; the first: ")
+        assert ("error: --only decode: " in result.stderr) == (status == 2)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rounds", "1"], "error: --rounds"),
+        (["--rounds", "1"], "error: argument --rounds: must be at least 2, not 1"),
         (["--data", "a=x", "a=y"], "error: --data: two folders are called a"),
     ],
 )
@@ -114,6 +137,57 @@ def test_loaders_names_a_wrong_flag(flags: list[str], message: str) -> None:
     result = run("loaders", *flags)
     assert result.returncode == 2
     assert result.stderr.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        *(
+            ("loaders", f"--{flag} 0")
+            for flag in ("image-size", "threads", "batch-size", "seconds")
+        ),
+        ("loaders", "--reflect-pad -1"),
+        ("training_step", "--sizes 0"),
+        ("training_step", "--batches 0"),
+        ("training_step", "--seconds nan"),
+        ("step_floor", "--sizes 0"),
+        ("step_floor", "--batch-size 0"),
+        ("step_floor", "--ceilings 0 0"),
+        *(("decode_sweep", f"--{flag} 0") for flag in ("threads", "image-size", "batch-size")),
+        *(("dali_stages", f"--{flag} 0") for flag in ("size", "threads", "batch-size", "seconds")),
+        ("device_ceilings", "--seconds 0"),
+        *(("loader_memory", f"--{flag} 0") for flag in ("image-size", "threads", "batch-size")),
+        *(("prepare_rates", f"--{flag} 0") for flag in ("workers", "short-side", "seconds")),
+        ("checkpoint_cost", "--interval 0"),
+        ("start_up", "--threads 0"),
+        ("suite_steps", "--batch-size 0"),
+        ("faults", "--faults 0"),
+        ("superconvergence", "--seed -1"),
+    ],
+)
+def test_numbers_that_nothing_can_be_measured_with_are_named(name: str, flags: str) -> None:
+    flag, number, *_ = flags.split()
+    with pytest.raises(UserError, match=rf"{flag}: must be .*, not {number}"):
+        call(name, *flags.split())
+
+
+JSON = ("dali_stages", "decode_sweep", "device_ceilings", "faults", "loader_memory", "loaders",
+        "prepare_rates", "start_up", "suite_steps", "training_step")  # fmt: skip
+OUTPUT = ("ablation", "checkpoint_cost", "compare", "dawnbench", "gpu_suite", "plan",
+          "superconvergence", "throughput")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [*((name, "--json") for name in JSON), *((name, "--output") for name in OUTPUT)],
+)
+def test_where_nothing_can_be_written_is_told_at_once(name: str, flag: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for wrong in (file / "x", file if flag == "--output" else tmp_path):
+        with pytest.raises(UserError, match=rf"{flag}: .* is a (file: name a folder|folder: name)"):
+            call(name, flag, str(wrong))
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("decode", [by_pillow, by_torchvision])
@@ -220,7 +294,7 @@ def test_start_up_leaves_nothing_behind(photographs: Path, tmp_path: Path) -> No
     assert left == ["data", "start-up.json"]
     with pytest.raises(UserError, match="--scratch /proc: no hard links to --data"):
         start_up.main([*flags, "--scratch", "/proc"])
-    with pytest.raises(UserError, match="--files must be at least 1000"):
+    with pytest.raises(UserError, match="--files: must be at least 1000"):
         start_up.main([*flags[:2], "--files", "10"])
 
 

@@ -83,7 +83,7 @@ def test_a_missed_target_is_said_and_is_status_1(cifar10: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--runs", "0"], "--runs must be at least 1"),
+        (["--runs", "0"], "--runs: must be at least 1"),
         (["--nodes", "2"], "--nodes: "),
         (["--target", "top1=94"], "target must be such as"),
         (["--target", "top5=0.99"], "the entries of CIFAR-10 hold top-1 only"),

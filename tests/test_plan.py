@@ -9,7 +9,7 @@ import pytest
 from test_dawnbench import write_run
 
 from benchmarks.expected_accuracy import epochs_for, expected_accuracy
-from benchmarks.plan import main
+from benchmarks.plan import batch_note, main, parser, train_flags
 from benchmarks.plan_results import check, write_results
 from benchmarks.planner import (
     Probe,
@@ -240,9 +240,9 @@ def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--minutes", "0"], "--minutes must be a number above 0"),
-        (["--price", "1"], "--minutes must be a number above 0"),
-        (["--minutes", "1", "--gpus", "0"], "--gpus must be at least 1"),
+        (["--minutes", "0"], "--minutes: must be a number above 0"),
+        (["--price", "-1"], "--minutes M is required"),
+        (["--minutes", "1", "--gpus", "0"], "--gpus: must be at least 1"),
         (["--minutes", "1", "--price", "-1"], "--price must be"),
         (["--minutes", "1", "--target", "93"], "target must be such as"),
         (["--minutes", "1", "--global-batch", "64"], "--global-batch: the batches are"),
@@ -252,3 +252,43 @@ def test_a_wrong_flag_is_named(flags: list[str], message: str, tmp_path: Path) -
     with pytest.raises(UserError, match=message):
         main([*flags, "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_a_run_is_left_as_it_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    write_object(run / "plan.json", RECIPE.plan(1, 1020).to_dict())
+    before = (run / "plan.json").read_bytes()
+    with pytest.raises(UserError, match=r"--output .* holds another run"):
+        main(["--minutes", "1", "--device", "cpu", "--output", str(run)])
+    with pytest.raises(UserError, match=r"--output .* holds no plan"):
+        main(["--check", str(run), "--output", str(run)])
+    assert (run / "plan.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "passed_on"),
+    [
+        ("--minutes 9 --precision fp32", ""),
+        (
+            "--data photos --skip-list bad.txt --on-bad-image skip --backend memory --device cpu "
+            "--seed 3",
+            "--data photos --skip-list bad.txt --on-bad-image skip --backend memory --device cpu "
+            "--seed 3",
+        ),
+        ("--nproc-per-node 2", "--nproc-per-node 2"),
+        (
+            "--nodes 4 --gpus 8 --nproc-per-node 1",
+            "--nproc-per-node 8 --nodes 4 --rdzv-endpoint HOST:PORT",
+        ),
+        ("--nodes 2 --rdzv-endpoint a:1", "--nodes 2 --rdzv-endpoint a:1"),
+    ],
+)
+def test_the_command_to_train_is_that_of_the_predicted_run(given: str, passed_on: str) -> None:
+    args = parser().parse_args(["--output", "plans/one", *given.split()])
+    assert train_flags(args) == ["--recipe", "plans/one/recipe.toml", *passed_on.split()]
+
+
+def test_a_batch_that_differs_from_the_recipes_is_told() -> None:
+    assert batch_note(RECIPE, with_fitting_batch(RECIPE, 1, 1020)) == ""
+    note = batch_note(RECIPE, with_fitting_batch(RECIPE, 1, 102))
+    assert note.startswith("batch size a process: 12, 12 in place of the recipe's 50, 50")

@@ -174,7 +174,7 @@ def test_a_run_that_fails_ends_the_study_with_its_error(cifar10: Path, tmp_path:
     ("flags", "message"),
     [
         (["--only", "5"], "--only: invalid choice: '5' (choose from "),
-        (["--runs", "0"], "--runs must be at least 1"),
+        (["--runs", "0"], "--runs: must be at least 1"),
         (["--set", "max_lr=0"], "recipe field max_lr must be above 0"),
         (["--set", "phases.0.batch_size=501"], "is more than the 500 training images"),
         (["--data", "absent"], "absent: --data takes a folder with train/ and val/"),
