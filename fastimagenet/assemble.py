@@ -98,7 +98,7 @@ def check_output(folder: Path, resuming: bool = False) -> None:
     results = [name for name in ("summary.json", "lr_find.json") if (folder / name).exists()]
     if results and not (folder / "checkpoints" / checkpoint.LAST).exists():
         raise UserError(
-            f"--output {folder} holds results, {results[0]}, and no checkpoint to go on from: "
+            f"--output {folder} holds another run's {results[0]} and no checkpoint to go on from: "
             "name another folder"
         )
     if not resuming and (folder / "plan.json").exists():

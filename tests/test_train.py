@@ -442,7 +442,7 @@ def test_a_finished_run_is_not_written_again(finished: Path, cifar10: Path, tmp_
     shutil.rmtree(folder / "checkpoints")
     before = everything_in(folder)
     message = error_of("--data", cifar10, "--output", folder, "--resume", "auto", *SMALL)
-    assert "holds results, summary.json, and no checkpoint to go on from" in message
+    assert "holds another run's summary.json and no checkpoint to go on from" in message
     assert everything_in(folder) == before
 
 
