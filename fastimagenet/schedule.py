@@ -210,7 +210,8 @@ class PiecewiseLinear:
     """Linear inside each span `(first, last, start, end)`; spans may jump where they meet.
 
     `first` and `last` are steps (fractions are fine, for spans that come from epochs) or, for the
-    check of a recipe, epochs; at `last` the next span holds. Past the last span its end value stays.
+    check of a recipe, epochs; at `last` the next span holds. Past the last span its end value
+    stays.
 
     Raises ValueError naming the span that is empty or does not meet its neighbour.
     """
