@@ -18,13 +18,16 @@ from pathlib import Path
 from benchmarks.ablation_results import FULL, read_ablation, table
 from benchmarks.superconvergence import describe
 from benchmarks.trainings import Training, check_folder, train_all
-from fastimagenet import cli, recipe_toml
+from fastimagenet import cli
 from fastimagenet.assemble import with_copies
-from fastimagenet.files import write_object, write_text
-from fastimagenet.recipe_book import named_recipe
-from fastimagenet.recipes import Recipe
-from pipelines import BACKENDS
+from fastimagenet.recipes import named_recipe
+from fastimagenet.recipes import toml as recipe_toml
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Recipe
+from pipelines.backends import BACKENDS
+from pipelines.cli import Parser, at_least, make_parser, output_folder
 from pipelines.errors import UserError
+from pipelines.files import write_object, write_text
 
 PEER_LR_PER_IMAGE = 11.5 / (1024 * (1 + 1 / 0.15))
 PEER_DECAY_PER_IMAGE = 0.0153 / (1024 * (1 + 1 / 0.15))
@@ -58,9 +61,9 @@ PARTS: dict[str, Callable[[Recipe], list[str]]] = {
 """Recipe field -> the settings that switch it off. TTA is in every row, on and off."""
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "benchmarks.ablation",
         "Train a recipe whole and with one of its parts switched off at a time, and compare.",
         "python -m benchmarks.ablation --data CIFAR10 --runs 3 --only whitening optimizer",
@@ -70,10 +73,10 @@ def parser() -> cli.Parser:
     add("--recipe", default="cifar10-speed", metavar="NAME", help="default cifar10-speed")
     parts = ", ".join(PARTS)
     add("--only", nargs="+", choices=list(PARTS), metavar="FIELD", help=f"some of {parts}")
-    add("--runs", type=cli.count, default=3, metavar="N", help="seeds of each; default 3")
-    add("--seed", type=cli.at_least(0), default=0, metavar="S", help="the first seed; default 0")
+    add("--runs", type=at_least(1), default=3, metavar="N", help="seeds of each; default 3")
+    add("--seed", type=at_least(0), default=0, metavar="S", help="the first seed; default 0")
     folder = Path("runs/ablation")
-    add("--output", type=cli.output_folder, default=folder, metavar="DIR", help=f"default {folder}")
+    add("--output", type=output_folder, default=folder, metavar="DIR", help=f"default {folder}")
     add("--epochs", type=int, metavar="E", help="a rehearsal: stretch the recipe to E epochs")
     help_text = "a rehearsal: change a recipe field in all runs; repeatable"
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help=help_text)
@@ -120,7 +123,7 @@ def make_trainings(args: argparse.Namespace, num_train: int) -> list[Training]:
             changes = [*args.set, *settings]
             recipe = recipe_toml.with_settings(named_recipe(args.recipe), changes)
             recipe = recipe if args.epochs is None else recipe.stretched(args.epochs)
-            plan = with_copies(recipe, args.data).plan(1, num_train)
+            plan = Plan.of(with_copies(recipe, args.data), 1, num_train)
             flags = ["--data", str(args.data), "--recipe", args.recipe, "--seed", str(seed)]
             flags += ["--output", str(folder), "--resume", "auto", "--nproc-per-node", "1"]
             flags += ["--backend", args.backend, "--device", args.device]

@@ -11,8 +11,8 @@ from benchmarks.intervals import estimate
 from benchmarks.run_results import Data, each
 from benchmarks.run_table import markdown
 from benchmarks.trainings import Training
-from fastimagenet.files import read_object
-from fastimagenet.formats import NO_BREAK, duration, percent
+from pipelines.files import read_object
+from pipelines.formats import NO_BREAK, duration, percent
 
 FULL = "all"
 """The name of the runs in which nothing is switched off."""

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastimagenet.trainer import Trainer
+from fastimagenet.training.trainer import Trainer
 
 MATRIX = {"cpu": 2048, "cuda": 8192}
 """Rows and columns."""

@@ -26,34 +26,35 @@ from benchmarks.ceilings import synchronize
 from benchmarks.intervals import Estimate, estimate, ratio, shown
 from benchmarks.phase_rates import phase_trainer, synthetic_batch, this_process, update
 from benchmarks.run_table import markdown
-from fastimagenet import checkpoint, cli
+from fastimagenet import cli
 from fastimagenet.assemble import chosen_recipe, read_data, with_copies
-from fastimagenet.checkpoint_writer import CheckpointWriter, copied
-from fastimagenet.files import Row, write_object, write_text
-from fastimagenet.recorder import NullRecorder
-from fastimagenet.resume import state_of
-from fastimagenet.summary import hardware, precision_name
-from fastimagenet.trainer import Trainer
-from fastimagenet.warm_up import warm_up
+from fastimagenet.report.summary import hardware
+from fastimagenet.training import checkpoint
+from fastimagenet.training.checkpoint import CheckpointWriter, copied
+from fastimagenet.training.evaluation import precision_name
+from fastimagenet.training.recorder import NullRecorder
+from fastimagenet.training.trainer import Trainer, state_of, warm_up
+from pipelines.cli import Parser, at_least, make_parser, output_folder
 from pipelines.environment import versions
+from pipelines.files import Row, write_object, write_text
 
 WAYS = ("without", "beside", "in line")
 PARTS = ("state", "copy", "write", "checksum", "fsync")
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "benchmarks.checkpoint_cost",
         "Measure what a checkpoint every --interval steps costs the training.",
         "python -m benchmarks.checkpoint_cost --data imagenet --recipe imagenet",
     )
     cli.add_machine_flags(result)
     default = "runs/checkpoint-cost-RECIPE-TIME; its disk is the one measured"
-    cli.add_run_flags(result, default, cli.output_folder)
+    cli.add_run_flags(result, default, output_folder)
     add = result.add_argument
-    add("--interval", type=cli.count, default=100, help="steps of a block; default 100")
-    add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for intervals; default 5")
+    add("--interval", type=at_least(1), default=100, help="steps of a block; default 100")
+    add("--rounds", type=at_least(2), default=5, help="at least 2, for intervals; default 5")
     return result
 
 

@@ -16,13 +16,15 @@ from benchmarks.comparison_plots import METRICS, Comparison, short_names
 from benchmarks.published import published
 from benchmarks.run_plots import Curve, accuracy_and_lr
 from benchmarks.run_table import accuracy_points, lr_points, markdown, schedule_text
-from fastimagenet import cli, pages
-from fastimagenet.dawnbench import TRAIN_CLOCK, time_to_target
-from fastimagenet.figures import svg, write_files
-from fastimagenet.files import write_text
-from fastimagenet.formats import duration, percent
-from fastimagenet.run_folder import Run, read_run
+from fastimagenet import cli
+from fastimagenet.report.dawnbench import TRAIN_CLOCK, time_to_target
+from fastimagenet.report.figures import svg, write_files
+from fastimagenet.report.run import Run, read_run
+from pipelines import pages
+from pipelines.cli import make_parser, output_folder
 from pipelines.errors import UserError
+from pipelines.files import write_text
+from pipelines.formats import duration, percent
 
 HEADER = (
     *("run", "hardware", "top-1", "top-5", "train time", "time to target", "wall time"),
@@ -34,7 +36,7 @@ TERMINAL = ("run", "max_lr", "schedule", "updates", "top-1", "train time", "time
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError naming the folder."""
-    parser = cli.make_parser(
+    parser = make_parser(
         "benchmarks.compare",
         "Set finished runs beside each other and beside published figures: a table, a page\n"
         "(compare.html) and a picture (comparison.svg, .png).",
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="a run's --output folder")
-    add("--output", metavar="DIR", type=cli.output_folder, default=Path(), help="default: here")
+    add("--output", metavar="DIR", type=output_folder, default=Path(), help="default: here")
     args = parser.parse_args(argv)
     runs = {str(folder): read_run(folder) for folder in args.runs}
     for name, run in runs.items():
@@ -89,8 +91,7 @@ def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
         else ("there is no published entry for these data")
     )
     return pages.render(
-        "compare.html.jinja",
-        Path(__file__).parent,
+        Path(__file__).with_name("compare.html.jinja"),
         lead=f"Plain validation {metric}, one view of every image; {beside}.",
         header=HEADER,
         rows=[(name, *cells[1:]) for name, cells in zip(what.runs, rows, strict=True)],

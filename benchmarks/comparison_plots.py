@@ -13,11 +13,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from benchmarks.published import Published
 from benchmarks.run_plots import LOOKS
-from fastimagenet.figures import LEGEND, SMALL, draw_line, new_figure, thousands
-from fastimagenet.files import Row
-from fastimagenet.formats import NO_BREAK, duration, time_unit
-from fastimagenet.run_folder import Run
-from fastimagenet.time_plots import TIME_COLOURS
+from fastimagenet.report.figures import LEGEND, SMALL, draw_line, new_figure, thousands
+from fastimagenet.report.plots import TIME_COLOURS
+from fastimagenet.report.run import Run
+from pipelines.files import Row
+from pipelines.formats import NO_BREAK, duration, time_unit
 
 METRICS = {"top1": "top-1", "top5": "top-5"}
 NEAR = 0.06

@@ -26,8 +26,7 @@ from benchmarks.loaders import ours
 from benchmarks.run_table import markdown
 from benchmarks.training_images import training_images
 from pipelines import cli
-from pipelines.dali import Feed, empty_pipeline, with_paths
-from pipelines.dali_graph import (
+from pipelines.backends.dali.graph import (
     decode_whole,
     decode_window,
     normalise,
@@ -35,10 +34,12 @@ from pipelines.dali_graph import (
     resize,
     shape_of,
 )
+from pipelines.backends.dali.loader import Feed, empty_pipeline, with_paths
+from pipelines.cli import Parser, at_least, make_parser, output_file, positive
 from pipelines.environment import processor, versions
 from pipelines.files import write_object
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.order import Order
+from pipelines.sampling import Order
 
 STAGES = (
     *("feed", "read", "header", "window", "decode whole"),
@@ -152,21 +153,21 @@ def table(rates: Sequence[StageRate]) -> str:
     return markdown(rows)
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "benchmarks.dali_stages",
         "Measure the stages of DALI's CPU path in turns, and what the whole loader takes.",
         "python -m benchmarks.dali_stages --data imagenet --size 224",
     )
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="with train/CLASS/IMAGE")
-    add("--size", type=cli.count, default=224, metavar="S", help="default 224")
-    add("--batch-size", type=cli.count, default=64, help="default 64")
-    add("--threads", type=cli.count, default=2, help="default 2")
-    add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for intervals; default 5")
-    add("--seconds", type=cli.positive, default=5.0, help="of each turn; default 5")
-    add("--json", type=cli.output_file, help="write the result here as well")
+    add("--size", type=at_least(1), default=224, metavar="S", help="default 224")
+    add("--batch-size", type=at_least(1), default=64, help="default 64")
+    add("--threads", type=at_least(1), default=2, help="default 2")
+    add("--rounds", type=at_least(2), default=5, help="at least 2, for intervals; default 5")
+    add("--seconds", type=positive, default=5.0, help="of each turn; default 5")
+    add("--json", type=output_file, help="write the result here as well")
     return result
 
 

@@ -23,12 +23,14 @@ from benchmarks.energy import JOULES_PER_KWH, gpu_joules
 from benchmarks.trainings import Training, check_folder, train_all
 from fastimagenet import cli
 from fastimagenet.assemble import chosen_recipe, with_copies
-from fastimagenet.files import write_object
-from fastimagenet.recipes import Recipe
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.train import check_entry_flags
-from pipelines.datasets import dataset_name
+from pipelines.cli import Parser, at_least, make_parser, output_folder
+from pipelines.datasets.known import dataset_name
+from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
-from pipelines.split import read_split
+from pipelines.files import write_object
 
 PASSED_ON = (
     *("data", "recipe", "skip_list", "on_bad_image", "backend", "device", "precision"),
@@ -38,17 +40,17 @@ PASSED_ON = (
 """Flags that train has, too."""
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "benchmarks.dawnbench",
         "Train a recipe with several seeds and report the time to its target accuracy.",
         "python -m benchmarks.dawnbench --recipe cifar10 --data CIFAR10 --runs 5 --stop-at-target",
     )
     cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/dawnbench-RECIPE", cli.output_folder)
+    cli.add_run_flags(result, "runs/dawnbench-RECIPE", output_folder)
     add = result.add_argument
-    add("--runs", type=cli.count, default=1, metavar="N", help="seeds, from --seed on; default 1")
+    add("--runs", type=at_least(1), default=1, metavar="N", help="seeds, from --seed on; default 1")
     add("--target", metavar="METRIC=VALUE", help="top5=0.93, top1=0.94; default: the recipe's")
     add("--stop-at-target", action="store_true", help="end each run when it has reached the target")
     add("--epochs", type=int, metavar="E", help="stretch the recipe, LR and phases, to E epochs")
@@ -106,7 +108,7 @@ def make_trainings(args: argparse.Namespace, recipe: Recipe) -> list[Training]:
     )
     if dataset_name(split.classes) == "CIFAR10" and recipe.target.startswith("top5"):
         raise UserError("--target: the entries of CIFAR-10 hold top-1 only; name top1=VALUE")
-    plan = recipe.plan(cli.launch_of(args).world_size, len(split), args.global_batch)
+    plan = Plan.of(recipe, cli.launch_of(args).world_size, len(split), args.global_batch)
     flags = ["--stop-at-target"] if args.stop_at_target else []
     for name in PASSED_ON:
         value = getattr(args, name)

@@ -11,9 +11,11 @@ from statistics import median_high
 from benchmarks.intervals import estimate
 from benchmarks.run_table import markdown
 from benchmarks.trainings import Training
-from fastimagenet.dawnbench import CLOCKS, clocks_at_target, result_hours, write_entry
-from fastimagenet.files import Row, read_object, read_rows, rows_of, write_object, write_text
-from fastimagenet.formats import NO_BREAK, duration, percent
+from fastimagenet.report.dawnbench import CLOCKS, clocks_at_target, result_hours, write_entry
+from fastimagenet.report.run import rows_of
+from fastimagenet.training.recorder import read_rows
+from pipelines.files import Row, read_object, write_object, write_text
+from pipelines.formats import NO_BREAK, duration, percent
 
 ENERGY = "energy.json"
 """In a run's folder: {"gpu_kwh": of the whole process}."""

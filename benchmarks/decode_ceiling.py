@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from benchmarks.loader_rivals import MIN_SCALE, Task, from_workers
+from pipelines.datasets.split import Split
 from pipelines.errors import UserError
-from pipelines.split import Split
 
 SAMPLE = 1000
 """Images kept in memory, at most: 110 MB of ImageNet's."""

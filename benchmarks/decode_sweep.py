@@ -28,11 +28,11 @@ from benchmarks.phase_rates import WARM_UP_BATCHES, endless
 from benchmarks.run_table import markdown
 from benchmarks.training_images import training_images
 from fastimagenet import cli
-from fastimagenet.files import write_object
-from pipelines import make_loader
-from pipelines.dali_settings import DaliSettings
-from pipelines.loader import LoaderSpec, Stage
-from pipelines.split import Split
+from pipelines.backends import make_loader
+from pipelines.cli import Parser, at_least, make_parser, output_file, positive
+from pipelines.datasets.split import Split
+from pipelines.files import write_object
+from pipelines.loader import DaliSettings, LoaderSpec, Stage
 from pipelines.workers import num_cores
 
 ROUNDS = 3
@@ -164,9 +164,9 @@ def row(rate: DecodeRate) -> tuple[str, ...]:
 HEADER = ("size", "threads", "hardware share", "prefetch", "preallocated", "images/s")
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "benchmarks.decode_sweep",
         __doc__.partition("\n")[0],
         "python -m benchmarks.decode_sweep --data imagenet --json decode.json",
@@ -174,20 +174,20 @@ def parser() -> cli.Parser:
     cli.add_device_flag(result)
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder with train/CLASS/IMAGE")
-    add("--entries", type=cli.count, default=20_000, metavar="N", help="at least; default 20000")
+    add("--entries", type=at_least(1), default=20_000, metavar="N", help="at least; default 20000")
     sizes = [128, 160, 192, 224, 288]
-    add("--image-size", type=cli.count, nargs="+", default=sizes, metavar="S")
+    add("--image-size", type=at_least(1), nargs="+", default=sizes, metavar="S")
     add(
         "--threads",
-        type=cli.count,
+        type=at_least(1),
         nargs="+",
         metavar="T",
         help="default 4, 8, 16, up to the cores",
     )
-    add("--batch-size", type=cli.count, default=256)
-    add("--seconds", type=cli.positive, default=1.2, help="of each measurement, default 1.2")
+    add("--batch-size", type=at_least(1), default=256)
+    add("--seconds", type=positive, default=1.2, help="of each measurement, default 1.2")
     add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
-    add("--json", type=cli.output_file, metavar="FILE", help="write the result")
+    add("--json", type=output_file, metavar="FILE", help="write the result")
     return result
 
 

@@ -15,8 +15,9 @@ import torch
 from benchmarks.ceilings import copy_bytes_per_sec, matmul_flops_per_sec
 from benchmarks.intervals import estimate
 from fastimagenet import cli
-from fastimagenet.files import write_object
+from pipelines.cli import make_parser, output_file, positive
 from pipelines.environment import processor
+from pipelines.files import write_object
 
 ROUNDS = 5
 
@@ -60,14 +61,14 @@ def measure(device: torch.device, seconds: float) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    parser = cli.make_parser(
+    parser = make_parser(
         "benchmarks.device_ceilings",
         "Measure a large matrix product and a large copy on this device.",
         "python -m benchmarks.device_ceilings --seconds 4",
     )
     cli.add_device_flag(parser)
-    parser.add_argument("--seconds", type=cli.positive, default=6.0, help="of all turns; default 6")
-    parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="write the result")
+    parser.add_argument("--seconds", type=positive, default=6.0, help="of all turns; default 6")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the result")
     args = parser.parse_args(argv)
     device = cli.one_device(args.device)
     result = facts(device) | measure(device, args.seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import log
 
 from benchmarks.published import published
-from fastimagenet.superconvergence import STUDY
+from fastimagenet.recipes.superconvergence import STUDY
 
 
 def expected_accuracy(

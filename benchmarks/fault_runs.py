@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.hosts import Hosts
-from fastimagenet import checkpoint
-from fastimagenet.files import read_rows, rows_of
+from fastimagenet.report.run import rows_of
+from fastimagenet.training import checkpoint
+from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
 
 KINDS = (

@@ -27,10 +27,14 @@ from typing import Any
 
 from benchmarks.fault_runs import KINDS, Outcome, Run, disk, strike
 from benchmarks.hosts import hosts, permitted
-from fastimagenet import checkpoint, cli
-from fastimagenet.files import read_rows, rows_of, write_object
+from fastimagenet import cli
+from fastimagenet.report.run import rows_of
+from fastimagenet.training import checkpoint
+from fastimagenet.training.recorder import read_rows
+from pipelines.cli import at_least, make_parser, output_file
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
+from pipelines.files import write_object
 
 LAST_STEP = 110
 """A row after which a fault still meets the training; the recipe has 137 steps."""
@@ -91,12 +95,12 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the campaign; raises UserError where it is not permitted."""
     example = "python -m benchmarks.faults --faults 50 --json result.json"
-    parser = cli.make_parser("benchmarks.faults", (__doc__ or "").splitlines()[0], example)
+    parser = make_parser("benchmarks.faults", (__doc__ or "").splitlines()[0], example)
     add = parser.add_argument
-    add("--faults", type=cli.count, default=len(KINDS), metavar="N", help="default one of a kind")
+    add("--faults", type=at_least(1), default=len(KINDS), metavar="N", help="default one of a kind")
     add("--seed", type=int, default=0)
     add("--data", type=Path, metavar="DIR", help="image folder; default: the embedded digits")
-    add("--json", type=cli.output_file, metavar="FILE", help="write the outcomes, too")
+    add("--json", type=output_file, metavar="FILE", help="write the outcomes, too")
     args = parser.parse_args(argv)
     if not permitted():
         raise UserError("network namespaces cannot be made here: run it as root")

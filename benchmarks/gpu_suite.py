@@ -29,10 +29,11 @@ from typing import NoReturn
 from benchmarks.suite_parts import PARTS, Part, Setup
 from benchmarks.suite_results import REHEARSAL, PartResult, Result, write_results
 from fastimagenet import cli
-from fastimagenet.distributed import plan_launch
+from fastimagenet.distributed.world import plan_launch
+from pipelines.cli import Parser, make_parser, output_folder
+from pipelines.datasets.folders import find_split
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
-from pipelines.folder import find_split
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = tuple(part.name for part in PARTS)
@@ -43,16 +44,16 @@ GRACE_SECONDS = 5
 """For a part that is told to end, before it is killed."""
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "benchmarks.gpu_suite",
         "Measure and test everything that needs a GPU, in less than eight minutes.",
         "python -m benchmarks.gpu_suite --data photographs --cifar10 cifar10 --output runs/gpu",
     )
     cli.add_device_flag(result)
     add = result.add_argument
-    add("--output", type=cli.output_folder, required=True, metavar="DIR", help="a new folder")
+    add("--output", type=output_folder, required=True, metavar="DIR", help="a new folder")
     help_text = "full-size photographs: DIR/train/CLASS/*, DIR/val/CLASS/* (may be the same ones)"
     add("--data", type=Path, metavar="DIR", help=help_text)
     add("--cifar10", type=Path, metavar="DIR", help="as pipelines.prepare cifar10 leaves it")

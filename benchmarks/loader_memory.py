@@ -27,7 +27,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from benchmarks.run_table import markdown
 from benchmarks.training_images import training_images
-from fastimagenet.figures import (
+from fastimagenet.report.figures import (
     BLUE,
     ORANGE,
     draw_line,
@@ -37,10 +37,12 @@ from fastimagenet.figures import (
     with_legend,
     write_files,
 )
-from fastimagenet.files import write_object
-from pipelines import BACKENDS, cli, make_loader
+from pipelines import cli
+from pipelines.backends import BACKENDS, make_loader
+from pipelines.cli import Parser, at_least, make_parser, output_file
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
+from pipelines.files import write_object
 from pipelines.loader import LoaderSpec, Stage
 
 BAND = 0.05
@@ -189,8 +191,8 @@ def draw(result: Result) -> Figure:
     return with_legend(figure, ncols=1)
 
 
-def parser() -> cli.Parser:
-    result = cli.make_parser(
+def parser() -> Parser:
+    result = make_parser(
         "benchmarks.loader_memory",
         __doc__.partition("\n")[0],
         "python -m benchmarks.loader_memory --data photos --backend dali --json memory.json",
@@ -198,14 +200,14 @@ def parser() -> cli.Parser:
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder with train/CLASS/IMAGE")
     add("--backend", choices=BACKENDS, default="dali")
-    add("--image-size", type=cli.count, nargs="+", default=[128, 160, 192, 224], metavar="S",
+    add("--image-size", type=at_least(1), nargs="+", default=[128, 160, 192, 224], metavar="S",
         help="different ones, for as many epochs each; default 128 160 192 224")  # fmt: skip
-    add("--epochs", type=cli.count, default=20, help="of all sizes together, at least 3 each")
-    add("--batch-size", type=cli.count, default=50)
-    add("--threads", type=cli.count, default=2, help="decoding threads or worker processes")
+    add("--epochs", type=at_least(1), default=20, help="of all sizes together, at least 3 each")
+    add("--batch-size", type=at_least(1), default=50)
+    add("--threads", type=at_least(1), default=2, help="decoding threads or worker processes")
     add(
         "--json",
-        type=cli.output_file,
+        type=output_file,
         metavar="FILE.json",
         help="write the result, and pictures beside it",
     )

@@ -23,10 +23,10 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.backends.torchvision import leave_interrupts_to_parent
+from pipelines.datasets.known import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.datasets.split import Split
 from pipelines.errors import UserError
-from pipelines.split import Split
-from pipelines.torchvision import leave_interrupts_to_parent
 from pipelines.workers import preload_torchvision
 
 MIN_SCALE = 0.25

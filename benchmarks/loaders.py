@@ -31,22 +31,17 @@ import torch
 
 from benchmarks.decode_ceiling import decode, decode_crops
 from benchmarks.loader_results import Measured, Result, Rounds, compare, table
-from benchmarks.loader_rivals import (
-    MIN_SCALE,
-    Task,
-    dataloader,
-    dataloader_v2,
-    spdl,
-    spdl_version,
-)
+from benchmarks.loader_rivals import MIN_SCALE, Task, dataloader, dataloader_v2, spdl, spdl_version
 from benchmarks.training_images import training_images
-from pipelines import cli, make_loader
-from pipelines.digits import digits_folder
+from pipelines import cli
+from pipelines.backends import make_loader
+from pipelines.cli import at_least, make_parser, output_file, positive
+from pipelines.datasets.digits import digits_folder
+from pipelines.datasets.split import Split
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 from pipelines.files import write_object
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.split import Split
 
 
 def ours(backend: str, task: Task) -> Generator[Any]:
@@ -188,7 +183,7 @@ def make_task(split: Split, image_size: int, args: argparse.Namespace) -> Task:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = cli.make_parser(
+    result = make_parser(
         "benchmarks.loaders",
         __doc__.partition("\n")[0],
         "python -m benchmarks.loaders --data originals=imagenet copies=small/160 --threads 2",
@@ -200,17 +195,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="[LABEL=]DIR",
         help="folders with train/CLASS/IMAGE that are read in turn (default: the embedded digits)",
     )
-    add("--image-size", type=cli.count, nargs="+", default=[224], metavar="S", help="default 224")
+    add("--image-size", type=at_least(1), nargs="+", default=[224], metavar="S", help="default 224")
     add("--only", nargs="+", choices=LOADERS, default=list(LOADERS), metavar="NAME",
         help=f"some of {', '.join(LOADERS)}")  # fmt: skip
-    add(
-        "--reflect-pad", type=cli.at_least(0), default=0, help="in place of random areas: pad, crop"
-    )
-    add("--threads", type=cli.count, default=2, help="decoding threads or worker processes")
-    add("--batch-size", type=cli.count, default=64)
-    add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for the intervals")
-    add("--seconds", type=cli.positive, default=8, help="per loader and round")
-    add("--json", type=cli.output_file, help="write the result here as well")
+    add("--reflect-pad", type=at_least(0), default=0, help="in place of random areas: pad, crop")
+    add("--threads", type=at_least(1), default=2, help="decoding threads or worker processes")
+    add("--batch-size", type=at_least(1), default=64)
+    add("--rounds", type=at_least(2), default=5, help="at least 2, for the intervals")
+    add("--seconds", type=positive, default=8, help="per loader and round")
+    add("--json", type=output_file, help="write the result here as well")
     return result
 
 

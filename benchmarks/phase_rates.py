@@ -19,15 +19,15 @@ from torch import Tensor
 from benchmarks.ceilings import calls_per_sec, step_costs, synchronize
 from fastimagenet import cli
 from fastimagenet.assemble import make_trainer
-from fastimagenet.distributed import World
-from fastimagenet.reading import open_loader
-from fastimagenet.recipes import Phase, Recipe
-from fastimagenet.recorder import Stopwatch
-from fastimagenet.trainer import Trainer
-from fastimagenet.warm_up import warm_up
+from fastimagenet.distributed.world import World
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Phase, Recipe
+from fastimagenet.training.clock import Stopwatch
+from fastimagenet.training.loaders import open_loader
+from fastimagenet.training.trainer import Trainer, warm_up
+from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 from pipelines.loader import Loader
-from pipelines.split import Split
 
 WARM_UP_BATCHES = 6
 """Read before each turn: more than any loader makes ahead, so none is measured on its stock."""
@@ -66,7 +66,7 @@ def phase_trainer(
     args: argparse.Namespace, recipe: Recipe, phase: Phase, world: World, train: Split, val: Split
 ) -> Iterator[Trainer]:
     """A trainer that reads this phase's batches; its loaders are closed at the end."""
-    plan = one_phase(recipe, phase).plan(world.world_size, len(train))
+    plan = Plan.of(one_phase(recipe, phase), world.world_size, len(train))
     trainer = make_trainer(args, plan, world, train, val, Stopwatch())
     try:
         yield trainer
@@ -91,7 +91,7 @@ def measure_phase(
     trainer: Trainer, args: argparse.Namespace, train: Split, rounds: int, seconds: float
 ) -> PhaseRates:
     """Each of the three for `seconds`, `rounds` times in turn, after a round not counted."""
-    phase = trainer.plan.phases[0].phase
+    phase = trainer.plan.phases[0]
     start = time.perf_counter()
     batches = endless(trainer.train_loader)
     next(batches)
@@ -142,7 +142,7 @@ def synthetic_batch(
         "synthetic",
         plan.recipe,
         train,
-        plan.train_stages(),
+        plan.phases,
         trainer.world,
         training=True,
         half=trainer.dtype is not None,

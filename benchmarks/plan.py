@@ -21,10 +21,12 @@ from benchmarks.plan_results import check, table, write_results
 from benchmarks.planner import MIN_STEPS, candidates, with_fitting_batch
 from fastimagenet import cli
 from fastimagenet.assemble import check_output, chosen_recipe, read_data, with_copies
-from fastimagenet.distributed import World
-from fastimagenet.recipes import Recipe
-from fastimagenet.recorder import Stopwatch
-from pipelines.datasets import dataset_name
+from fastimagenet.distributed.world import World
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Recipe
+from fastimagenet.training.clock import Stopwatch
+from pipelines.cli import Parser, at_least, make_parser, output_folder, positive
+from pipelines.datasets.known import dataset_name
 from pipelines.environment import versions
 from pipelines.errors import UserError
 
@@ -32,25 +34,25 @@ PASSED_ON = ("data", "skip_list", "on_bad_image", "backend", "device", "seed", "
 """Flags that train has with the same defaults."""
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "benchmarks.plan",
         "Predict what a recipe takes on machines like this one, and scale it to a budget.",
         "python -m benchmarks.plan --data imagenet --minutes 30 --nodes 4 --price 98.32",
     )
     cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/plan-RECIPE-TIME", cli.output_folder)
+    cli.add_run_flags(result, "runs/plan-RECIPE-TIME", output_folder)
     add = result.add_argument
     help_text = "no probe: set this finished run of --output/recipe.toml beside its prediction"
     add("--check", type=Path, metavar="RUN", help=help_text)
-    add("--minutes", type=cli.positive, metavar="M", help="wall time that the run may take")
-    add("--gpus", type=cli.count, metavar="K", help="of a node; default: those of this one, or 1")
+    add("--minutes", type=positive, metavar="M", help="wall time that the run may take")
+    add("--gpus", type=at_least(1), metavar="K", help="of a node; default: those of this one, or 1")
     add("--price", type=float, metavar="USD", help="of one node for an hour, on demand")
     add("--target", metavar="METRIC=VALUE", help="top5=0.93, top1=0.94; default: the recipe's")
     add(
         "--probe-seconds",
-        type=cli.positive,
+        type=positive,
         default=60.0,
         metavar="S",
         help="of measuring, about, start-up aside; default 60",
@@ -83,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = World(local_world_size=gpus, device="cpu" if launch.device == "cpu" else "cuda:0")
     train, val = read_data(args, world)
     asked, recipe = recipe, with_fitting_batch(recipe, world_size, len(train))
-    recipe.plan(world_size, len(train))
+    Plan.of(recipe, world_size, len(train))
 
-    from benchmarks.probe import measure  # imports torch
+    from benchmarks.probe import measure
 
     probed = with_copies(recipe, cli.data_folder(args))
     probe, hardware, precision = measure(args, probed, world, train, val, clock, args.probe_seconds)

@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 
 from benchmarks.planner import Candidate
 from benchmarks.run_table import markdown
-from fastimagenet import recipe_toml
-from fastimagenet.figures import new_figure, with_legend, write_files
-from fastimagenet.files import Row, read_object, write_object, write_text
-from fastimagenet.formats import NO_BREAK, duration, percent, time_unit
-from fastimagenet.recipes import Recipe
-from fastimagenet.time_plots import TIME_COLOURS
+from fastimagenet.recipes import toml as recipe_toml
+from fastimagenet.recipes.recipe import Recipe
+from fastimagenet.report.figures import new_figure, with_legend, write_files
+from fastimagenet.report.plots import TIME_COLOURS
 from pipelines.errors import UserError
+from pipelines.files import Row, read_object, write_object, write_text
+from pipelines.formats import NO_BREAK, duration, percent, time_unit
 
 UNQUIET = 0.1
 """Spread of the probed rates above which a prediction within 10 % is not to be had."""

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from benchmarks.expected_accuracy import epochs_for, expected_accuracy
-from fastimagenet.plan import Plan
-from fastimagenet.recipes import Recipe
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Recipe
 from pipelines.errors import UserError
 
 MIN_STEPS = 8
@@ -102,8 +102,8 @@ def predict(plan: Plan, probe: Probe) -> dict[str, float]:
         "checkpoint": plan.epochs * probe.checkpoint_seconds + probe.last_checkpoint_seconds,
     }
     for planned in plan.phases:
-        images = planned.phase.epochs * planned.steps_per_epoch * planned.phase.batch_size
-        rates = probe.rates(planned.phase.image_size, planned.phase.batch_size)
+        images = planned.epochs * planned.steps_per_epoch * planned.batch_size
+        rates = probe.rates(planned.image_size, planned.batch_size)
         seconds["compute"] += images / rates.both * (1 - rates.data_wait_share)
         seconds["data_wait"] += images / rates.both * rates.data_wait_share
     for epoch in range(plan.epochs):
@@ -111,7 +111,7 @@ def predict(plan: Plan, probe: Probe) -> dict[str, float]:
             planned = plan.phase_of_epoch(epoch)
             rate = probe.eval_images_per_sec[planned.eval_size]
             last = epoch + 1 == plan.epochs
-            if last and planned.phase.rect:  # once more, on squares
+            if last and planned.rect:  # once more, on squares
                 seconds["evaluation"] += probe.num_val / world / rate
             rate = probe.tta_images_per_sec if last and recipe.tta != "none" else rate
             seconds["evaluation"] += probe.num_val / world / rate
@@ -170,7 +170,10 @@ def longest_within(
     best = None
     for epochs in range(1, MAX_EPOCHS + 1):
         made = recipe.stretched(epochs)
-        if sum(predict(made.plan(world_size, probe.num_train), probe).values()) <= budget_seconds:
+        if (
+            sum(predict(Plan.of(made, world_size, probe.num_train), probe).values())
+            <= budget_seconds
+        ):
             best = made
         # Phase boundaries are rounded, so one more epoch can take less: look a little further.
         elif epochs > (best.epochs if best else 0) + len(recipe.phases):
@@ -195,7 +198,7 @@ def candidates(
     """
 
     def candidate(name: str, made: Recipe) -> Candidate:
-        plan = made.plan(world_size, probe.num_train)
+        plan = Plan.of(made, world_size, probe.num_train)
         seconds = predict(plan, probe)
         accuracy, source = expected_accuracy(made.model, dataset, made.epochs)
         hours = sum(seconds.values()) / 3600

@@ -27,10 +27,11 @@ from benchmarks import prepare_jobs
 from benchmarks.intervals import Estimate, estimate, ratio
 from benchmarks.prepare_jobs import Part
 from benchmarks.run_table import markdown
-from fastimagenet.files import write_object
 from pipelines import cli
+from pipelines.cli import Parser, at_least, make_parser, output_file, positive
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
+from pipelines.files import write_object
 from pipelines.prepare.scan import PIXELS, list_folder
 from pipelines.workers import in_processes, num_cores
 
@@ -113,21 +114,23 @@ def measure(args: argparse.Namespace) -> Result:
     )
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "benchmarks.prepare_rates",
         __doc__.partition("\n")[0],
         "python -m benchmarks.prepare_rates --data photos --workers 2",
     )
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder without bad files")
-    add("--workers", type=cli.count, default=num_cores(), metavar="K", help="default: a core each")
+    add(
+        "--workers", type=at_least(1), default=num_cores(), metavar="K", help="default: a core each"
+    )
     help_text = "of the copies; default 160"
-    add("--short-side", type=cli.at_least(8), nargs="+", default=[160], metavar="S", help=help_text)
-    add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for the intervals")
-    add("--seconds", type=cli.positive, default=8, help="of each in each round")
-    add("--json", type=cli.output_file, metavar="FILE", help="write the result here as well")
+    add("--short-side", type=at_least(8), nargs="+", default=[160], metavar="S", help=help_text)
+    add("--rounds", type=at_least(2), default=5, help="at least 2, for the intervals")
+    add("--seconds", type=positive, default=8, help="of each in each round")
+    add("--json", type=output_file, metavar="FILE", help="write the result here as well")
     return result
 
 

@@ -13,16 +13,16 @@ from typing import TypeVar
 from benchmarks.ceilings import synchronize
 from benchmarks.phase_rates import measure_phase, phase_trainer
 from benchmarks.planner import Probe, SizeRates
-from fastimagenet import checkpoint
-from fastimagenet.checkpoint_writer import CheckpointWriter
-from fastimagenet.distributed import World
-from fastimagenet.epoch_end import counts_of
-from fastimagenet.recipes import Recipe
-from fastimagenet.recorder import NullRecorder, Stopwatch
-from fastimagenet.resume import state_of
-from fastimagenet.summary import hardware, precision_name
-from fastimagenet.trainer import Trainer
-from pipelines.split import Split
+from fastimagenet.distributed.world import World
+from fastimagenet.recipes.recipe import Recipe
+from fastimagenet.report.summary import hardware
+from fastimagenet.training import checkpoint
+from fastimagenet.training.checkpoint import CheckpointWriter
+from fastimagenet.training.clock import Stopwatch
+from fastimagenet.training.evaluation import precision_name
+from fastimagenet.training.recorder import NullRecorder
+from fastimagenet.training.trainer import Trainer, counts_of, state_of
+from pipelines.datasets.split import Split
 
 ROUNDS = 5
 TURNS = 3 * ROUNDS + 2

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from fastimagenet.figures import (
+from fastimagenet.report.figures import (
     BLACK,
     BLUE,
     GREEN,

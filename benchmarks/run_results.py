@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 
 from benchmarks.trainings import Training
-from fastimagenet.files import Row, read_object, read_rows, rows_of
-from fastimagenet.plan import Plan
-from fastimagenet.superconvergence import STUDY
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.superconvergence import STUDY
+from fastimagenet.report.run import rows_of
+from fastimagenet.training.recorder import read_rows
+from pipelines.files import Row, read_object
 
 ACCURACY = (
     "plain top-1 of all validation images after the last epoch: mean over n seeds, lowest .. "

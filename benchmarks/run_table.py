@@ -8,10 +8,12 @@ from pathlib import Path
 
 from benchmarks.run_plots import Curve, accuracy_and_lr
 from benchmarks.run_results import Data, Result, RunResult
-from fastimagenet.figures import Points, write_files
-from fastimagenet.files import Row, read_rows, rows_of, write_object, write_text
-from fastimagenet.formats import NO_BREAK, duration, number, percent
-from fastimagenet.superconvergence import COMPARISON, IMAGES_PER_CLASS
+from fastimagenet.recipes.superconvergence import COMPARISON, IMAGES_PER_CLASS
+from fastimagenet.report.figures import Points, write_files
+from fastimagenet.report.run import rows_of
+from fastimagenet.training.recorder import read_rows
+from pipelines.files import Row, write_object, write_text
+from pipelines.formats import NO_BREAK, duration, number, percent
 
 HEADER = (
     *("run", "peak LR", "epochs", "schedule", "iterations", "published", "ours (n)"),

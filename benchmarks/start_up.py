@@ -30,11 +30,13 @@ from tqdm import tqdm
 
 from benchmarks.run_table import markdown
 from benchmarks.training_images import training_images
-from fastimagenet.files import write_object
-from pipelines import BACKENDS, chosen_backend, cli
+from pipelines import cli
+from pipelines.backends import BACKENDS, chosen_backend
+from pipelines.cli import Parser, at_least, make_parser, output_file
+from pipelines.datasets.index import SETTLED_SECONDS
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
-from pipelines.index import SETTLED_SECONDS
+from pipelines.files import write_object
 
 CLASSES = 1000
 BATCH_SIZE = 64
@@ -97,9 +99,9 @@ class Result:
     date: str
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "benchmarks.start_up",
         "Time from a start to the first batch, by the number of files.",
         "python -m benchmarks.start_up --data photos --files 10000 1000000",
@@ -107,11 +109,11 @@ def parser() -> cli.Parser:
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder with the originals")
     numbers = [10_000, 100_000, 1_000_000, 1_300_000]
-    add("--files", type=cli.at_least(CLASSES), nargs="+", default=numbers)
+    add("--files", type=at_least(CLASSES), nargs="+", default=numbers)
     add("--backend", choices=BACKENDS, default="auto")
-    add("--threads", type=cli.count, default=2, help="decoding threads, or DataLoader's workers")
+    add("--threads", type=at_least(1), default=2, help="decoding threads, or DataLoader's workers")
     add("--scratch", type=Path, metavar="DIR", help="where links can be made; default: beside DIR")
-    add("--json", type=cli.output_file, metavar="FILE", help="write the result")
+    add("--json", type=output_file, metavar="FILE", help="write the result")
     return result
 
 

@@ -16,9 +16,10 @@ import torch
 from benchmarks.run_table import markdown
 from benchmarks.step_layers import TRACED, Layer, count_model
 from fastimagenet import cli
-from fastimagenet.model import make_model
-from fastimagenet.recipe_book import named_recipe
-from fastimagenet.recipes import Recipe
+from fastimagenet.models import build_model
+from fastimagenet.recipes import named_recipe
+from fastimagenet.recipes.recipe import Recipe
+from pipelines.cli import at_least, make_parser, positive
 
 NUM_CLASSES = 1000
 """Of ImageNet."""
@@ -27,9 +28,7 @@ NUM_CLASSES = 1000
 def count_layers(recipe: Recipe, image_size: int) -> list[Layer]:
     """The layers of the recipe's network for ImageNet, in order."""
     with torch.device("meta"):
-        model = make_model(
-            recipe.model, NUM_CLASSES, blur_pool=recipe.blur_pool, small_stem=recipe.small_stem
-        )
+        model = build_model(recipe, NUM_CLASSES)
         image = torch.empty(TRACED, 3, image_size, image_size)
     return count_model(model, image)
 
@@ -69,16 +68,16 @@ def table(layers: Sequence[Layer], batch_size: int, ceilings: Sequence[float] | 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    parser = cli.make_parser(
+    parser = make_parser(
         "benchmarks.step_floor",
         "Count what a training step must compute and move for an image, in bf16.",
         "python -m benchmarks.step_floor --sizes 224 --batch-size 256 --ceilings 989 4.8",
     )
     add = parser.add_argument
     add("--recipe", default="imagenet", metavar="NAME", help="default imagenet")
-    add("--sizes", type=cli.at_least(8), nargs="+", default=[224], metavar="S", help="default 224")
-    add("--batch-size", type=cli.count, default=256, help="to divide weights by; default 256")
-    add("--ceilings", type=cli.positive, nargs=2, metavar=("TFLOPS", "TBS"), help="of a device")
+    add("--sizes", type=at_least(8), nargs="+", default=[224], metavar="S", help="default 224")
+    add("--batch-size", type=at_least(1), default=256, help="to divide weights by; default 256")
+    add("--ceilings", type=positive, nargs=2, metavar=("TFLOPS", "TBS"), help="of a device")
     args = parser.parse_args(argv)
     recipe = named_recipe(args.recipe, 1)
     for size in args.sizes:

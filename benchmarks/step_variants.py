@@ -8,15 +8,16 @@ from typing import Any
 import torch
 
 from benchmarks.phase_rates import one_phase
-from fastimagenet.distributed import World
-from fastimagenet.model import make_model
-from fastimagenet.reading import open_loader
-from fastimagenet.recipes import Phase, Recipe
-from fastimagenet.recorder import NullRecorder
-from fastimagenet.trainer import Trainer
-from pipelines.images import whole_files
+from fastimagenet.distributed.world import World
+from fastimagenet.models import build_model
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Phase, Recipe
+from fastimagenet.training.loaders import open_loader
+from fastimagenet.training.recorder import NullRecorder
+from fastimagenet.training.trainer import Trainer
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split
 from pipelines.loader import Loader
-from pipelines.split import Split
 
 FIELDS: dict[str, dict[str, Any]] = {
     "eager": {"compile": False, "cuda_graphs": False},
@@ -40,19 +41,13 @@ def synthetic_trainer(recipe: Recipe, device: str, num_classes: int) -> Trainer:
     count = 2 * max(phase.batch_size for phase in recipe.phases)
     labels = [index % num_classes for index in range(count)]
     split = Split(whole_files([""]) * count, labels, tuple(map(str, range(num_classes))))
-    plan, world = recipe.plan(1, count), World(device=device)
+    plan, world = Plan.of(recipe, 1, count), World(device=device)
 
     def loader(training: bool) -> Loader:
-        stages = plan.train_stages() if training else plan.eval_stages()
+        stages = plan.phases if training else plan.eval_stages()
         half = recipe.precision != "fp32"
         return open_loader("synthetic", recipe, split, stages, world, training=training, half=half)
 
     torch.manual_seed(0)
-    model = make_model(
-        recipe.model,
-        num_classes,
-        zero_init_last_gamma=recipe.zero_init_last_gamma,
-        blur_pool=recipe.blur_pool,
-        small_stem=recipe.small_stem,
-    )
+    model = build_model(recipe, num_classes)
     return Trainer(plan, model, world, loader, NullRecorder())

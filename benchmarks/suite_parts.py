@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastimagenet.files import Row, read_object, read_rows, rows_of
-from fastimagenet.recipe_book import RECIPES, named_recipe
+from fastimagenet.recipes import RECIPES, named_recipe
+from fastimagenet.report.run import rows_of
+from fastimagenet.training.recorder import read_rows
+from pipelines.files import Row, read_object
 
 Words = list[str]
 

@@ -8,15 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.run_plots import LOOKS
-from fastimagenet.figures import (
-    Points,
-    draw_line,
-    new_figure,
-    thousands,
-    with_legend,
-)
-from fastimagenet.files import Row
-from fastimagenet.formats import time_unit
+from fastimagenet.report.figures import Points, draw_line, new_figure, thousands, with_legend
+from pipelines.files import Row
+from pipelines.formats import time_unit
 
 MARKER = {"marker": "o", "markersize": 4}
 

@@ -11,10 +11,10 @@ from markupsafe import Markup
 from benchmarks import suite_plots
 from benchmarks.run_table import markdown
 from benchmarks.suite_tables import Section, sections
-from fastimagenet import pages
-from fastimagenet.figures import svg
-from fastimagenet.files import Row, write_object, write_text
-from fastimagenet.formats import NO_BREAK
+from fastimagenet.report.figures import svg
+from pipelines import pages
+from pipelines.files import Row, write_object, write_text
+from pipelines.formats import NO_BREAK
 
 REHEARSAL = "CPU rehearsal at tiny sizes: no figure here is a GPU's, and none is to be quoted."
 
@@ -113,8 +113,7 @@ def page(result: Result, data: Row, tables: list[Section]) -> str:
         if part["status"] == "failed"
     ]
     return pages.render(
-        "gpu_suite.html.jinja",
-        Path(__file__).parent,
+        Path(__file__).with_name("gpu_suite.html.jinja"),
         title=title(result),
         rehearsal=result.rehearsal,
         facts=facts(result),

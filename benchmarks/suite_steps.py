@@ -17,7 +17,8 @@ from pathlib import Path
 
 from benchmarks.training_step import StepRate, sweep
 from fastimagenet import cli
-from fastimagenet.files import Row, read_object, write_object
+from pipelines.cli import at_least, make_parser, output_file, positive
+from pipelines.files import Row, read_object, write_object
 
 PAYS = 1.02
 """A batch of twice the images that gives this many times the rate is worth trying on from."""
@@ -88,7 +89,7 @@ class StepSweep:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep; returns the exit status, 1 where a measurement failed."""
     start = time.monotonic()
-    parser = cli.make_parser(
+    parser = make_parser(
         "benchmarks.suite_steps",
         "Sweep the training step of ResNet-50 within a time limit.",
         "python -m benchmarks.suite_steps --limit 150 --json steps.json",
@@ -96,14 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_device_flag(parser)
     add = parser.add_argument
     sizes = [224, 128, 160, 192, 288]
-    add("--image-size", type=cli.at_least(8), nargs="+", default=sizes, metavar="S")
-    add("--batch-size", type=cli.count, nargs="+", default=[128, 256, 512], metavar="B")
+    add("--image-size", type=at_least(8), nargs="+", default=sizes, metavar="S")
+    add("--batch-size", type=at_least(1), nargs="+", default=[128, 256, 512], metavar="B")
     add("--variants", nargs="*", default=["compiled", "graphs"], metavar="V", help="beside eager")
-    add("--seconds", type=cli.positive, default=1.0, help="of each measurement, default 1")
+    add("--seconds", type=positive, default=1.0, help="of each measurement, default 1")
     add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
     add(
         "--json",
-        type=cli.output_file,
+        type=output_file,
         required=True,
         metavar="FILE",
         help="gone on from where it exists",

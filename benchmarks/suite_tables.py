@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from benchmarks.intervals import shown
 from benchmarks.suite_parts import TESTS
-from fastimagenet.files import Row
-from fastimagenet.formats import duration, number, percent, plain
+from pipelines.files import Row
+from pipelines.formats import duration, number, percent, plain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,21 +22,23 @@ import numpy as np
 from benchmarks.run_results import Data, read_results
 from benchmarks.run_table import table, write_results
 from benchmarks.trainings import Training, check_folder, train_all
-from fastimagenet import cli, recipe_toml
+from fastimagenet import cli
 from fastimagenet.assemble import with_copies
-from fastimagenet.files import write_text
-from fastimagenet.recipe_book import named_recipe
-from fastimagenet.recipes import PRECISIONS
-from fastimagenet.superconvergence import COMPARISON, IMAGES_PER_CLASS, RUNS, STUDY
-from pipelines import BACKENDS
-from pipelines.datasets import dataset_name
-from pipelines.skip_list import skip_line
-from pipelines.split import check_classes, read_split
+from fastimagenet.recipes import named_recipe
+from fastimagenet.recipes import toml as recipe_toml
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import PRECISIONS
+from fastimagenet.recipes.superconvergence import COMPARISON, IMAGES_PER_CLASS, RUNS, STUDY
+from pipelines.backends import BACKENDS
+from pipelines.cli import Parser, at_least, make_parser, output_folder
+from pipelines.datasets.known import dataset_name
+from pipelines.datasets.split import check_classes, read_split, skip_line
+from pipelines.files import write_text
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "benchmarks.superconvergence",
         "Train the published super-convergence study of CIFAR-10 and compare accuracies.",
         "python -m benchmarks.superconvergence --data CIFAR10 --only 3b --runs 3",
@@ -51,11 +53,11 @@ def parser() -> cli.Parser:
         metavar="RUN",
         help=f"some of {', '.join(RUNS)}; default: the {len(STUDY)} of the study",
     )
-    add("--runs", type=cli.count, default=1, metavar="N", help="seeds of each; default 1")
-    add("--seed", type=cli.at_least(0), default=0, metavar="S", help="the first seed; default 0")
+    add("--runs", type=at_least(1), default=1, metavar="N", help="seeds of each; default 1")
+    add("--seed", type=at_least(0), default=0, metavar="S", help="the first seed; default 0")
     add(
         "--output",
-        type=cli.output_folder,
+        type=output_folder,
         default=Path("runs/superconvergence"),
         metavar="DIR",
         help="default runs/superconvergence",
@@ -156,7 +158,7 @@ def make_trainings(args: argparse.Namespace, num_train: int, left_out: int) -> l
             command += ["--output", str(folder), "--resume", "auto", "--nproc-per-node", "1"]
             if run in COMPARISON:
                 command += ["--skip-list", str(skip_list(args))]
-            plan = recipe.plan(1, num_train - left_out if run in COMPARISON else num_train)
+            plan = Plan.of(recipe, 1, num_train - left_out if run in COMPARISON else num_train)
             trainings.append(
                 Training(run=run, seed=seed, plan=plan, folder=folder, flags=[*command, *passed_on])
             )

@@ -26,12 +26,15 @@ from benchmarks.phase_rates import PhaseRates, measure_phase, phase_trainer, thi
 from benchmarks.run_table import markdown
 from fastimagenet import cli
 from fastimagenet.assemble import chosen_recipe, read_data, with_copies
-from fastimagenet.files import Row, write_object, write_text
-from fastimagenet.recipes import Recipe
-from fastimagenet.summary import hardware, precision_name
-from fastimagenet.trainer import Trainer
-from pipelines import chosen_backend
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Recipe
+from fastimagenet.report.summary import hardware
+from fastimagenet.training.evaluation import precision_name
+from fastimagenet.training.trainer import Trainer
+from pipelines.backends import chosen_backend
+from pipelines.cli import Parser, at_least, make_parser, output_folder, positive
 from pipelines.environment import versions
+from pipelines.files import Row, write_object, write_text
 
 DEFINITIONS = {
     "stall": "1 - both / model, of the same round.",
@@ -89,19 +92,19 @@ class Result:
     definitions: dict[str, str]
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "benchmarks.throughput",
         "Measure loader, model and both for each phase of a recipe, and what they reach of this\n"
         "device's ceilings.",
         "python -m benchmarks.throughput --data imagenet --recipe imagenet",
     )
     cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/throughput-RECIPE-TIME", cli.output_folder)
+    cli.add_run_flags(result, "runs/throughput-RECIPE-TIME", output_folder)
     add = result.add_argument
-    add("--rounds", type=cli.at_least(2), default=5, help="at least 2, for intervals; default 5")
-    add("--seconds", type=cli.positive, default=3.0, help="of each turn; default 3")
+    add("--rounds", type=at_least(2), default=5, help="at least 2, for intervals; default 5")
+    add("--seconds", type=positive, default=3.0, help="of each turn; default 3")
     return result
 
 
@@ -129,7 +132,7 @@ def measure(
     """The ceilings, then phase by phase: what is known after each."""
     world = this_process(args)
     train, val = read_data(args, world)
-    recipe.plan(1, len(train))  # names a batch that is too large before anything is measured
+    Plan.of(recipe, 1, len(train))  # names a batch that is too large before anything is measured
     measured: list[PhaseRates] = []
     for index, phase in enumerate(recipe.phases):
         with phase_trainer(args, recipe, phase, world, train, val) as trainer:

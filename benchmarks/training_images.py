@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pipelines.split import Split, left_out_note, read_split
+from pipelines.datasets.split import Split, left_out_note, read_split
 
 
 def training_images(root: Path) -> Split:

@@ -30,13 +30,13 @@ from benchmarks.step_floor import NUM_CLASSES, count_layers, floor_images_per_se
 from benchmarks.step_layers import Layer
 from benchmarks.step_variants import VARIANTS, synthetic_trainer, variant_recipe
 from fastimagenet import cli
-from fastimagenet.distributed import plan_launch
-from fastimagenet.files import write_object
-from fastimagenet.model import MODELS
-from fastimagenet.recipe_book import named_recipe
-from fastimagenet.recipes import Recipe
-from fastimagenet.warm_up import warm_up
+from fastimagenet.distributed.world import plan_launch
+from fastimagenet.recipes import named_recipe
+from fastimagenet.recipes.recipe import MODELS, Recipe
+from fastimagenet.training.trainer import warm_up
+from pipelines.cli import Parser, at_least, make_parser, output_file, positive
 from pipelines.environment import processor, versions
+from pipelines.files import write_object
 
 SIZES = (128, 160, 192, 224, 288)
 BATCHES = {"cuda": (64, 128, 256, 512, 1024), "cpu": (8, 16)}
@@ -237,9 +237,9 @@ def table(rates: Sequence[StepRate]) -> str:
     return markdown([header, *rows])
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "benchmarks.training_step",
         "Measure the training step on synthetic data by size, variant and batch, beside its floor.",
         "python -m benchmarks.training_step --sizes 224 --json step.json",
@@ -247,12 +247,12 @@ def parser() -> cli.Parser:
     add = result.add_argument
     add("--recipe", default="imagenet", metavar="NAME", help="default imagenet")
     add("--model", choices=MODELS, help="in place of the recipe's")
-    add("--sizes", type=cli.at_least(8), nargs="+", default=SIZES, metavar="S")
+    add("--sizes", type=at_least(8), nargs="+", default=SIZES, metavar="S")
     add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    add("--batches", type=cli.count, nargs="+", metavar="B", help="default: by device")
-    add("--seconds", type=cli.positive, default=10.0, help="of a rate, in five parts; default 10")
+    add("--batches", type=at_least(1), nargs="+", metavar="B", help="default: by device")
+    add("--seconds", type=positive, default=10.0, help="of a rate, in five parts; default 10")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add("--json", type=cli.output_file, help="write the result here as well")
+    add("--json", type=output_file, help="write the result here as well")
     return result
 
 

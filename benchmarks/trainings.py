@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastimagenet.files import read_object
-from fastimagenet.plan import Plan
+from fastimagenet.recipes.plan import Plan
 from pipelines.errors import UserError
+from pipelines.files import read_object
 
 
 @dataclass(frozen=True, kw_only=True)

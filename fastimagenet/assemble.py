@@ -11,24 +11,28 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastimagenet import checkpoint, cli, recipe_toml
-from fastimagenet.distributed import World, gather_objects, started_by_us
-from fastimagenet.files import write_object
-from fastimagenet.recipe_book import named_recipe
-from fastimagenet.recipes import Recipe
-from fastimagenet.recorder import NullRecorder, Recorder, Stopwatch
-from pipelines import start_workers
+from fastimagenet import cli
+from fastimagenet.distributed.collectives import gather_objects
+from fastimagenet.distributed.world import World, started_by_us
+from fastimagenet.recipes import named_recipe
+from fastimagenet.recipes import toml as recipe_toml
+from fastimagenet.recipes.recipe import Recipe
+from fastimagenet.training import checkpoint
+from fastimagenet.training.clock import Stopwatch
+from fastimagenet.training.recorder import NullRecorder, Recorder
+from pipelines.backends import start_workers
 from pipelines.cli import check_seed
-from pipelines.copies import AUTO, ORIGINAL, best_copy, find_copies, read_copy
+from pipelines.datasets.copies import best_copy, find_copies, read_copy
+from pipelines.datasets.split import Split, check_classes, left_out_note, read_split, skip_list_note
 from pipelines.errors import UserError
-from pipelines.loader import Stage
-from pipelines.split import Split, check_classes, left_out_note, read_split, skip_list_note
+from pipelines.files import write_object
+from pipelines.loader import AUTO, ORIGINAL, Stage
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastimagenet.plan import Plan
-    from fastimagenet.trainer import Trainer
+    from fastimagenet.recipes.plan import Plan
+    from fastimagenet.training.trainer import Trainer
     from pipelines.loader import Loader
 
 WHITENING_IMAGES = 2000
@@ -128,10 +132,10 @@ def make_trainer(
     `folder` no checkpoints. Raises UserError for what this machine cannot do."""
     import torch
 
-    from fastimagenet.model import make_model
-    from fastimagenet.precision import autocast_dtype
-    from fastimagenet.reading import open_loader
-    from fastimagenet.trainer import Trainer
+    from fastimagenet.models import build_model
+    from fastimagenet.training.evaluation import autocast_dtype
+    from fastimagenet.training.loaders import open_loader
+    from fastimagenet.training.trainer import Trainer
 
     recipe = plan.recipe
     if world.device != "cpu" and not torch.cuda.is_available():
@@ -150,15 +154,7 @@ def make_trainer(
         raise UserError(f"{flag}: the processes differ: type the same command on every node")
     dtype = autocast_dtype(recipe.precision, world.device.partition(":")[0])
     torch.manual_seed(args.seed)
-    model = make_model(
-        recipe.model,
-        len(train.classes),
-        zero_init_last_gamma=recipe.zero_init_last_gamma,
-        blur_pool=recipe.blur_pool,
-        small_stem=recipe.small_stem,
-        whitening=recipe.whitening,
-        dirac_init=recipe.dirac_init,
-    )
+    model = build_model(recipe, len(train.classes))
     if recipe.whitening:
         whiten(model, args.backend, recipe, train, world)
     copies = {
@@ -172,7 +168,7 @@ def make_trainer(
             args.backend,
             recipe,
             train if training else val,
-            plan.train_stages() if training else plan.eval_stages(),
+            plan.phases if training else plan.eval_stages(),
             world,
             training=training,
             half=dtype is not None,
@@ -207,8 +203,8 @@ def whiten(model: nn.Module, backend: str, recipe: Recipe, train: Split, world: 
     They are taken in even steps from the list, which goes by classes, and read as for validation
     at the size of the last phase.
     """
-    from fastimagenet.reading import open_loader
-    from fastimagenet.speednet import SpeedNet, WhiteningConv2d
+    from fastimagenet.models.speednet import SpeedNet, WhiteningConv2d
+    from fastimagenet.training.loaders import open_loader
 
     some = train.take(np.arange(0, len(train), max(1, len(train) // WHITENING_IMAGES)))
     stage = Stage(epochs=1, image_size=recipe.phases[-1].image_size, batch_size=100)

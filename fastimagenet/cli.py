@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastimagenet.allocator import keep_freed_memory
-from fastimagenet.disk import NotWritten
-from fastimagenet.distributed import (
+from fastimagenet.distributed.world import (
     TIMEOUT_SECONDS,
     Launch,
     World,
@@ -21,24 +19,19 @@ from fastimagenet.distributed import (
     plan_launch,
     report_to_launcher,
 )
-from fastimagenet.peers import PeerLost
-from fastimagenet.recipes import PRECISIONS
-from pipelines import BACKENDS, cli
-from pipelines.cli import Parser as Parser
-from pipelines.cli import at_least as at_least
-from pipelines.cli import count as count
-from pipelines.cli import make_parser as make_parser
-from pipelines.cli import output_file as output_file
-from pipelines.cli import output_folder as output_folder
-from pipelines.cli import positive as positive
+from fastimagenet.errors import NotWritten, PeerLost
+from fastimagenet.machine import keep_freed_memory
+from fastimagenet.recipes.recipe import PRECISIONS
+from pipelines import cli
+from pipelines.backends import BACKENDS
+from pipelines.datasets.remote import SCHEME, fetched
+from pipelines.datasets.split import ON_BAD_IMAGE
 from pipelines.errors import UserError
-from pipelines.s3 import SCHEME, fetched
-from pipelines.split import ON_BAD_IMAGE
 
 if TYPE_CHECKING:
     import torch
 
-    from fastimagenet.trainer import Trainer
+    from fastimagenet.training.trainer import Trainer
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +159,7 @@ def data_folder(args: argparse.Namespace) -> Path:
     """--data, or the embedded digits."""
     if args.data is not None:
         return Path(args.data)
-    from pipelines.digits import digits_folder
+    from pipelines.datasets.digits import digits_folder
 
     return digits_folder()
 

@@ -12,28 +12,26 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from fastimagenet import cli, recipe_toml
-from fastimagenet.distributed import (
-    World,
-    all_reduce_sum,
-    launched_world,
-    process_group,
-    run_processes,
-)
-from fastimagenet.evaluation import TTA, Counts, evaluate
-from fastimagenet.recipes import Recipe
-from pipelines import start_workers
+from fastimagenet import cli
+from fastimagenet.distributed.collectives import all_reduce_sum, process_group
+from fastimagenet.distributed.launch import run_processes
+from fastimagenet.distributed.world import World, launched_world
+from fastimagenet.recipes import toml as recipe_toml
+from fastimagenet.recipes.recipe import TTA, Recipe
+from fastimagenet.training.evaluation import Counts, evaluate
+from pipelines.backends import start_workers
+from pipelines.cli import Parser, make_parser
+from pipelines.datasets.split import Split, left_out_note, read_split, skip_list_note
 from pipelines.errors import UserError
 from pipelines.loader import Stage
-from pipelines.split import Split, left_out_note, read_split, skip_list_note
 
 MAX_IMAGE_SIZE = 65535
 """That of a JPEG."""
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "fastimagenet.evaluate",
         "Evaluate a checkpoint: exact top-1 and top-5 over all validation images.",
         "python -m fastimagenet.evaluate runs/first/checkpoints/best.pt --data imagenet --tta flip",
@@ -85,10 +83,10 @@ def evaluate_checkpoint(args: argparse.Namespace, val: Split, world: World) -> l
     """
     import torch
 
-    from fastimagenet import checkpoint
-    from fastimagenet.faults import is_out_of_memory
-    from fastimagenet.precision import autocast_dtype
-    from fastimagenet.reading import open_loader
+    from fastimagenet.training import checkpoint
+    from fastimagenet.training.evaluation import autocast_dtype
+    from fastimagenet.training.failures import is_out_of_memory
+    from fastimagenet.training.loaders import open_loader
 
     state = checkpoint.load(args.checkpoint, "recipe", "classes", "model", "ema")
     recipe = recipe_toml.loads(state["recipe"], f"the recipe in {args.checkpoint}")
@@ -141,11 +139,9 @@ def evaluate_checkpoint(args: argparse.Namespace, val: Split, world: World) -> l
 
 def trained_model(recipe: Recipe, state: dict[str, Any], num_classes: int) -> Any:
     """The network with its trained weights: the average of them where the recipe keeps one."""
-    from fastimagenet.model import make_model
+    from fastimagenet.models import build_model
 
-    model = make_model(
-        recipe.model, num_classes, blur_pool=recipe.blur_pool, small_stem=recipe.small_stem
-    )
+    model = build_model(recipe, num_classes)
     weights = state["model"]
     if state["ema"] is not None:
         prefix = "module."

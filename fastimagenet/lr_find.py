@@ -28,17 +28,20 @@ from fastimagenet.assemble import (
     with_copies,
     write_plan,
 )
-from fastimagenet.distributed import World, launched_world, process_group, run_processes
-from fastimagenet.lr_finder import check_sweep, check_validation, lr_find2
-from fastimagenet.recorder import Stopwatch
-from fastimagenet.sweep import Sweep
-from fastimagenet.sweep_recorder import NullSweepRecorder, SweepRecorder
+from fastimagenet.distributed.collectives import process_group
+from fastimagenet.distributed.launch import run_processes
+from fastimagenet.distributed.world import World, launched_world
+from fastimagenet.lr_finder.analysis import Sweep
+from fastimagenet.lr_finder.finder import check_sweep, check_validation, lr_find2
+from fastimagenet.lr_finder.results import NullSweepRecorder, SweepRecorder
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.training.clock import Stopwatch
+from pipelines.cli import Parser, make_parser
+from pipelines.datasets.split import Split
 from pipelines.errors import UserError
-from pipelines.split import Split
 
 if TYPE_CHECKING:
-    from fastimagenet.plan import Plan
-    from fastimagenet.trainer import Trainer
+    from fastimagenet.training.trainer import Trainer
 
 DESCRIPTION = """\
 Find the learning rate to train with: a training whose LR rises update by update
@@ -51,9 +54,9 @@ fastest is given as the recipe's max_lr. With several values of --wd or
 that still tolerates a high LR is the best."""
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "fastimagenet.lr_find",
         DESCRIPTION,
         "python -m fastimagenet.lr_find --data photos --recipe mine.toml --wd 1e-2 1e-3 1e-4",
@@ -121,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train, val = read_data(args, world)
     recipe = with_copies(recipe, cli.data_folder(args))
     world_size = launch.world_size if world is None else world.world_size
-    plan = recipe.plan(world_size, len(train), args.global_batch)
+    plan = Plan.of(recipe, world_size, len(train), args.global_batch)
     check_validation(plan, len(val))
     val = shuffled(val, args.seed)
     if world is None:
@@ -171,7 +174,7 @@ def find(
     argv: list[str],
 ) -> int:
     """What one process does: the sweeps, and on rank 0 what the command leaves and says."""
-    from fastimagenet.sweep_summary import write_results
+    from fastimagenet.lr_finder.results import write_results
 
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
     trainer = make_trainer(args, plan, world, train, val, clock)
@@ -194,7 +197,7 @@ def describe(args: argparse.Namespace, plan: Plan) -> str:
     first = plan.phases[0]
     return (
         f"sweep: recipe {plan.recipe.name}, {plan.recipe.model}, its first phase: "
-        f"{first.phase.image_size} px, batch {first.phase.batch_size}, global batch "
+        f"{first.image_size} px, batch {first.batch_size}, global batch "
         f"{first.global_batch}, {plan.num_train:,} training images, world size {plan.world_size}\n"
         f"  lr {args.start_lr:g} -> {args.end_lr:g} in {args.num_it} iterations, "
         f"{'linear' if args.linear else 'exponential'}"

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fastimagenet import cli, recipe_toml
+from fastimagenet import cli
 from fastimagenet.assemble import (
     check_output,
     checks_flags,
@@ -26,29 +25,29 @@ from fastimagenet.assemble import (
     with_copies,
     write_plan,
 )
-from fastimagenet.distributed import (
+from fastimagenet.distributed.collectives import gather_objects, process_group
+from fastimagenet.distributed.launch import run_processes
+from fastimagenet.distributed.world import (
     World,
-    gather_objects,
     launched_world,
-    process_group,
     restarted,
-    run_processes,
     seconds_since_launch,
     started_by_us,
 )
-from fastimagenet.optimizer import BACKENDS as OPTIMIZER_BACKENDS
-from fastimagenet.recipe_book import RECIPES
-from fastimagenet.recorder import Recorder, Stopwatch
+from fastimagenet.recipes import RECIPES
+from fastimagenet.recipes import toml as recipe_toml
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.training.clock import Stopwatch
+from fastimagenet.training.optimizer import BACKENDS as OPTIMIZER_BACKENDS
+from fastimagenet.training.recorder import Recorder
+from pipelines.cli import Parser, make_parser
+from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
-from pipelines.split import Split, read_split
-
-if TYPE_CHECKING:
-    from fastimagenet.plan import Plan
 
 
-def parser() -> cli.Parser:
+def parser() -> Parser:
     """All flags of the command."""
-    result = cli.make_parser(
+    result = make_parser(
         "fastimagenet.train",
         "Train an image classifier: DALI, progressive resizing, 1cycle, DDP, mixed precision.",
         "python -m fastimagenet.train --data imagenet --recipe imagenet --output runs/first",
@@ -135,10 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         data = cli.data_folder(args)
         train = read_split(data, "train", args.skip_list, check_files=False)
-        print(recipe.plan(world_size, len(train), args.global_batch).describe())  # noqa: T201
+        print(Plan.of(recipe, world_size, len(train), args.global_batch).describe())  # noqa: T201
         return 0
     train, val = read_data(args, world)
-    plan = recipe.plan(world_size, len(train), args.global_batch)
+    plan = Plan.of(recipe, world_size, len(train), args.global_batch)
     if args.output is None:
         args.output = default_output(args.resume, recipe.name)
         argv += ["--output", str(args.output)]
@@ -216,10 +215,10 @@ def train_and_report(
     argv: list[str],
 ) -> int:
     """What one process does: model, training, and on rank 0 the files of the run."""
-    from fastimagenet.profiling import StepProfiler
-    from fastimagenet.resume import resume
-    from fastimagenet.summary import write_results
-    from fastimagenet.trainer import Stopped
+    from fastimagenet.errors import Stopped
+    from fastimagenet.report.summary import write_results
+    from fastimagenet.training.profiling import StepProfiler
+    from fastimagenet.training.trainer import resume
 
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
     # Named after the time, it may have another name on another node.

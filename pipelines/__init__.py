@@ -1,70 +1,26 @@
-"""Loaders: from a folder of images to normalised batches on the device."""
+"""The data: from a folder of images to normalised batches on the device."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
-
-from pipelines.errors import UserError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipelines.loader import Loader, LoaderSpec
+    from pipelines.backends import make_loader
+    from pipelines.datasets.split import read_split
+    from pipelines.loader import LoaderSpec
 
-BACKENDS = ("auto", "dali", "torchvision", "memory", "synthetic")
+__all__ = ["LoaderSpec", "make_loader", "read_split"]
 
-
-def make_loader(backend: str, spec: LoaderSpec) -> Loader:
-    """A loader of `spec` by one of BACKENDS.
-
-    Raises UserError for an unknown or missing back end and for what the spec asks wrongly.
-    """
-    backend = chosen_backend(backend)
-    if backend == "dali":
-        if not has_dali():
-            raise UserError(
-                "backend dali needs the package nvidia-dali-cuda120 or nvidia-dali-cuda130: "
-                "install one or take --backend torchvision"
-            )
-        from pipelines.dali import DaliLoader
-
-        return DaliLoader(spec)
-    if backend == "torchvision":
-        from pipelines.prefetch import Prefetcher
-        from pipelines.torchvision import TorchvisionLoader
-
-        if spec.device == "cpu":
-            return TorchvisionLoader(spec)
-        return Prefetcher(TorchvisionLoader(replace(spec, half=False)), spec)
-    if backend == "memory":
-        from pipelines.memory import MemoryLoader
-
-        return MemoryLoader(spec)
-    if backend == "synthetic":
-        from pipelines.synthetic import SyntheticLoader
-
-        return SyntheticLoader(spec)
-    raise UserError(f"backend {backend!r} is unknown: one of {', '.join(BACKENDS)}")
+_HOMES = {
+    "LoaderSpec": "pipelines.loader",
+    "make_loader": "pipelines.backends",
+    "read_split": "pipelines.datasets.split",
+}
 
 
-def start_workers(backend: str) -> None:
-    """Make ready what the worker processes of the back end will need, before any is started.
-
-    It goes on beside what the caller does next.
-    """
-    if chosen_backend(backend) in ("torchvision", "memory"):
-        from pipelines.workers import preload_torchvision
-
-        preload_torchvision()
-
-
-def chosen_backend(backend: str) -> str:
-    """What "auto" stands for here: dali where it is installed, else torchvision."""
-    if backend != "auto":
-        return backend
-    return "dali" if has_dali() else "torchvision"
-
-
-def has_dali() -> bool:
-    """Whether DALI is installed, without importing it."""
-    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pipelines' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

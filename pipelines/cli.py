@@ -56,9 +56,6 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-count = at_least(1)
-
-
 def positive(text: str) -> float:
     """An argparse type: finite numbers above 0."""
     if not 0 < (value := float(text)) < math.inf:

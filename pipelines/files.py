@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and JSON objects read back."""
 
 from __future__ import annotations
 
@@ -94,3 +94,20 @@ def written_in(scratch: Path, path: Path) -> Iterator[BinaryIO]:
         if error.filename in (None, str(beside)):
             error.filename = str(path)
         raise
+
+
+Row = dict[str, Any]
+"""A JSON object: a row of metrics.jsonl, or all of summary.json or plan.json."""
+
+
+def read_object(path: Path) -> Row:
+    """The JSON object in `path`; UserError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; name the --output folder of a run") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is expected, not {type(value).__name__}")
+    return value

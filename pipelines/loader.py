@@ -6,19 +6,92 @@ Plain values only: this module knows nothing of training, recipes or torch.distr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipelines.augmentation import Augmentation
-from pipelines.dali_settings import DaliSettings
-from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.split import Split
+from pipelines.datasets.known import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipelines.datasets.split import Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaliSettings:
+    """Settings of a pipeline, whose threads are those of the `LoaderSpec`. The last three hold on a
+    GPU only; the defaults are not yet measured there."""
+
+    prefetch: int = 2
+    """Batches that are made ahead."""
+    hw_decoder_load: float = 0.99
+    """Share of the images that the hardware decoder takes where there is one."""
+    width_hint: int = 0
+    """Pixels of the widest image, for which buffers are made at the start; 0: they grow."""
+    height_hint: int = 0
+    """Likewise of the highest."""
+
+
+AUTO_AUGMENT = ("none", "trivial", "rand")
+MAGNITUDES = 31
+"""Steps between nothing and the largest magnitude of an operation of `auto_augment`."""
+
+
+AUTO, ORIGINAL = "auto", "original"
+"""What stands for the copy that serves best, and for none."""
 DECODE_MARGIN = 256 / 224
 """Validation: the short side is resized to this times the size of the centre crop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transforms:
+    """What happens to an image between decoding and the network.
+
+    A recipe is one of these, and so is a `LoaderSpec`: every field is declared here once. Training
+    crops and flips, then augments batches on the device in the order of the fields below.
+    """
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Per channel, of pixels in 0..1."""
+    mirror: bool = True
+    """Training: flip left-right with probability 1/2."""
+    alternating_flip: bool = False
+    """With `mirror`: flip each image in every second epoch, half of them in the first one
+    (arXiv:2404.00498)."""
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Training: width / height of the random-area crop is drawn log-uniformly from this range."""
+    reflect_pad: int = 0
+    """Training, when > 0: in place of the random-area crop, resize the whole image to
+    `image_size`, pad each side by this many pixels by reflection and crop back at random."""
+    auto_augment: str = "none"
+    """"trivial": one random operation an image, at any strength (TrivialAugment, arXiv 2103.10158).
+    "rand": several at one strength (RandAugment, arXiv 1909.13719)."""
+    rand_augment: tuple[int, int] = (2, 9)
+    """For "rand": operations an image, and their magnitude of 0..MAGNITUDES - 1."""
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation are each multiplied by 1 - this to 1 + this (Howard,
+    arXiv 1312.5402)."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle of an image becomes the mean colour (Random Erasing, arXiv
+    1708.04896)."""
+    mixup: float = 0.0
+    """Above 0: alpha of the Beta distribution of the share that an image keeps when pairs of images
+    and their labels are blended (mixup, arXiv 1710.09412)."""
+    cutmix: float = 0.0
+    """Above 0: the same, where a rectangle of the other image is set in (CutMix, arXiv 1905.04899).
+    With both, a batch gets one of the two, each with probability 1/2."""
+    resize_ratio: float = DECODE_MARGIN
+    """Validation: the short side becomes round(image_size * resize_ratio) before the crop."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether labels become probabilities."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def transforms(self) -> dict[str, Any]:
+        """These fields alone, as keyword arguments of another `Transforms`."""
+        return {field.name: getattr(self, field.name) for field in fields(Transforms)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +105,21 @@ class Stage:
     """Images a batch and shard."""
     min_scale: float = 0.25
     """Training: smallest share of the image's area that a random crop keeps, in (0, 1]."""
-    copy: str = ""
-    """Training: which of the spec's copies is read; "" is the split itself."""
+    data: str = AUTO
+    """Training: the copy of the data that is read, such as "160"; "original", and "auto" where
+    nothing has been chosen for it, is the split itself."""
     rect: bool = False
     """Validation: images are sorted by aspect ratio, and each batch has a shape of its own, of
     which `image_size` is the shorter side."""
 
+    @property
+    def copy(self) -> str:
+        """Which of the spec's copies is read; "" is the split itself."""
+        return "" if self.data in (AUTO, ORIGINAL) else self.data
+
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderSpec:
+class LoaderSpec(Transforms):
     """Everything a back end needs to read one split for a whole run.
 
     The last stage goes on for as many epochs as are asked for.
@@ -64,24 +143,8 @@ class LoaderSpec:
     """Hand out float16 (on a GPU only) in place of float32."""
     num_threads: int = 2
     """Decoding threads (dali, memory) or worker processes (torchvision; 0: this process reads)."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Per channel, of pixels in 0..1."""
-    mirror: bool = True
-    """Training: flip left-right with probability 1/2."""
-    alternating_flip: bool = False
-    """With `mirror`: flip each image in every second epoch, half of them in the first one."""
-    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Training: width / height of the random-area crop is drawn log-uniformly from this range."""
-    reflect_pad: int = 0
-    """Training, when > 0: in place of the random-area crop, resize the whole image to
-    `image_size`, pad each side by this many pixels by reflection and crop back at random."""
     copies: Mapping[str, Split] = field(default_factory=dict)
     """The same images, one by one, in other files, such as smaller ones."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    """Training: what comes after crop and flip."""
-    resize_ratio: float = DECODE_MARGIN
-    """Validation: the short side becomes round(image_size * resize_ratio) before the crop."""
     dali: DaliSettings = field(default_factory=DaliSettings)
     """For the back end dali; no other one looks at it."""
 

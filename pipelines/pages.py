@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipelines.formats import duration, number, percent
 
-def page_templates(folder: Path) -> Environment:
-    """Those in `folder`; every value is escaped unless it is Markup, and each has to be given."""
-    return Environment(
-        loader=FileSystemLoader([folder, Path(__file__).parent]),
+
+def render(template: Path, **values: Any) -> str:
+    """Fill in the template; every value is escaped unless it is Markup, and each has to be given.
+
+    Templates have the filters of `pipelines.formats`: percent, duration, number.
+    """
+    templates = Environment(
+        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.filters |= {"percent": percent, "duration": duration, "number": number}
+    return templates.get_template(template.name).render(values)

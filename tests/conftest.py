@@ -81,7 +81,7 @@ def photographs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def digits() -> Path:
     """The embedded digits as an image folder in the user's cache."""
-    from pipelines.digits import digits_folder
+    from pipelines.datasets.digits import digits_folder
 
     return digits_folder()
 

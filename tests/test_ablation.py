@@ -13,9 +13,10 @@ from benchmarks.ablation import main
 from benchmarks.ablation_results import read_ablation, table
 from benchmarks.run_results import Data
 from benchmarks.trainings import Training
-from fastimagenet.files import read_object
-from fastimagenet.recipe_book import named_recipe
+from fastimagenet.recipes import named_recipe
+from fastimagenet.recipes.plan import Plan
 from pipelines.errors import UserError
+from pipelines.files import read_object
 
 SMALL = (
     *("--device", "cpu", "--recipe", "digits", "--epochs", "2", "--runs", "1"),
@@ -45,7 +46,7 @@ def test_a_part_is_switched_off_and_nothing_repeated(
 
 
 def test_the_figures_are_those_of_the_seeds(tmp_path: Path) -> None:
-    plan = named_recipe("digits").plan(1, 1000)
+    plan = Plan.of(named_recipe("digits"), 1, 1000)
     top1 = {"all": (0.90, 0.92, 0.91), "whitening": (0.85, 0.88, 0.86)}
     trainings = []
     for seed in range(3):

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches against torchvision's transforms, on real photographs and files."""
+"""Transforms of whole batches against torchvision's transforms, on real photographs and files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from torchvision import transforms
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from fastimagenet.files import read_rows, rows_of
-from fastimagenet.recipe_book import named_recipe
-from fastimagenet.recipe_toml import with_settings
-from pipelines import make_loader
-from pipelines.augmentation import MAGNITUDES, Augmentation
-from pipelines.auto_augment import OPERATIONS, auto_augment, draw_operations, level_table
-from pipelines.batch_augment import (
+from fastimagenet.recipes import named_recipe
+from fastimagenet.recipes.toml import with_settings
+from fastimagenet.report.run import rows_of
+from fastimagenet.training.recorder import read_rows
+from pipelines.augment.colours import OPERATIONS, auto_augment, draw_operations, level_table
+from pipelines.augment.mixing import (
     JITTER,
     augment,
     draw_boxes,
@@ -35,11 +34,12 @@ from pipelines.batch_augment import (
     mix,
     mix_labels,
 )
-from pipelines.images import whole_files
-from pipelines.loader import LoaderSpec, Stage
-from pipelines.split import Split, read_split
+from pipelines.backends import make_loader
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split, read_split
+from pipelines.loader import MAGNITUDES, LoaderSpec, Stage, Transforms
 
-EVERYTHING = Augmentation(
+EVERYTHING = Transforms(
     auto_augment="rand", color_jitter=0.4, random_erasing=0.5, mixup=0.2, cutmix=1.0
 )
 SIZE = 48
@@ -53,10 +53,10 @@ def pixels(photographs: Path) -> Tensor:
     return torch.stack([functional.pil_to_tensor(image) for image in images])
 
 
-def spec_of(wanted: Augmentation, **other: Any) -> LoaderSpec:
+def spec_of(wanted: Transforms, **other: Any) -> LoaderSpec:
     split = Split(whole_files([""]) * 100, [0] * 100, tuple("abcdefg"))
     stages = (Stage(epochs=1, image_size=SIZE, batch_size=MAGNITUDES),)
-    return LoaderSpec(split=split, stages=stages, training=True, augmentation=wanted, **other)
+    return LoaderSpec(split=split, stages=stages, training=True, **vars(wanted), **other)
 
 
 def normalised(pixels: Tensor, spec: LoaderSpec) -> Tensor:
@@ -136,13 +136,13 @@ def test_the_magnitudes_are_those_of_the_papers() -> None:
 
 def test_operations_are_drawn_evenly() -> None:
     generator = np.random.default_rng(0)
-    wanted = Augmentation(auto_augment="trivial")
+    wanted = Transforms(auto_augment="trivial")
     operations, levels = draw_operations(wanted, generator, 14_000, 64)
     assert operations.shape == levels.shape == (1, 14_000)
     assert 880 < np.bincount(operations[0]).min() <= np.bincount(operations[0]).max() < 1120
     turned = levels[operations == list(OPERATIONS).index("rotate")]
     assert len(np.unique(turned)) == 2 * MAGNITUDES - 1 and abs(turned.mean()) < 10
-    wanted = Augmentation(auto_augment="rand", rand_augment=(3, 20))
+    wanted = Transforms(auto_augment="rand", rand_augment=(3, 20))
     operations, levels = draw_operations(wanted, generator, 1000, 64)
     assert operations.shape == (3, 1000) and not np.array_equal(operations[0], operations[1])
     turned = levels[operations == list(OPERATIONS).index("rotate")]
@@ -152,7 +152,7 @@ def test_operations_are_drawn_evenly() -> None:
 @pytest.mark.parametrize("step", range(6))
 def test_colour_jitter_is_torchvisions(step: int, pixels: Tensor) -> None:
     """On float images, where torchvision does not round either; in the order that was drawn."""
-    spec = spec_of(Augmentation(color_jitter=0.4), seed=3, shard_id=1, num_shards=2)
+    spec = spec_of(Transforms(color_jitter=0.4), seed=3, shard_id=1, num_shards=2)
     images = pixels.float() / 255
     ours, _ = augment(normalised(images, spec), torch.zeros(31).long(), spec, 2, step)
     order, factors = draw_jitter(0.4, np.random.default_rng((JITTER, 3, 2, step, 1)), 31)
@@ -205,7 +205,7 @@ def test_erasing_leaves_the_mean_colour_and_the_other_pixels() -> None:
 @pytest.mark.parametrize("cut", [False, True])
 def test_mixing_is_torchvisions(cut: bool, pixels: Tensor) -> None:
     """For the shares and boxes that were drawn, images and labels."""
-    wanted = Augmentation(cutmix=1.0) if cut else Augmentation(mixup=0.8)
+    wanted = Transforms(cutmix=1.0) if cut else Transforms(mixup=0.8)
     theirs = (v2.CutMix if cut else v2.MixUp)(num_classes=7)
     images = normalised(pixels / 255, spec_of(wanted))
     labels = torch.arange(31) % 7
@@ -225,7 +225,7 @@ def test_mixing_is_torchvisions(cut: bool, pixels: Tensor) -> None:
 
 
 def test_shares_follow_the_beta_distribution_and_batches_get_one_of_two() -> None:
-    both = Augmentation(mixup=0.2, cutmix=1.0)
+    both = Transforms(mixup=0.2, cutmix=1.0)
     drawn = [draw_mix(both, np.random.default_rng(seed), 224) for seed in range(3000)]
     shares = np.array([share for share, box in drawn if box is None])
     assert 0.47 < len(shares) / len(drawn) < 0.53
@@ -241,7 +241,7 @@ def test_shares_follow_the_beta_distribution_and_batches_get_one_of_two() -> Non
 def test_dtype_and_layout_stay_and_arguments_are_not_changed(
     field: str, dtype: torch.dtype, pixels: Tensor
 ) -> None:
-    wanted = Augmentation(**{field: getattr(EVERYTHING, field)})
+    wanted = Transforms(**{field: getattr(EVERYTHING, field)})
     spec = spec_of(wanted)
     images = normalised(pixels / 255, spec).to(dtype)
     labels = torch.arange(31) % 7
@@ -260,13 +260,13 @@ def test_each_kind_has_random_numbers_of_its_own(pixels: Tensor) -> None:
     """Erased are the same places whatever else is on; another step, epoch, shard, seed: others."""
     images, labels = normalised(pixels / 255, spec_of(EVERYTHING)), torch.zeros(31).long()
 
-    def erased(wanted: Augmentation, epoch: int = 0, step: int = 0, **other: int) -> Tensor:
+    def erased(wanted: Transforms, epoch: int = 0, step: int = 0, **other: int) -> Tensor:
         return augment(images, labels, spec_of(wanted, **other), epoch, step)[0] == 0
 
-    alone = erased(Augmentation(random_erasing=0.5))
-    assert torch.equal(erased(Augmentation(random_erasing=0.5, color_jitter=0.4)), alone)
+    alone = erased(Transforms(random_erasing=0.5))
+    assert torch.equal(erased(Transforms(random_erasing=0.5, color_jitter=0.4)), alone)
     for other in ({"epoch": 1}, {"step": 1}, {"seed": 1}, {"shard_id": 1, "num_shards": 2}):
-        assert not torch.equal(erased(Augmentation(random_erasing=0.5), **other), alone)
+        assert not torch.equal(erased(Transforms(random_erasing=0.5), **other), alone)
 
 
 @pytest.mark.parametrize("reflect_pad", [0, 4])
@@ -283,7 +283,7 @@ def test_back_ends_give_the_same_augmented_batches(reflect_pad: int, cifar10: Pa
             split=read_split(cifar10, "train"),
             stages=(Stage(epochs=1, image_size=32, batch_size=100),),
             training=True,
-            augmentation=EVERYTHING,
+            **vars(EVERYTHING),
             reflect_pad=reflect_pad,
             num_threads=0 if backend == "torchvision" else 1,
         )
@@ -319,9 +319,9 @@ def test_a_training_with_everything_on(processes: int, cifar10: Path, tmp_path: 
 
 def test_the_recipe_says_it_in_one_line_each() -> None:
     recipe = named_recipe("imagenet")
-    assert recipe.augmentation == Augmentation()
+    assert recipe.augmentation == Transforms()
     settings = ["auto_augment=rand", "rand_augment=[1, 5]", "random_erasing=0.1", "cutmix=1"]
     changed = with_settings(recipe, settings).augmentation
-    assert changed == Augmentation(
+    assert changed == Transforms(
         auto_augment="rand", rand_augment=(1, 5), random_erasing=0.1, cutmix=1.0
     )

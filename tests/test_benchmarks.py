@@ -23,10 +23,10 @@ from benchmarks.hosts import permitted
 from benchmarks.intervals import Estimate, estimate, ratio, shown
 from benchmarks.loader_rivals import Task, by_pillow, by_torchvision, spdl
 from benchmarks.loaders import LOADERS
-from pipelines.digits import digits_folder
+from pipelines.datasets.digits import digits_folder
+from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main as prepare
-from pipelines.split import read_split
 
 ROOT = Path(__file__).resolve().parent.parent
 

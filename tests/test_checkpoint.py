@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastimagenet import checkpoint
+from fastimagenet.training import checkpoint
 from pipelines.errors import UserError
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastimagenet import checkpoint
-from fastimagenet.checkpoint_writer import CheckpointWriter, copied
-from fastimagenet.files import read_rows, rows_of
-from fastimagenet.recorder import NullRecorder, Recorder
+from fastimagenet.report.run import rows_of
+from fastimagenet.training import checkpoint
+from fastimagenet.training.checkpoint import CheckpointWriter, copied
+from fastimagenet.training.recorder import NullRecorder, Recorder, read_rows
 
 
 def state_at(step: int, value: torch.Tensor | None = None) -> dict[str, Any]:

@@ -12,14 +12,15 @@ from test_report import check_page, make_run, step_rows
 from benchmarks.compare import comparison, main
 from benchmarks.comparison_plots import short_names
 from benchmarks.published import published
-from fastimagenet.recipe_book import named_recipe
-from fastimagenet.run_folder import read_run
+from fastimagenet.recipes import named_recipe
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.report.run import read_run
 from pipelines.errors import UserError
 
 
 def finished_run(folder: Path, **changes: object) -> Path:
     """Four epochs, up to 94.5 % top-1, of the written run of the other tests."""
-    plan = named_recipe("cifar10").plan(8, 50_000).to_dict()
+    plan = Plan.of(named_recipe("cifar10"), 8, 50_000).to_dict()
     return make_run(folder, plan={"recipe": plan["recipe"]}, **changes)
 
 

@@ -15,15 +15,16 @@ import torch
 
 from fastimagenet import train
 from fastimagenet.assemble import with_copies
-from fastimagenet.recipe_book import named_recipe
-from fastimagenet.recipe_toml import with_settings
-from fastimagenet.recipes import Phase
-from pipelines import make_loader
-from pipelines.copies import ORIGINAL, best_copy, find_copies, read_copy
+from fastimagenet.recipes import named_recipe
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Phase
+from fastimagenet.recipes.toml import with_settings
+from pipelines.backends import make_loader
+from pipelines.datasets.copies import ORIGINAL, best_copy, find_copies, read_copy
+from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage
 from pipelines.prepare.__main__ import main as prepare
-from pipelines.split import Split, read_split
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_the_smallest_copy_that_serves_is_chosen(data: Path) -> None:
     )
     found = with_copies(recipe, data)
     assert [phase.data for phase in found.phases] == ["24", ORIGINAL, "60", ORIGINAL]
-    text = found.plan(1, 18).describe()
+    text = Plan.of(found, 1, 18).describe()
     assert "phases.0 trains on the copies in 24; validation reads the originals" in text
     assert "phases.2 trains on the copies in 60" in text and "phases.1 trains" not in text
 

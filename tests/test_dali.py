@@ -16,7 +16,9 @@ import torch
 
 pytest.importorskip("nvidia.dali")
 
-from pipelines.dali import (
+from pipelines.backends.dali.finish import Memory
+from pipelines.backends.dali.graph import decoder_options
+from pipelines.backends.dali.loader import (
     HELD_BATCHES,
     DaliLoader,
     Feed,
@@ -25,14 +27,11 @@ from pipelines.dali import (
     held,
     with_paths,
 )
-from pipelines.dali_finish import Memory
-from pipelines.dali_graph import decoder_options
-from pipelines.dali_settings import DaliSettings
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
-from pipelines.images import whole_files
-from pipelines.loader import LoaderSpec, Stage
-from pipelines.order import Batch, Order
-from pipelines.split import Split, read_split
+from pipelines.loader import DaliSettings, LoaderSpec, Stage
+from pipelines.sampling import Batch, Order
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = (

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from fastimagenet.dawnbench import check_entry, time_to_target, write_entry
-from fastimagenet.files import Row, read_rows
+from fastimagenet.report.dawnbench import check_entry, time_to_target, write_entry
+from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
+from pipelines.files import Row
 
 SUMMARY: Row = {
     "recipe": "sample", "seed": 7, "world_size": 8, "device": "cuda", "hardware": "8x Sample GPU",

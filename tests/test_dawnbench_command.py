@@ -17,10 +17,11 @@ from benchmarks.dawnbench_results import ENERGY, Result, read_results, table
 from benchmarks.energy import gpu_joules
 from benchmarks.intervals import estimate
 from benchmarks.trainings import Training
-from fastimagenet.dawnbench import clocks_at_target, result_hours, write_entry
-from fastimagenet.files import Row, read_object, write_object
-from fastimagenet.recipe_book import named_recipe
+from fastimagenet.recipes import named_recipe
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.report.dawnbench import clocks_at_target, result_hours, write_entry
 from pipelines.errors import UserError
+from pipelines.files import Row, read_object, write_object
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--recipe", "tests/small.toml", "--device", "cpu")
@@ -114,7 +115,7 @@ def written_result(
         folder = write_run(
             tmp_path / f"seed{seed}", rows=rows, seed=seed, target=target, versions=versions
         )
-        plan = named_recipe("digits").plan(1, 1437)
+        plan = Plan.of(named_recipe("digits"), 1, 1437)
         trainings.append(Training(run="digits", seed=seed, plan=plan, folder=folder, flags=[]))
     return read_results(trainings, failed or [], len(trains) + 3, cost, "-", tmp_path)
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from fastimagenet.distributed import (
+from fastimagenet.distributed.launch import run_processes
+from fastimagenet.distributed.world import (
     LAUNCHER,
     STARTED,
     Launch,
@@ -15,7 +16,6 @@ from fastimagenet.distributed import (
     launched_before,
     launched_world,
     plan_launch,
-    run_processes,
     seconds_since_launch,
 )
 from pipelines.errors import UserError
@@ -53,14 +53,14 @@ def test_bad_flags_are_named(
 
 
 def test_a_cuda_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastimagenet.distributed.gpu_count", lambda: 0)
+    monkeypatch.setattr("fastimagenet.distributed.world.gpu_count", lambda: 0)
     with pytest.raises(UserError, match="--device cuda: no CUDA device is there"):
         plan_launch(1, None, "cuda", None)
     assert plan_launch(1, None, "auto", None).device == "cpu"
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastimagenet.distributed.gpu_count", lambda: 2)
+    monkeypatch.setattr("fastimagenet.distributed.world.gpu_count", lambda: 2)
     assert plan_launch(1, None, "auto", None) == Launch(1, 2, "cuda", None)
     with pytest.raises(UserError, match="--nproc-per-node 3: this machine has 2 CUDA devices"):
         plan_launch(1, 3, "cuda", None)
@@ -71,9 +71,9 @@ def test_torchruns_environment_is_recognised(monkeypatch: pytest.MonkeyPatch) ->
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "GROUP_WORLD_SIZE": "2"}
     for name, value in (torchrun | {"LOCAL_WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("fastimagenet.distributed.gpu_count", lambda: 2)
+    monkeypatch.setattr("fastimagenet.distributed.world.gpu_count", lambda: 2)
     assert launched_world(Launch(2, 8, "cuda")) == World(3, 1, 4, 2, "cuda:1")
-    monkeypatch.setattr("fastimagenet.distributed.gpu_count", lambda: 1)
+    monkeypatch.setattr("fastimagenet.distributed.world.gpu_count", lambda: 1)
     world = launched_world(Launch(2, 1, "cuda"))
     assert world is not None and world.device == "cuda:0"
     with pytest.raises(UserError, match=r"--nodes 1, but 2 node\(s\) were launched: .*torchrun"):
@@ -143,7 +143,7 @@ def test_sruns_environment_is_recognised(
     ("endpoint", "address"), [("127.0.0.1:29500", "127.0.0.1"), ("[::1]:29500", "::1")]
 )
 def test_where_nodes_meet_may_be_ipv4_and_ipv6(endpoint: str, address: str) -> None:
-    from fastimagenet.launcher import address_towards, interface_of
+    from fastimagenet.distributed.launch import address_towards, interface_of
 
     try:
         socket.create_server((address, 0), family=socket.getaddrinfo(address, 0)[0][0]).close()
@@ -155,7 +155,7 @@ def test_where_nodes_meet_may_be_ipv4_and_ipv6(endpoint: str, address: str) -> N
 
 @pytest.mark.parametrize("endpoint", ["host", "127.0.0.1:0", "127.0.0.1:99999", "127.0.0.1:-1"])
 def test_where_nodes_meet_has_a_port(endpoint: str) -> None:
-    from fastimagenet.launcher import address_towards
+    from fastimagenet.distributed.launch import address_towards
 
     with pytest.raises(UserError, match="must be HOST:PORT, PORT from 1 to 65535, not"):
         address_towards(endpoint)

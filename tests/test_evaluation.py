@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastimagenet.evaluation import TTA, Counts, eval_mode, evaluate, views
+from fastimagenet.recipes.recipe import TTA
+from fastimagenet.training.evaluation import Counts, eval_mode, evaluate, views
 from pipelines.errors import UserError
 
 CPU = torch.device("cpu")

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastimagenet import checkpoint
-from fastimagenet.files import read_rows, rows_of
+from fastimagenet.report.run import rows_of
+from fastimagenet.training import checkpoint
+from fastimagenet.training.recorder import read_rows
 from tests.conftest import fill
 from tests.test_train import SMALL, TWO, free_endpoint, losses_of, start, train
 

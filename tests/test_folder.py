@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.digits import digits_folder
+from pipelines.datasets.digits import digits_folder
+from pipelines.datasets.split import Split, check_classes, read_split, skip_list_note
 from pipelines.errors import UserError
-from pipelines.split import Split, check_classes, read_split, skip_list_note
 
 PIXELS = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.datasets.index import check_images
+from pipelines.datasets.shards import list_shards
 from pipelines.errors import UserError
-from pipelines.index import check_images
 from pipelines.prepare.__main__ import main
-from pipelines.shards import list_shards
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -17,11 +17,11 @@ from benchmarks.decode_sweep import DecodeRate, Task
 from benchmarks.intervals import Estimate
 from benchmarks.suite_parts import PARTS, TESTS, Part, Setup, read_tests
 from benchmarks.training_step import StepRate
-from fastimagenet.files import Row, read_object
-from pipelines.dali_settings import DaliSettings
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split
 from pipelines.errors import UserError
-from pipelines.images import whole_files
-from pipelines.split import Split
+from pipelines.files import Row, read_object
+from pipelines.loader import DaliSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 

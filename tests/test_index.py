@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import index as index_module
+from pipelines.datasets import index as index_module
+from pipelines.datasets.folders import folder_stamps, list_folder
+from pipelines.datasets.images import ImageFile
+from pipelines.datasets.index import Index, cached_index, load, make_index, save
+from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
 from pipelines.files import cache_folder
-from pipelines.folder import folder_stamps, list_folder
-from pipelines.images import ImageFile
-from pipelines.index import Index, cached_index, load, make_index, save
-from pipelines.split import read_split
 
 SIZES = {"ant": [(8, 9), (20, 10)], "bee": [(30, 31), (7, 8), (5, 6)]}
 

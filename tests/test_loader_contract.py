@@ -16,19 +16,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines import make_loader
-from pipelines.augmentation import Augmentation
+from pipelines.backends import make_loader
+from pipelines.backends.prefetch import Prefetcher
+from pipelines.backends.torchvision import TorchvisionLoader
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
-from pipelines.images import whole_files
-from pipelines.loader import Loader, LoaderSpec, Stage
-from pipelines.prefetch import Prefetcher
+from pipelines.loader import Loader, LoaderSpec, Stage, Transforms
 from pipelines.prepare.__main__ import main as prepare
-from pipelines.split import Split, read_split
-from pipelines.torchvision import TorchvisionLoader
 
 COUNT = 37
-NOTHING = Augmentation()
-EVERYTHING = Augmentation(
+NOTHING = Transforms()
+EVERYTHING = Transforms(
     auto_augment="trivial", color_jitter=0.4, random_erasing=0.5, mixup=0.2, cutmix=1.0
 )
 Make = Callable[..., Loader]
@@ -220,7 +219,7 @@ def test_a_resumed_run_is_bit_equal(make: Make, passes: int, batches: int) -> No
 
 @pytest.mark.parametrize("passes, batches", [(0, 3), (1, 7), (2, 5)])
 def test_a_resumed_run_is_augmented_alike(make: Make, passes: int, batches: int) -> None:
-    loader, resumed = make(augmentation=EVERYTHING), make(augmentation=EVERYTHING)
+    loader, resumed = make(**vars(EVERYTHING)), make(**vars(EVERYTHING))
     for _ in range(passes):
         list(loader)
     for step, _ in enumerate(loader, start=1):
@@ -263,7 +262,7 @@ def test_alternating_flips_show_both_sides_also_after_a_resume(
 
 
 def test_augmented_batches_have_probabilities_for_labels(make: Make) -> None:
-    plain, augmented = list(make()), list(make(augmentation=EVERYTHING))
+    plain, augmented = list(make()), list(make(**vars(EVERYTHING)))
     for (images, own), (changed, mixed) in zip(plain, augmented, strict=True):
         assert changed.shape == images.shape and changed.dtype == images.dtype
         assert changed.is_contiguous(memory_format=torch.channels_last)
@@ -275,7 +274,7 @@ def test_augmented_batches_have_probabilities_for_labels(make: Make) -> None:
 
 
 def test_augmentation_that_is_off_changes_no_bit(make: Make) -> None:
-    loader = make(augmentation=Augmentation(rand_augment=(3, 30)))
+    loader = make(**vars(Transforms(rand_augment=(3, 30))))
     read = list(loader)
     raw = loader.open(0, 0)  # type: ignore[attr-defined]
     assert same(read, [next(raw) for _ in read])
@@ -283,12 +282,12 @@ def test_augmentation_that_is_off_changes_no_bit(make: Make) -> None:
 
 
 def test_validation_is_not_augmented(make: Make) -> None:
-    assert same(*(list(make(training=False, augmentation=a)) for a in (EVERYTHING, NOTHING)))
+    assert same(*(list(make(training=False, **vars(a))) for a in (EVERYTHING, NOTHING)))
 
 
 def test_copied_batches_are_augmented_once(split: Split) -> None:
     spec = LoaderSpec(
-        split=split, stages=TWO_SIZES, training=True, num_threads=0, augmentation=EVERYTHING
+        split=split, stages=TWO_SIZES, training=True, num_threads=0, **vars(EVERYTHING)
     )
     assert same(list(Prefetcher(TorchvisionLoader(spec), spec)), list(TorchvisionLoader(spec)))
 

@@ -18,16 +18,17 @@ from typing import Any
 import pytest
 from test_train import ROOT, run, start
 
-from fastimagenet import cli, lr_find, recipe_toml
-from fastimagenet.files import Row
+from fastimagenet import cli, lr_find
 from fastimagenet.lr_find import shuffled
-from fastimagenet.recipe_book import digits as digits_recipe
-from fastimagenet.recipes import Phase, Recipe
-from fastimagenet.sweep import Ended, Sweep, SweepRecord
-from fastimagenet.sweep_result import choose, momentum_setting, recipe_max_lr
-from fastimagenet.sweep_summary import verdict
-from pipelines.images import whole_files
-from pipelines.split import Split
+from fastimagenet.lr_finder.analysis import Ended, Sweep, SweepRecord
+from fastimagenet.lr_finder.results import choose, momentum_setting, recipe_max_lr, verdict
+from fastimagenet.recipes import toml as recipe_toml
+from fastimagenet.recipes.digits import digits as digits_recipe
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Phase, Recipe
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split
+from pipelines.files import Row
 
 MODULE = "fastimagenet.lr_find"
 SHORT = ["--device", "cpu", "--num-it", 30]
@@ -266,13 +267,15 @@ def test_max_lr_is_in_the_recipes_units() -> None:
         schedule="piecewise",
         lr_spans=((0, 0.5, 0.1, 1), (0.5, 1, 2, 0.5), (1, 2, 0.5, 0)),
     )
-    plan = recipe.plan(2, 64 * 2 * 10)
+    plan = Plan.of(recipe, 2, 64 * 2 * 10)
     assert plan.lr(5) == pytest.approx(0.8 * 2 / 4)
     assert recipe_max_lr(plan, 0.3) == 0.6
     assert recipe_max_lr(plan, 0.12345) == 0.247
-    assert recipe_max_lr(recipe_toml.with_settings(recipe, ["max_lr=5"]).plan(2, 1280), 0.3) == 0.6
+    assert (
+        recipe_max_lr(Plan.of(recipe_toml.with_settings(recipe, ["max_lr=5"]), 2, 1280), 0.3) == 0.6
+    )
     plain = Recipe(name="plain", phases=PHASES, max_lr=0.8)
-    assert recipe_max_lr(plain.plan(2, 1280), 0.3) == 0.3
+    assert recipe_max_lr(Plan.of(plain, 2, 1280), 0.3) == 0.3
 
 
 def test_the_peak_is_that_of_all_phases() -> None:
@@ -286,7 +289,7 @@ def test_the_peak_is_that_of_all_phases() -> None:
         schedule="piecewise",
         lr_spans=spans,
     )
-    assert recipe_max_lr(recipe.plan(2, 1280), 0.3) == 0.15
+    assert recipe_max_lr(Plan.of(recipe, 2, 1280), 0.3) == 0.15
 
 
 def falling(num_it: int, rising: int, ended: Ended) -> Sweep:
@@ -309,7 +312,7 @@ def falling(num_it: int, rising: int, ended: Ended) -> Sweep:
 
 
 def test_a_curve_that_still_falls_and_one_cut_short_say_so() -> None:
-    plan = digits_recipe().plan(1, 1438)
+    plan = Plan.of(digits_recipe(), 1, 1438)
 
     def said(sweep: Sweep) -> str:
         return "\n".join(verdict([sweep], choose(plan, [sweep], False, False)))
@@ -331,7 +334,7 @@ def test_a_curve_that_still_falls_and_one_cut_short_say_so() -> None:
     ],
 )
 def test_why_nothing_is_suggested(sweep: Sweep, reason: str) -> None:
-    plan = digits_recipe().plan(1, 1438)
+    plan = Plan.of(digits_recipe(), 1, 1438)
     assert choose(plan, [sweep], False, False) is None
     (line,) = verdict([sweep], None)
     assert line.startswith("no learning rate can be suggested: ")
@@ -356,7 +359,7 @@ def test_the_momentum_is_set_where_the_schedule_takes_it_from(
         recipe = recipe_toml.with_settings(recipe, settings)
     setting = momentum_setting(recipe, 0.7)
     assert setting == expected
-    plan = recipe_toml.with_settings(recipe, [setting]).plan(1, 64 * 20)
+    plan = Plan.of(recipe_toml.with_settings(recipe, [setting]), 1, 64 * 20)
     peak = max(range(plan.total_steps), key=plan.lr)
     assert plan.momentum(peak) == pytest.approx(0.7, abs=0.005)
 

@@ -20,15 +20,16 @@ from test_trainer import RECIPE, SPLIT, loaders, make_trainer, tiny_model
 from torch import Tensor, nn
 
 from fastimagenet import lr_find2
-from fastimagenet.distributed import World
-from fastimagenet.lr_finder import check_validation
-from fastimagenet.recipes import Phase, Recipe
-from fastimagenet.recorder import NullRecorder
-from fastimagenet.sweep import SweepRecord, smoothed
-from fastimagenet.trainer import Trainer
+from fastimagenet.distributed.world import World
+from fastimagenet.lr_finder.analysis import SweepRecord, smoothed
+from fastimagenet.lr_finder.finder import check_validation
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Phase, Recipe
+from fastimagenet.training.recorder import NullRecorder
+from fastimagenet.training.trainer import Trainer
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
-from pipelines.images import whole_files
-from pipelines.split import Split, read_split
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -377,7 +378,7 @@ def test_training_goes_on_as_without_a_sweep(backend: str, optimizer: str, cifar
         model = tiny_model()
         model[-1] = nn.Linear(8, 10)  # type: ignore[operator]
         make = loaders(recipe, backend, train, val)
-        trainer = Trainer(recipe.plan(1, len(train)), model, World(), make, NullRecorder())
+        trainer = Trainer(Plan.of(recipe, 1, len(train)), model, World(), make, NullRecorder())
         found: list[float] = []
         step = trainer.train_step
 
@@ -448,7 +449,7 @@ def test_arguments_out_of_range_are_named(arguments: dict[str, Any], message: st
 
 def test_a_validation_set_smaller_than_a_batch_is_refused() -> None:
     val = Split(whole_files([""]) * 7, [index % 7 for index in range(7)], tuple("abcdefg"))
-    plan = RECIPE.plan(1, len(SPLIT))
+    plan = Plan.of(RECIPE, 1, len(SPLIT))
     make = loaders(RECIPE, "synthetic", SPLIT, val)
     trainer = Trainer(plan, tiny_model(), World(), make, NullRecorder())
     before = state(trainer)
@@ -462,7 +463,7 @@ def test_a_validation_set_smaller_than_a_batch_is_refused() -> None:
     assert_same(state(trainer), before)
     check_validation(plan, 8)
     with pytest.raises(UserError, match=r"15 images .* 8 on each of 2 processes: .*size=7 or"):
-        check_validation(RECIPE.plan(2, len(SPLIT)), 15)
+        check_validation(Plan.of(RECIPE, 2, len(SPLIT)), 15)
 
 
 TWO = """
@@ -486,7 +487,7 @@ world = World(rank, rank, 2, 2)
 def trainer(val=SPLIT):
     make = lambda training: shard(training, rank, val)
     model = tiny_model()
-    return Trainer(TWO_RECIPE.plan(2, len(SPLIT)), model, world, make, NullRecorder())
+    return Trainer(Plan.of(TWO_RECIPE, 2, len(SPLIT)), model, world, make, NullRecorder())
 
 def stop(record):
     if record.iteration == 3 and rank == 1:
@@ -512,11 +513,11 @@ TWO_RECIPE = replace(RECIPE, phases=(Phase(epochs=3, image_size=8, batch_size=8)
 
 
 def shard(training: bool, rank: int, val: Split = SPLIT) -> Any:
-    from pipelines import make_loader
+    from pipelines.backends import make_loader
     from pipelines.loader import LoaderSpec
 
-    plan = TWO_RECIPE.plan(2, len(SPLIT))
-    stages = plan.train_stages() if training else plan.eval_stages()
+    plan = Plan.of(TWO_RECIPE, 2, len(SPLIT))
+    stages = plan.phases if training else plan.eval_stages()
     split = SPLIT if training else val
     place = {"shard_id": rank, "num_shards": 2, "seed": rank}  # the seed: noise of its own
     return make_loader(

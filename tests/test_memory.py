@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from pipelines import make_loader, squares
-from pipelines.batch_crop import (
+from pipelines.augment.crops import (
     PIECE,
     reflect_crop,
     resized_crop,
@@ -23,12 +22,14 @@ from pipelines.batch_crop import (
     take_rows,
     window_crop,
 )
+from pipelines.backends import make_loader
+from pipelines.backends import memory as squares
+from pipelines.backends.memory import MemoryLoader
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
-from pipelines.images import whole_files
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.memory import MemoryLoader
-from pipelines.order import Order
-from pipelines.split import Split, read_split
+from pipelines.sampling import Order
 from pipelines.workers import in_processes
 
 STAGES = (

@@ -12,11 +12,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fastimagenet.model import MODELS, RESNETS, make_model
-from fastimagenet.networks import Blur, BlurredConv2d
-from fastimagenet.optimizer import param_groups
-from fastimagenet.recipes import Phase, Recipe
+from fastimagenet.models.resnet import Blur, BlurredConv2d
+from fastimagenet.recipes.recipe import MODELS, RESNETS, Phase, Recipe
+from fastimagenet.training.optimizer import param_groups
 from pipelines.errors import UserError
+from tests.networks import make_model
 
 # resnet56: stem 432 + 32; groups 42,048, 163,008 and 649,600; linear 650.
 NUM_PARAMETERS = {

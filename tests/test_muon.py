@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastimagenet.model import make_model
-from fastimagenet.muon import Muon
-from fastimagenet.optimizer import make_optimizer, param_groups, set_rates
-from fastimagenet.recipe_book import named_recipe
+from fastimagenet.recipes import named_recipe
+from fastimagenet.training.optimizer import Muon, make_optimizer, param_groups, set_rates
 from pipelines.errors import UserError
+from tests.networks import make_model
 
 RECIPE = named_recipe("cifar10-speed")
 

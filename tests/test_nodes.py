@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.hosts import Hosts, hosts, permitted
-from fastimagenet.files import read_rows, rows_of
+from fastimagenet.report.run import rows_of
+from fastimagenet.training.recorder import read_rows
 from tests.test_faults import check_equal, wait_for
 from tests.test_train import SMALL, run, summary_of
 

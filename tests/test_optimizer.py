@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastimagenet.optimizer import make_optimizer
-from fastimagenet.recipe_book import named_recipe
+from fastimagenet.recipes import named_recipe
+from fastimagenet.training.optimizer import make_optimizer
 from pipelines.errors import UserError
 
 RECIPE = named_recipe("digits")

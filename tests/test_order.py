@@ -9,11 +9,11 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split
 from pipelines.errors import UserError
-from pipelines.images import whole_files
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.order import ATTEMPTS, Order, draw
-from pipelines.split import Split
+from pipelines.sampling import ATTEMPTS, Order, draw
 
 
 def numbered(count: int) -> Split:
@@ -134,7 +134,7 @@ def test_a_batch_that_is_too_large_is_the_users_mistake() -> None:
 
 def test_random_crops_have_the_statistics_of_torchvision() -> None:
     """Area shares, aspect ratios, places and flips of 4,000 crops of a 500 x 375 image."""
-    from pipelines.torchvision import crop_box
+    from pipelines.backends.torchvision import crop_box
 
     (order,) = orders(4000, 1, 4000, training=True)
     draws = draw(order.spec, np.random.default_rng(0), 4000, 0.25)
@@ -161,7 +161,7 @@ def test_random_crops_have_the_statistics_of_torchvision() -> None:
 
 
 def test_an_image_too_long_for_any_crop_gives_the_centre() -> None:
-    from pipelines.torchvision import crop_box
+    from pipelines.backends.torchvision import crop_box
 
     (order,) = orders(8, 1, 8, training=True)
     draws = draw(order.spec, np.random.default_rng(0), 8, 0.9)

@@ -20,16 +20,15 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from pipelines import make_loader
+from pipelines.backends import make_loader
 from pipelines.cli import exit_status
-from pipelines.crops import crop_box
-from pipelines.images import whole_files
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split, read_split
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.order import Order
 from pipelines.parity.__main__ import evenly, main
 from pipelines.parity.compare import MIN_SCALE, Comparison
 from pipelines.parity.crop_shapes import crop_test, kolmogorov_smirnov, our_crops
-from pipelines.split import Split, read_split
+from pipelines.sampling import Order, crop_box
 
 pytest.importorskip("nvidia.dali")
 

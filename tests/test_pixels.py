@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from pipelines import make_loader
-from pipelines.datasets import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.images import whole_files
+from pipelines.backends import make_loader
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.known import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.datasets.split import Split, read_split
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.split import Split, read_split
 
 BACKENDS = ["dali", "torchvision", "memory"]
 

@@ -20,11 +20,12 @@ from benchmarks.planner import (
     sizes_of,
     with_fitting_batch,
 )
-from fastimagenet import recipe_toml
-from fastimagenet.files import read_object, write_object
-from fastimagenet.recipe_book import named_recipe
-from fastimagenet.recipes import Phase, Recipe
+from fastimagenet.recipes import named_recipe
+from fastimagenet.recipes import toml as recipe_toml
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Phase, Recipe
 from pipelines.errors import UserError
+from pipelines.files import read_object, write_object
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 RECIPE = Recipe(
@@ -72,7 +73,7 @@ PROBE = Probe(
 
 def test_the_prediction_by_hand() -> None:
     """1,020 images make 20 whole batches of 50 an epoch; epochs 2 and 4 are evaluated."""
-    seconds = predict(RECIPE.plan(1, 1020), PROBE)
+    seconds = predict(Plan.of(RECIPE, 1, 1020), PROBE)
     assert seconds == pytest.approx(
         {
             "start_up": 3.0,
@@ -83,7 +84,7 @@ def test_the_prediction_by_hand() -> None:
             "checkpoint": 4 * 0.25 + 0.1,
         }
     )
-    compiled = predict(replace(RECIPE, compile=True).plan(1, 1020), PROBE)
+    compiled = predict(Plan.of(replace(RECIPE, compile=True), 1, 1020), PROBE)
     assert compiled == seconds | {"compile": 40.0}
 
 
@@ -110,23 +111,23 @@ def test_a_recorded_probe_predicts_the_run_that_followed_it(name: str) -> None:
 
 
 def test_two_processes_share_the_images() -> None:
-    seconds = predict(RECIPE.plan(2, 1020), PROBE)
+    seconds = predict(Plan.of(RECIPE, 2, 1020), PROBE)
     assert seconds["compute"] == pytest.approx((2000 / 400 * 0.4 + 2000 / 200 * 0.8) / 2)
     assert seconds["evaluation"] == pytest.approx((200 / 100 + 200 / 25) / 2)
 
 
 def test_rectangles_cost_a_pass_over_squares() -> None:
     phases = (RECIPE.phases[0], replace(RECIPE.phases[1], rect=True))
-    seconds = predict(replace(RECIPE, phases=phases).plan(1, 1020), PROBE)
+    seconds = predict(Plan.of(replace(RECIPE, phases=phases), 1, 1020), PROBE)
     assert seconds["evaluation"] == pytest.approx(200 / 100 + 200 / 25 + 200 / 50)
 
 
 def test_the_longest_run_within_the_budget() -> None:
     made = longest_within(RECIPE, PROBE, 1, 60.0)
     assert made is not None
-    wall = sum(predict(made.plan(1, 1020), PROBE).values())
+    wall = sum(predict(Plan.of(made, 1, 1020), PROBE).values())
     beyond = RECIPE.stretched(made.epochs + 1)
-    assert wall <= 60.0 < sum(predict(beyond.plan(1, 1020), PROBE).values())
+    assert wall <= 60.0 < sum(predict(Plan.of(beyond, 1, 1020), PROBE).values())
     assert longest_within(RECIPE, PROBE, 1, 5.0) is None
 
 
@@ -183,7 +184,7 @@ def test_a_batch_too_large_for_the_data_is_halved_with_its_lr() -> None:
     small = with_fitting_batch(recipe, 8, 1437)
     assert {phase.batch_size for phase in small.phases} == {16}
     assert small.max_lr == pytest.approx(0.2 / 4)
-    assert small.plan(8, 1437).phases[0].steps_per_epoch == 11
+    assert Plan.of(small, 8, 1437).phases[0].steps_per_epoch == 11
     ruled = replace(recipe, lr_reference_batch=64)
     assert with_fitting_batch(ruled, 8, 1437).max_lr == 0.2
 
@@ -203,7 +204,7 @@ def test_a_run_is_set_beside_its_prediction(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "run", time_split_seconds=split, train_seconds=17.5, wall_seconds=28.0
     )
-    write_object(run / "plan.json", RECIPE.plan(1, 1020).to_dict())
+    write_object(run / "plan.json", Plan.of(RECIPE, 1, 1020).to_dict())
     text = check(tmp_path / "plan", run)
     parts = read_object(tmp_path / "plan" / "check.json")["parts"]
     assert parts["start_up"]["error"] == pytest.approx(3 / 4 - 1)
@@ -211,7 +212,7 @@ def test_a_run_is_set_beside_its_prediction(tmp_path: Path) -> None:
     assert parts["wall"]["error"] == pytest.approx(29.6 / 28 - 1)
     assert parts["compile"]["error"] is None
     assert "-25.0 %" in text
-    write_object(run / "plan.json", replace(RECIPE, max_lr=2.0).plan(1, 1020).to_dict())
+    write_object(run / "plan.json", Plan.of(replace(RECIPE, max_lr=2.0), 1, 1020).to_dict())
     with pytest.raises(UserError, match=r"another recipe .* max_lr differs"):
         check(tmp_path / "plan", run)
 
@@ -256,7 +257,7 @@ def test_a_wrong_flag_is_named(flags: list[str], message: str, tmp_path: Path) -
 
 def test_the_folder_of_a_run_is_left_as_it_is(tmp_path: Path) -> None:
     run = write_run(tmp_path)
-    write_object(run / "plan.json", RECIPE.plan(1, 1020).to_dict())
+    write_object(run / "plan.json", Plan.of(RECIPE, 1, 1020).to_dict())
     before = (run / "plan.json").read_bytes()
     with pytest.raises(UserError, match=r"--output .* holds another run"):
         main(["--minutes", "1", "--device", "cpu", "--output", str(run)])

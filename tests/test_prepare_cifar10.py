@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.datasets import CIFAR10_CLASSES
+from pipelines.datasets.known import CIFAR10_CLASSES
+from pipelines.datasets.split import check_classes, read_split
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main
-from pipelines.split import check_classes, read_split
 
 COUNT = 20
 NAMES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
-from pipelines.images import whole_files
 from pipelines.prepare.__main__ import main
 from pipelines.prepare.tar import read_bytes, read_members
-from pipelines.split import Split, read_split
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -232,7 +232,7 @@ def test_a_stopped_call_leaves_whole_files_and_is_gone_on_with(
 def test_the_blacklist_is_a_choice_that_is_written_down(
     archives: Path, images: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fastimagenet.summary import used_blacklist
+    from fastimagenet.report.summary import used_blacklist
 
     blacklist = tmp_path / "blacklist.txt"
     blacklist.write_text("2\n7\n")

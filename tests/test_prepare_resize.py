@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, JpegImagePlugin
 
+from pipelines.datasets.images import ImageFile
+from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
-from pipelines.images import ImageFile
 from pipelines.prepare.__main__ import main
-from pipelines.prepare.shrink import shrink, target_size
-from pipelines.split import read_split
+from pipelines.prepare.resize import shrink, target_size
 
 ROOT = Path(__file__).resolve().parent.parent
 LANCZOS = Image.Resampling.LANCZOS
@@ -179,7 +179,7 @@ def odd_images(photo: Image.Image, folder: Path) -> dict[str, str]:
 def test_every_kind_of_image_looks_to_a_model_as_the_original_does(
     photo: Image.Image, tmp_path: Path
 ) -> None:
-    from pipelines.torchvision import decode
+    from pipelines.backends.torchvision import decode
 
     kinds = odd_images(photo, tmp_path / "src" / "train" / "class")
     shutil.copytree(tmp_path / "src" / "train", tmp_path / "src" / "test")

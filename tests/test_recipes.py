@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fastimagenet import recipe_toml
-from fastimagenet.recipe_book import RECIPES, named_recipe
-from fastimagenet.recipes import Phase, Recipe
-from fastimagenet.superconvergence import COMPARISON, RUNS, STUDY
+from fastimagenet.recipes import RECIPES, named_recipe
+from fastimagenet.recipes import toml as recipe_toml
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Phase, Recipe
+from fastimagenet.recipes.superconvergence import COMPARISON, RUNS, STUDY
 from pipelines.errors import UserError
 
 
@@ -32,7 +33,7 @@ def test_every_named_recipe_survives_toml_and_makes_a_plan(name: str, nodes: int
     # Resuming compares texts: 10 in place of 10.0 would be another recipe.
     assert recipe_toml.dumps(again) == text
     assert recipe_toml.dumps(recipe_toml.with_settings(recipe, [])) == text
-    plan = recipe.plan(8 * nodes if name.startswith("imagenet") else 1, 1_281_167)
+    plan = Plan.of(recipe, 8 * nodes if name.startswith("imagenet") else 1, 1_281_167)
     rates = [plan.lr(step) for step in range(0, plan.total_steps, 97)]
     assert min(rates) >= 0
     assert plan.lr(plan.total_steps - 1) < max(rates) / 50
@@ -155,7 +156,7 @@ def test_a_toml_file_names_what_is_wrong_with_it(tmp_path: Path) -> None:
 
 
 def test_the_plan_counts_steps_phase_by_phase() -> None:
-    plan = two_phases().plan(world_size=3, num_train=1000)
+    plan = Plan.of(two_phases(), world_size=3, num_train=1000)
     first, second = plan.phases
     assert (first.global_batch, first.steps_per_epoch, first.first_step) == (300, 3, 0)
     assert (second.global_batch, second.steps_per_epoch, second.first_step) == (150, 6, 12)
@@ -171,13 +172,13 @@ def test_the_lr_follows_the_global_batch_of_each_phase() -> None:
         schedule="piecewise",
         lr_spans=((0, 6, 0.5, 0.5),),
         max_lr=2.0,
-    ).plan(world_size=2, num_train=1000)
+    ).PLANX(world_size=2, num_train=1000)
     assert plan.lr(0) == pytest.approx(0.5 * 2.0 * 200 / 100)
     assert plan.lr(plan.total_steps - 1) == pytest.approx(0.5 * 2.0 * 100 / 100)
 
 
 def test_the_2018_schedule_of_one_machine_epoch_by_epoch() -> None:
-    plan = named_recipe("imagenet-2018-1").plan(8, 1_281_167)
+    plan = Plan.of(named_recipe("imagenet-2018-1"), 8, 1_281_167)
     published = {0: 1.0, 7: 2.0, 13: 0.4375, 22: 0.04375, 25: 0.0025}
     for epoch, lr in published.items():
         assert plan.lr(int(plan.step_at(epoch))) == pytest.approx(lr)
@@ -206,7 +207,7 @@ def test_a_run_of_the_super_convergence_study_update_by_update(
     last_lr: float,
     min_mom: float,
 ) -> None:
-    plan = named_recipe(f"cifar10-superconvergence-{run}").plan(1, 50_000)
+    plan = Plan.of(named_recipe(f"cifar10-superconvergence-{run}"), 1, 50_000)
     assert plan.total_steps == STUDY[run].iterations == iterations
     assert STUDY[run].top1 == top1
     assert plan.lr(0) == pytest.approx(first_lr)
@@ -223,13 +224,13 @@ def test_the_first_recipe_of_the_study_stays_as_it_was_named() -> None:
     """Run 3b in batches of 512, of which 50,000 images make 97 an epoch."""
     recipe = named_recipe("cifar10-superconvergence")
     assert recipe.phases == (Phase(epochs=70, image_size=32, batch_size=512),)
-    assert recipe.plan(1, 50_000).total_steps == 6790
+    assert Plan.of(recipe, 1, 50_000).total_steps == 6790
     changed = {"name": recipe.name, "phases": recipe.phases}
     assert replace(RUNS["3b"], **changed) == recipe  # type: ignore[arg-type]
 
 
 def test_the_comparison_differs_in_the_schedule_and_the_updates_alone() -> None:
-    plans = {run: recipe.plan(1, 50_000) for run, recipe in COMPARISON.items()}
+    plans = {run: Plan.of(recipe, 1, 50_000) for run, recipe in COMPARISON.items()}
     fast, slow = plans["1cycle"], plans["steps"]
     control = replace(plans["steps-high"].recipe, name=slow.recipe.name, max_lr=0.1)
     assert control == slow.recipe
@@ -253,7 +254,7 @@ def test_the_study_and_the_comparison_are_in_the_recipe_book() -> None:
 
 def test_evaluation_passes_follow_the_phases() -> None:
     recipe = two_phases(eval_every_epochs=4)
-    plan = recipe.plan(1, 1000)
+    plan = Plan.of(recipe, 1, 1000)
     assert [epoch for epoch in range(6) if plan.evaluates(epoch)] == [3, 5]
     assert [stage.image_size for stage in plan.eval_stages()] == [32, 32]
     assert {stage.batch_size for stage in plan.eval_stages()} == {50}
@@ -269,7 +270,7 @@ def test_stretching_keeps_proportions(epochs: int) -> None:
     assert stretched.lr_spans[0][1] == pytest.approx(epochs / 3)
     if epochs % 3 == 0:
         assert [phase.epochs for phase in stretched.phases] == [2 * epochs // 3, epochs // 3]
-    stretched.plan(1, 1000)
+    Plan.of(stretched, 1, 1000)
 
 
 def test_spans_that_do_not_hold_may_reach_past_the_end() -> None:

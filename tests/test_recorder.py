@@ -10,14 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fastimagenet.files import read_rows
-from fastimagenet.recorder import (
-    EpochRecord,
-    Recorder,
-    StepRecord,
-    Stopwatch,
-    train_seconds,
-)
+from fastimagenet.training.clock import Stopwatch, train_seconds
+from fastimagenet.training.recorder import EpochRecord, Recorder, StepRecord, read_rows
 from tests.conftest import fill
 
 

@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 
 from fastimagenet import evaluate, train
-from pipelines import make_loader
+from pipelines.backends import make_loader
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
-from pipelines.images import whole_files
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.order import Order
-from pipelines.rectangles import crop_shape
-from pipelines.split import Split, read_split
+from pipelines.sampling import Order, crop_shape
 
 SIZES = [(48, 64), (64, 48), (50, 50), (33, 90), (90, 33), (40, 300), (60, 80), (61, 59), (70, 40)]
 COUNT = 37

@@ -16,9 +16,9 @@ from xml.etree import ElementTree
 import pytest
 from test_dawnbench import SUMMARY, epoch_rows, write_run
 
-from fastimagenet import figures, plots
-from fastimagenet.formats import duration
-from fastimagenet.report import recipe_listing, write_report
+from fastimagenet.report import figures, plots
+from fastimagenet.report.page import recipe_listing, write_report
+from pipelines.formats import duration
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import multiprocessing, nn
 
-from fastimagenet import checkpoint
-from fastimagenet.distributed import World, process_group
-from fastimagenet.plan import Plan
-from fastimagenet.recipes import Phase, Recipe
-from fastimagenet.recorder import NullRecorder
-from fastimagenet.resume import restore
-from fastimagenet.trainer import Trainer
-from pipelines import make_loader
+from fastimagenet.distributed.collectives import process_group
+from fastimagenet.distributed.world import World
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Phase, Recipe
+from fastimagenet.training import checkpoint
+from fastimagenet.training.recorder import NullRecorder
+from fastimagenet.training.trainer import Trainer, restore
+from pipelines.backends import make_loader
+from pipelines.datasets.split import Split, read_split
 from pipelines.loader import Loader, LoaderSpec
-from pipelines.split import Split, read_split
 from tests.test_train import free_endpoint
 from tests.test_trainer import Killed, tiny_model
 
@@ -42,7 +42,7 @@ def loader(
 ) -> Loader:
     spec = LoaderSpec(
         split=train if training else val,
-        stages=plan.train_stages() if training else plan.eval_stages(),
+        stages=plan.phases if training else plan.eval_stages(),
         training=training,
         shard_id=world.rank,
         num_shards=world.world_size,
@@ -56,7 +56,7 @@ def loader(
 def make(scenario: str, world: World, data: Path, folder: Path, every: int = 0) -> Trainer:
     train, val = read_split(data, "train"), read_split(data, "val")
     accumulation = SCENARIOS[scenario]
-    plan = RECIPE.plan(2, len(train), 60 * accumulation)
+    plan = Plan.of(RECIPE, 2, len(train), 60 * accumulation)
     torch.manual_seed(1)
     model = tiny_model()
     model[-1] = nn.Linear(8, 10)  # type: ignore[operator]

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from pipelines.datasets.remote import Wanted, fetched, in_groups
+from pipelines.datasets.shards import list_shards
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main
-from pipelines.s3 import Wanted, fetched, in_groups
-from pipelines.shards import list_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 FETCH = """

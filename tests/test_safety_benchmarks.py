@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.checkpoint_cost import main as checkpoint_cost
 from benchmarks.fault_runs import KINDS, Outcome
 from benchmarks.faults import LAST_STEP, START_UP_SECONDS, drawn, table
-from fastimagenet.files import read_object
+from pipelines.files import read_object
 
 
 def test_the_same_seed_draws_the_same_faults() -> None:

@@ -15,15 +15,14 @@ import pytest
 from odd_files import Odd, write_odd_files
 from PIL import Image
 
+from pipelines.datasets.checks import check_file
+from pipelines.datasets.images import ImageFile, whole_files
+from pipelines.datasets.index import check_images
+from pipelines.datasets.split import left_out_note, read_split
 from pipelines.errors import UserError
-from pipelines.headers import check_file
-from pipelines.images import ImageFile, whole_files
-from pipelines.index import check_images
 from pipelines.prepare.__main__ import main
 from pipelines.prepare.examine import Examined, examine_all
-from pipelines.prepare.findings import DAMAGE, NOTES
-from pipelines.prepare.scan import examine_files
-from pipelines.split import left_out_note, read_split
+from pipelines.prepare.scan import DAMAGE, NOTES, examine_files
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = 12

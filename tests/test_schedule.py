@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastimagenet import schedule
-from fastimagenet.schedule import ClrBetaLR, OneCycleLR, OneCycleMomentum, PiecewiseLinear
+from fastimagenet.recipes import schedule
+from fastimagenet.recipes.schedule import ClrBetaLR, OneCycleLR, OneCycleMomentum, PiecewiseLinear
 
 GOLDEN = {  # produced by the 2018 schedule classes: nb=100, lr=1, (10, 10, .95, .85)
     0: (0.1, 0.947778),

@@ -15,16 +15,14 @@ import numpy as np
 import pytest
 from odd_files import odd_files
 
-from pipelines.damage import Damage
-from pipelines.errors import UserError
-from pipelines.folder import list_folder
-from pipelines.headers import Header, check_file
-from pipelines.images import ImageFile, whole_files
-from pipelines.index import check_images, make_index
+from pipelines.datasets.checks import Header, check_file
+from pipelines.datasets.folders import list_folder
+from pipelines.datasets.images import ImageFile, whole_files
+from pipelines.datasets.index import check_images, make_index
+from pipelines.datasets.shards import index_text, layout, list_shards, member_names, shard_stamps
+from pipelines.errors import Damage, UserError
 from pipelines.prepare.__main__ import main
-from pipelines.prepare.pack import Plan, write_tar
-from pipelines.shard_format import index_text, layout, member_names
-from pipelines.shards import list_shards, shard_stamps
+from pipelines.prepare.shard import Plan, write_tar
 
 TAR, INDEX = "val-00000.tar", "val-00000.idx"
 

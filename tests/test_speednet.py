@@ -11,9 +11,9 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor, nn
 
-from fastimagenet import checkpoint
-from fastimagenet.model import make_model
-from fastimagenet.speednet import WhiteningConv2d
+from fastimagenet.models.speednet import WhiteningConv2d
+from fastimagenet.training import checkpoint
+from tests.networks import make_model
 from tests.test_train import losses_of, stop_soon, summary_of, train
 
 FLAGS = (

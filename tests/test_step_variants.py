@@ -19,12 +19,12 @@ from benchmarks.step_floor import count_layers, floor_images_per_sec
 from benchmarks.step_layers import WEIGHT_BYTES, Layer, count_model
 from benchmarks.step_variants import synthetic_trainer, variant_recipe
 from benchmarks.training_step import StepRate, best, main, sweep
-from fastimagenet import trainer as trainer_module
-from fastimagenet.files import read_object
-from fastimagenet.model import make_model
-from fastimagenet.recipe_book import named_recipe
-from fastimagenet.recipes import Recipe
+from fastimagenet.recipes import named_recipe
+from fastimagenet.recipes.recipe import Recipe
+from fastimagenet.training import trainer as trainer_module
 from pipelines.errors import UserError
+from pipelines.files import read_object
+from tests.networks import make_model
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile on a CPU needs g++"
@@ -52,7 +52,7 @@ def trained_losses(recipe: Recipe, device: str = "cpu") -> Tensor:
     phase = trainer.plan.phases[0]
     trainer.model.train()
     losses = []
-    for images, labels in batches(phase.phase.image_size, phase.phase.batch_size):
+    for images, labels in batches(phase.image_size, phase.batch_size):
         batch = images.to(device), labels.to(device)
         losses.append(trainer.update((batch,), LR, MOMENTUM, phase))
     return torch.stack(losses).cpu()

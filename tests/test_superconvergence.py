@@ -16,9 +16,12 @@ from benchmarks import compare
 from benchmarks.run_results import Data, Result, SeedResult, run_result
 from benchmarks.run_table import table
 from benchmarks.superconvergence import main
-from fastimagenet.files import read_object, read_rows, rows_of
-from fastimagenet.superconvergence import STUDY, study_recipe
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.superconvergence import STUDY, study_recipe
+from fastimagenet.report.run import rows_of
+from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
+from pipelines.files import read_object
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -200,7 +203,7 @@ def results(suffix: str, rehearsal: str = "") -> Result:
         )
         for seed, top1 in enumerate((0.93, 0.94))
     ]  # fmt: skip
-    run = run_result("4a", study_recipe("4a").plan(1, 50_000), seeds, rehearsal)
+    run = run_result("4a", Plan.of(study_recipe("4a"), 1, 50_000), seeds, rehearsal)
     data = Data(
         name="cifar", dataset="CIFAR10", train_images=50_000, val_images=10_000,
         suffixes={suffix: 60_000},

@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from fastimagenet.sweep import (
+from fastimagenet.lr_finder.analysis import (
     DivergenceRule,
     Plateau,
     Sweep,

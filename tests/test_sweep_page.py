@@ -14,10 +14,9 @@ import pytest
 from PIL import Image
 from test_report import HOSTILE, ROOT, check_page
 
-from fastimagenet import sweep_plots
-from fastimagenet.sweep import Sweep, SweepRecord, best_sweep, plateau, suggest
-from fastimagenet.sweep_page import write_page
-from fastimagenet.sweep_table import HEADER, labels, sweep_table, table
+from fastimagenet.lr_finder import plots as sweep_plots
+from fastimagenet.lr_finder.analysis import Sweep, SweepRecord, best_sweep, labels, plateau, suggest
+from fastimagenet.lr_finder.results import HEADER, sweep_table, table, write_page
 
 NAMES = ["loss_against_lr", "stacked", "rates", "loss_against_iterations"]
 FACTS = [("hardware", "8x Sample GPU"), ("torch", "2.15.0"), ("left out", None)]

@@ -12,8 +12,8 @@ from benchmarks.ceilings import ByteCounter, step_costs
 from benchmarks.intervals import estimate
 from benchmarks.phase_rates import PhaseRates
 from benchmarks.throughput import main, phase_result
-from fastimagenet.files import read_object
 from pipelines.errors import UserError
+from pipelines.files import read_object
 
 
 @pytest.mark.slow

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastimagenet import checkpoint
-from fastimagenet.dawnbench import check_entry
-from fastimagenet.files import read_rows, rows_of
+from fastimagenet.report.dawnbench import check_entry
+from fastimagenet.report.run import rows_of
+from fastimagenet.training import checkpoint
+from fastimagenet.training.recorder import read_rows
 from tests.conftest import fill
 from tests.test_checkpoint import RunsCode
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from fastimagenet import train
-from fastimagenet.files import read_rows, rows_of
+from fastimagenet.report.run import rows_of
+from fastimagenet.training.recorder import read_rows
+from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main as prepare
-from pipelines.split import read_split
 
 SMALL = ["--recipe", "tests/small.toml", "--device", "cpu", "--nproc-per-node", "1"]
 
@@ -76,7 +77,7 @@ def test_training_on_shards_stops_and_goes_on(
     plan = json.loads((tmp_path / "whole" / "plan.json").read_text())
     assert plan["data"] == str(shards) and (plan["num_train"], plan["num_val"]) == (500, 200)
 
-    from fastimagenet.trainer import Trainer
+    from fastimagenet.training.trainer import Trainer
 
     step = Trainer.train_step
 

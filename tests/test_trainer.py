@@ -14,19 +14,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastimagenet import checkpoint
-from fastimagenet.distributed import World
-from fastimagenet.faults import LossWatch, out_of_memory_advice
-from fastimagenet.recipes import Phase, Recipe
-from fastimagenet.recorder import NullRecorder, Stopwatch
-from fastimagenet.resume import restore, resume, state_of
-from fastimagenet.trainer import Stopped, Trainer
-from fastimagenet.warm_up import warm_up
-from pipelines import make_loader
+from fastimagenet.distributed.world import World
+from fastimagenet.errors import Stopped
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Phase, Recipe
+from fastimagenet.training import checkpoint
+from fastimagenet.training.clock import Stopwatch
+from fastimagenet.training.failures import LossWatch, out_of_memory_advice
+from fastimagenet.training.recorder import NullRecorder
+from fastimagenet.training.trainer import Trainer, restore, resume, state_of, warm_up
+from pipelines.backends import make_loader
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
-from pipelines.images import whole_files
 from pipelines.loader import Loader, LoaderSpec
-from pipelines.split import Split, read_split
 
 RECIPE = Recipe(
     name="test",
@@ -56,14 +57,14 @@ def tiny_model() -> nn.Module:
 
 
 def loaders(recipe: Recipe, backend: str, train: Split, val: Split) -> Callable[[bool], Loader]:
-    plan = recipe.plan(1, len(train))
+    plan = Plan.of(recipe, 1, len(train))
 
     def make(training: bool) -> Loader:
         return make_loader(
             backend,
             LoaderSpec(
                 split=train if training else val,
-                stages=plan.train_stages() if training else plan.eval_stages(),
+                stages=plan.phases if training else plan.eval_stages(),
                 training=training,
                 seed=3,
             ),
@@ -76,7 +77,7 @@ def make_trainer(
     recipe: Recipe = RECIPE, model: nn.Module | None = None, folder: Path | None = None
 ) -> Trainer:
     return Trainer(
-        recipe.plan(1, len(SPLIT)),
+        Plan.of(recipe, 1, len(SPLIT)),
         model or tiny_model(),
         World(),
         loaders(recipe, "synthetic", SPLIT, SPLIT),
@@ -86,7 +87,7 @@ def make_trainer(
 
 
 def test_it_does_what_a_plain_loop_does() -> None:
-    plan = RECIPE.plan(1, len(SPLIT))
+    plan = Plan.of(RECIPE, 1, len(SPLIT))
     reference = tiny_model().to(memory_format=torch.channels_last)
     decayed = [p for p in reference.parameters() if p.ndim > 1]
     others = [p for p in reference.parameters() if p.ndim <= 1]
@@ -151,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_lr() -> None:
 
 
 def test_the_loss_scaler_gets_its_chance() -> None:
-    plan, bad, good = RECIPE.plan(1, 50), torch.tensor(math.inf), torch.tensor(1.0)
+    plan, bad, good = Plan.of(RECIPE, 1, 50), torch.tensor(math.inf), torch.tensor(1.0)
     watch = LossWatch(torch.device("cpu"), patience_steps=3)
     for step, loss in enumerate([bad, bad, good, bad, bad]):
         watch.update(loss, step)
@@ -211,7 +212,7 @@ def make_cifar10_trainer(cifar10: Path) -> Callable[..., Trainer]:
         model = tiny_model()
         model[-1] = nn.Linear(8, 10)  # type: ignore[operator]
         return Trainer(
-            *(recipe.plan(1, len(train)), model, World(), loaders(recipe, backend, train, val)),
+            *(Plan.of(recipe, 1, len(train)), model, World(), loaders(recipe, backend, train, val)),
             NullRecorder(),
             folder=folder,
             checkpoint_steps=checkpoint_steps,
@@ -393,7 +394,7 @@ def test_another_number_of_processes_goes_on_at_the_end_of_an_epoch_only() -> No
     resumed = make_trainer(recipe)
     restore(resumed, two)
     assert (resumed.epoch, resumed.step) == (1, 3)
-    lr = [recipe.plan(2, 50).lr(1), recipe.plan(1, 50).lr(3)]
+    lr = [Plan.of(recipe, 2, 50).lr(1), Plan.of(recipe, 1, 50).lr(3)]
     changed = f", processes 2 -> 1, global batch 32 -> 16, lr {lr[0]:g} -> {lr[1]:g}"
     assert resumed.changed == changed
     for _ in zip(range(2), resumed.train_loader, strict=False):

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pipelines import has_dali
+from pipelines.backends import has_dali
 from pipelines.cli import exit_status, make_parser
+from pipelines.datasets.split import Split, left_out_note, read_split
 from pipelines.errors import UserError
-from pipelines.prepare.scan_report import printable
-from pipelines.split import Split, left_out_note, read_split
+from pipelines.prepare.scan import printable
 from pipelines.workers import num_cores
 
 MOST_IMAGES = 1000

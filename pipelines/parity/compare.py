@@ -17,11 +17,10 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from pipelines import make_loader
-from pipelines.crops import crop_box
+from pipelines.backends import make_loader
+from pipelines.datasets.split import Split, undecodable
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.order import Batch, Order
-from pipelines.split import Split, undecodable
+from pipelines.sampling import Batch, Order, crop_box
 
 MAX_BATCH_SIZE = 64
 MIN_SCALE = 0.08

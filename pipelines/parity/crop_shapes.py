@@ -9,11 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torchvision.transforms import RandomResizedCrop
 
-from pipelines.crops import crop_box
+from pipelines.datasets.split import Split
 from pipelines.loader import LoaderSpec
-from pipelines.order import draw
 from pipelines.parity.compare import MIN_SCALE
-from pipelines.split import Split
+from pipelines.sampling import crop_box, draw
 
 DRAWS = 10_000
 SIGNIFICANCE = 1e-4

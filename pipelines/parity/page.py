@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from pipelines.files import write_text
-from pipelines.pages import page_templates
+from pipelines.pages import render
 from pipelines.parity.compare import BOUNDS, Comparison, Example
 from pipelines.parity.crop_shapes import DRAWS, SIGNIFICANCE
 from pipelines.parity.results import CROP_HEADER, HEADER, SPLITS, Results
-from pipelines.prepare.scan_report import printable, shown
+from pipelines.prepare.scan import printable, shown
 
 AMPLIFIED = 100
 """The differences of pixels are shown times this: one of 3 of 255 is as bright as can be."""
@@ -39,8 +39,8 @@ class Histogram:
 def write_page(folder: Path, results: Results) -> Path:
     """Write `folder/parity.html` and return its path."""
     facts = results.facts()
-    template = page_templates(Path(__file__).parent).get_template("parity.html.jinja")
-    html = template.render(
+    html = render(
+        Path(__file__).with_name("parity.html.jinja"),
         results=results,
         facts={**facts, **facts.pop("versions")},
         headline=headline(results),

@@ -1,25 +1,189 @@
-"""`prepare cifar10 SRC DST`: train/CLASS/00000.png and val/CLASS/00000.png, pixel for pixel.
+"""The batches of CIFAR-10, python or binary version, as pixels and labels.
 
-The number is the image's place in its split, so that both versions of the archive give the same
-files.
+The python version is pickles. Unpickling runs whatever a file names, so nothing is looked up here:
+the four names that NumPy wrote into these files stand for the plain values below, any other is
+refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
+import pickle
+import pickletools
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines.datasets import CIFAR10_CLASSES
+from pipelines.datasets.known import CIFAR10_CLASSES
+from pipelines.datasets.manifest import write_manifest
 from pipelines.errors import UserError
 from pipelines.files import scratch_folder, written_in
-from pipelines.prepare.cifar_batches import VERSIONS, Batch, read_batches
-from pipelines.prepare.manifest import write_manifest
+from pipelines.prepare.tar import open_gzip, read_bytes, read_members
+
+SHAPE = (3, 32, 32)
+IMAGE_BYTES = 3 * 32 * 32
+CLASSES = 10
+LIMIT = 64 << 20
+"""Bytes that a file of the archive may have; the official ones have 31 million."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """How the official archive of one version is called and what is in it."""
+
+    archive: str
+    folder: str
+    md5: str
+    """Of the official archive, as its web page gives it."""
+    suffix: str
+
+    def files(self) -> dict[str, str]:
+        """Name of a file -> split, in the order of the images."""
+        train = {f"data_batch_{number}{self.suffix}": "train" for number in range(1, 6)}
+        return train | {f"test_batch{self.suffix}": "val"}
+
+
+VERSIONS = (
+    Version(
+        "cifar-10-python.tar.gz", "cifar-10-batches-py", "c58f30108f718f92721af3b95e74349a", ""
+    ),
+    Version(
+        "cifar-10-binary.tar.gz", "cifar-10-batches-bin", "c32a1d4ab5d03f1284b67883e8d87530", ".bin"
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one file."""
+
+    split: str
+    pixels: np.ndarray
+    """(N, 32, 32, 3) uint8, RGB."""
+    labels: list[int]
+
+
+def read_batches(source: Path) -> Iterator[Batch]:
+    """The batches of an archive or of the folder it unpacks to, in the order of the images.
+
+    Raises UserError for anything but what the official files have inside.
+    """
+    contents = read_files(source)
+    complete = [version for version in VERSIONS if version.files().keys() <= contents.keys()]
+    if not complete:
+        wanted = ", ".join(VERSIONS[0].files())
+        raise UserError(f"{source} is no CIFAR-10: it should have {wanted} (or these with .bin)")
+    for name, split in complete[0].files().items():
+        where = f"{source}: {name}"
+        decode = binary_batch if complete[0].suffix else python_batch
+        pixels, labels = decode(contents[name], where)
+        if any(type(label) is not int or not 0 <= label < CLASSES for label in labels):
+            raise UserError(f"{where} has labels that are not 0 to {CLASSES - 1}")
+        if len(labels) != len(pixels):
+            raise UserError(f"{where} has {len(pixels):,} images but {len(labels):,} labels")
+        yield Batch(split, pixels.reshape(-1, *SHAPE).transpose(0, 2, 3, 1), labels)
+
+
+def read_files(source: Path) -> dict[str, bytes]:
+    """Name -> content of the batches: 184 MB, since archives hold them in any order."""
+    wanted = {name for version in VERSIONS for name in version.files()}
+    contents = {}
+    if source.is_dir():
+        for name in sorted(wanted & {path.name for path in source.iterdir()}):
+            check_size((source / name).stat().st_size, f"{source}: {name}")
+            contents[name] = (source / name).read_bytes()
+        return contents
+    with open_gzip(source) as archive:
+        for member in read_members(archive, source.name):
+            name = Path(member.name).name
+            if name in wanted:
+                check_size(member.size, f"{source}: {name}")
+                contents[name] = b"".join(read_bytes(archive, source.name, member))
+    return contents
+
+
+def check_size(size: int, where: str) -> None:
+    if size > LIMIT:
+        raise UserError(f"{where} is refused: {size:,} bytes, where {LIMIT:,} are the most")
+
+
+def binary_batch(content: bytes, where: str) -> tuple[np.ndarray, list[int]]:
+    """(N, 3072) uint8 and N labels from records of one byte and 3,072."""
+    if len(content) % (1 + IMAGE_BYTES):
+        raise UserError(f"{where} is no whole number of images of {1 + IMAGE_BYTES:,} bytes")
+    records = np.frombuffer(content, np.uint8).reshape(-1, 1 + IMAGE_BYTES)
+    return records[:, 1:], records[:, 0].tolist()
+
+
+def python_batch(content: bytes, where: str) -> tuple[np.ndarray, list[int]]:
+    """(N, 3072) uint8 and N labels from a pickled dict."""
+    try:
+        for opcode, argument, _ in pickletools.genops(content):
+            # The unpickler makes room for as many notes as it is told.
+            if opcode.name == "LONG_BINPUT" and (argument or 0) > len(content):
+                raise pickle.UnpicklingError("a huge memo is refused")
+        batch = PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
+        pixels, labels = batch[b"data"].pixels, batch[b"labels"]
+        if not isinstance(labels, list):
+            raise TypeError("labels are no list")
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{where} is no batch of CIFAR-10 ({text})") from None
+    return pixels, labels
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Builds numbers, text, lists, dicts and `PixelArray`, and calls nothing of any module."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        stand_ins = {
+            ("numpy.core.multiarray", "_reconstruct"): new_pixel_array,
+            ("numpy", "ndarray"): "ndarray",
+            ("numpy", "dtype"): PixelType,
+        }
+        if (module, name) not in stand_ins:
+            raise pickle.UnpicklingError(f"{module}.{name} is refused")
+        return stand_ins[module, name]
+
+
+class PixelArray:
+    """Stands for numpy.ndarray."""
+
+    pixels: np.ndarray
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """(version, shape, dtype, is Fortran order, bytes), as numpy.ndarray pickles itself."""
+        _, shape, dtype, fortran, content = state
+        if not isinstance(dtype, PixelType) or fortran or not isinstance(content, bytes):
+            raise pickle.UnpicklingError("an array that is not plain bytes is refused")
+        if len(shape) != 2 or shape[1] != IMAGE_BYTES:
+            raise pickle.UnpicklingError(f"images of {IMAGE_BYTES:,} bytes are expected")
+        self.pixels = np.frombuffer(content, np.uint8).reshape(-1, IMAGE_BYTES)
+
+
+class PixelType:
+    """Stands for numpy.dtype: one byte without a sign."""
+
+    def __init__(self, code: bytes, *_: object) -> None:
+        if code != b"u1":
+            raise pickle.UnpicklingError(f"pixels of type {code!r} are refused")
+
+    def __setstate__(self, state: object) -> None:
+        pass  # byte order and the like: one byte has none
+
+
+def new_pixel_array(*_: object) -> PixelArray:
+    """Stands for the function of NumPy that makes an empty array to fill."""
+    return PixelArray()
+
 
 COUNTS = {"train": 50_000, "val": 10_000}
 """Images of the official data set, in equal shares of ten classes."""

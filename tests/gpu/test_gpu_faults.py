@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.step_variants import synthetic_trainer
-from fastimagenet.files import read_rows, rows_of
-from fastimagenet.recipes import Phase, Recipe
-from pipelines import make_loader
+from fastimagenet.recipes.recipe import Phase, Recipe
+from fastimagenet.report.run import rows_of
+from fastimagenet.training.recorder import read_rows
+from pipelines.backends import make_loader
+from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
 from pipelines.loader import Loader, LoaderSpec, Stage
-from pipelines.split import read_split
 from tests.test_faults import wait_for, workers
 from tests.test_train import start, stop_soon, train
 

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import make_loader
-from pipelines.augmentation import Augmentation
-from pipelines.batch_augment import augment
-from pipelines.images import whole_files
-from pipelines.loader import LoaderSpec, Stage
-from pipelines.split import Split, read_split
+from pipelines.augment.mixing import augment
+from pipelines.backends import make_loader
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split, read_split
+from pipelines.loader import LoaderSpec, Stage, Transforms
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision", "memory"])
@@ -57,14 +56,14 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(
 
 
 def test_augmentation_is_that_of_the_cpu_and_waits_for_nothing() -> None:
-    wanted = Augmentation(
+    wanted = Transforms(
         auto_augment="rand", color_jitter=0.4, random_erasing=0.5, mixup=0.2, cutmix=1.0
     )
     spec = LoaderSpec(
         split=Split(whole_files([""]) * 64, [0] * 64, tuple("abcdefg")),
         stages=(Stage(epochs=1, image_size=64, batch_size=64),),
         training=True,
-        augmentation=wanted,
+        **vars(wanted),
     )
     images = torch.randn(64, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(64) % 7

@@ -16,18 +16,18 @@ import torch
 from torch import nn
 
 from fastimagenet import lr_find2
-from fastimagenet.distributed import World
-from fastimagenet.model import make_model
-from fastimagenet.recipes import Phase, Recipe
-from fastimagenet.recorder import NullRecorder
-from fastimagenet.sweep import SweepRecord
-from fastimagenet.trainer import Trainer
-from fastimagenet.warm_up import warm_up
-from pipelines import make_loader
+from fastimagenet.distributed.world import World
+from fastimagenet.lr_finder.analysis import SweepRecord
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Phase, Recipe
+from fastimagenet.training.recorder import NullRecorder
+from fastimagenet.training.trainer import Trainer, warm_up
+from pipelines.backends import make_loader
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split
 from pipelines.errors import UserError
-from pipelines.images import whole_files
 from pipelines.loader import Loader, LoaderSpec
-from pipelines.split import Split
+from tests.networks import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLIT = Split(whole_files([""]) * 256, [index % 10 for index in range(256)], tuple("abcdefghij"))
@@ -44,17 +44,17 @@ RECIPE = Recipe(
 
 
 def make_trainer(recipe: Recipe, model: nn.Module | None = None) -> Trainer:
-    plan = recipe.plan(1, len(SPLIT))
+    plan = Plan.of(recipe, 1, len(SPLIT))
     torch.manual_seed(0)
 
     def loader(training: bool) -> Loader:
         spec = LoaderSpec(
             split=SPLIT,
-            stages=plan.train_stages() if training else plan.eval_stages(),
+            stages=plan.phases if training else plan.eval_stages(),
             training=training,
             device="cuda:0",
             half=recipe.precision in ("bf16", "fp16"),
-            augmentation=recipe.augmentation,
+            **recipe.transforms(),
         )
         return make_loader("synthetic", spec)
 

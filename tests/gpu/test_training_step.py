@@ -11,9 +11,8 @@ from test_step_variants import CLASSES, IMAGENET, LR, MOMENTUM, batches, check_l
 
 from benchmarks.step_variants import VARIANTS, synthetic_trainer, variant_recipe
 from benchmarks.training_step import sweep
-from fastimagenet.recipes import Phase
-from fastimagenet.trainer import Trainer
-from fastimagenet.warm_up import warm_up
+from fastimagenet.recipes.recipe import Phase
+from fastimagenet.training.trainer import Trainer, warm_up
 
 GPU = "cuda:0"
 

@@ -1,0 +1,125 @@
+"""What processes exchange, and the one line when another one is gone or hangs."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from fastimagenet.distributed.world import TIMEOUT_SECONDS, World
+from fastimagenet.errors import PeerLost
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+ROLL_CALL_SECONDS = 3
+COMMUNICATION = re.compile(r"gloo|NCCL|[Cc]onnection|[Tt]imed out|Timeout|Broken pipe|Socket")
+"""What torch.distributed writes into its errors, which are of no class of their own."""
+
+
+@contextmanager
+def exchanging(what: str, world: World) -> Iterator[None]:
+    """Turn what torch.distributed raises in the block, named `what`, into PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world.world_size == 1 or not COMMUNICATION.search(str(error)):
+            raise
+        reason = re.sub(r"\[\S+\.cc:\d+\] ", "", str(error).splitlines()[0])
+        reason = reason.rpartition("RuntimeError: ")[2].partition(". ")[0].rstrip(".")
+        raise PeerLost(
+            f"rank {world.rank}, in {what}: no word from {silent(world)} ({reason})"
+        ) from None
+
+
+def silent(world: World) -> str:
+    """The ranks that do not answer within seconds at the store where the processes have met."""
+    import torch
+
+    heard: list[int] = []
+
+    def call() -> None:
+        with suppress(Exception):  # the machine with the store may be gone, too
+            store = torch.distributed.distributed_c10d._get_default_store()
+            store.set(f"lost/{world.rank}", "")
+            until = time.monotonic() + ROLL_CALL_SECONDS
+            while len(heard) < world.world_size and time.monotonic() < until:
+                time.sleep(0.1)
+                heard[:] = [r for r in range(world.world_size) if store.check([f"lost/{r}"])]
+
+    caller = threading.Thread(target=call, daemon=True)  # a cut link would block the call itself
+    caller.start()
+    caller.join(2 * ROLL_CALL_SECONDS)
+    ranks = [str(r) for r in range(world.world_size) if r not in (world.rank, *heard)]
+    return f"rank {', '.join(ranks)}" if ranks else "a rank that has failed itself"
+
+
+@contextmanager
+def process_group(world: World, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[None]:
+    """Join the other processes, leave them at the end; nothing to do where there are none.
+
+    In between, waiting longer than the timeout for another process raises PeerLost.
+    """
+    import torch
+
+    if world.device != "cpu":
+        torch.cuda.set_device(world.device)
+    if world.world_size == 1:
+        yield
+        return
+    backend = "gloo" if world.device == "cpu" else "nccl"
+    timeout = timedelta(seconds=timeout_seconds)
+    with exchanging("the start", world):
+        torch.distributed.init_process_group(
+            backend, rank=world.rank, world_size=world.world_size, timeout=timeout
+        )
+    yield
+    # Not after an error: NCCL's teardown waits for all, and the others wait in a collective.
+    torch.distributed.destroy_process_group()
+
+
+def all_reduce_sum(tensor: Tensor, world: World, what: str) -> Tensor:
+    """The sum over all processes, on each of them; `tensor` itself is overwritten."""
+    if world.world_size > 1:
+        import torch
+
+        with exchanging(what, world):
+            torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensors: Iterable[Tensor], world: World, what: str) -> None:
+    """Give every process the values that the first one has."""
+    if world.world_size > 1:
+        import torch
+
+        with exchanging(what, world):
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, src=0)
+
+
+def any_process(flag: bool, world: World, what: str) -> bool:
+    """Whether the flag is set on any process; every process has to ask."""
+    if world.world_size == 1:
+        return flag
+    import torch
+
+    flags = torch.tensor(int(flag), device=world.device)
+    return bool(all_reduce_sum(flags, world, what).item())
+
+
+def gather_objects(value: Any, world: World, what: str) -> list[Any]:
+    """The plain values of all processes by rank, on each of them."""
+    if world.world_size == 1:
+        return [value]
+    import torch
+
+    values: list[Any] = [None] * world.world_size
+    with exchanging(what, world):
+        torch.distributed.all_gather_object(values, value)
+    return values

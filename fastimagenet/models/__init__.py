@@ -1,0 +1,31 @@
+"""The networks by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastimagenet.models import resnet, smallnet, speednet
+from fastimagenet.recipes.recipe import Recipe
+
+
+def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's network, freshly initialised with torch's random numbers.
+
+    Images (B, 3, H, W), normalised, -> logits (B, num_classes).
+    """
+    model: nn.Module
+    if recipe.model == "resnet56":
+        model = resnet.ResNet56(num_classes, recipe.zero_init_last_gamma)
+    elif recipe.model == "smallnet":
+        model = smallnet.SmallNet(num_classes, recipe.zero_init_last_gamma)
+    elif recipe.model == "speednet":
+        model = speednet.SpeedNet(num_classes, recipe.whitening)
+    else:
+        model = resnet.torchvision_resnet(recipe.model, num_classes, recipe.zero_init_last_gamma)
+        if recipe.small_stem:
+            resnet.use_small_stem(model)
+        if recipe.blur_pool:
+            resnet.add_blur(model)
+    if recipe.dirac_init:
+        speednet.use_dirac(model)
+    return model

@@ -1,0 +1,280 @@
+"""`Recipe` and its `Phase`s: what a run is, as a frozen value that checks itself.
+
+A recipe is data: `plan.py` derives steps and rates from it, `toml.py` reads and writes it, and the
+modules of this package named after data sets hold the named ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from fastimagenet.recipes import schedule
+from pipelines.errors import UserError
+from pipelines.loader import AUTO_AUGMENT, MAGNITUDES, Stage, Transforms
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+"""torchvision's; they alone have `blur_pool` and `small_stem`."""
+MODELS = (*RESNETS, "resnet56", "smallnet", "speednet")
+OPTIONS = {
+    "blur_pool": RESNETS,
+    "small_stem": RESNETS,
+    "whitening": ("speednet",),
+    "dirac_init": ("smallnet", "speednet"),
+}
+"""The recipe's fields that only some networks have."""
+TTA = ("none", "flip", "flip+crop")
+"""Test-time augmentation: over which views of an image the prediction is averaged."""
+
+
+def require(condition: bool, field: str, rule: str, value: object) -> None:
+    """Raise UserError naming the recipe field unless the condition holds."""
+    if not condition:
+        raise UserError(f"recipe field {field} must be {rule}, not {value!r}")
+
+
+def settle_floats(settings: Recipe | Phase, prefix: str = "") -> None:
+    """Make floats of whole numbers in float fields: 10 and 10.0 are one value, but not one text,
+    and runs are told apart by their recipe's text.
+
+    Raises UserError naming the field that holds NaN or infinity.
+    """
+    for field in fields(settings):
+        if "float" in str(field.type):
+            value = getattr(settings, field.name)
+            require(_all_finite(value), prefix + field.name, "finite", value)
+            object.__setattr__(settings, field.name, _as_floats(value))
+
+
+def _all_finite(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_all_finite, value))
+    return bool(abs(value) <= sys.float_info.max)  # false for NaN, and no overflow for huge ints
+
+
+def _as_floats(value: Any) -> Any:
+    return tuple(map(_as_floats, value)) if isinstance(value, list | tuple) else float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase(Stage):
+    """Consecutive epochs at one image size and batch size. Raises UserError naming the field."""
+
+    eval_size: int = 0
+    """Size at which this phase is evaluated; 0 means image_size."""
+
+    def __post_init__(self) -> None:
+        settle_floats(self, "phases.")
+        require(self.epochs >= 1, "phases.epochs", "at least 1", self.epochs)
+        require(self.image_size >= 8, "phases.image_size", "at least 8 pixels", self.image_size)
+        require(self.batch_size >= 1, "phases.batch_size", "at least 1", self.batch_size)
+        require(0 < self.min_scale <= 1, "phases.min_scale", "in (0, 1]", self.min_scale)
+        valid = self.eval_size == 0 or self.eval_size >= 8
+        require(valid, "phases.eval_size", "0 or at least 8 pixels", self.eval_size)
+        require(bool(self.data), "phases.data", 'a copy, "original" or "auto"', self.data)
+
+
+SCHEDULES = ("use_clr_beta", "one_cycle", "piecewise")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+METRICS = ("top1", "top5")
+OPTIMIZERS = ("sgd", "muon")
+MANY_STEPS = 10**18
+"""With so many a schedule can only be wrong in itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Transforms):
+    """A whole training run but for the data, the machine and the seed.
+
+    Variants are made by `dataclasses.replace`. Raises UserError naming the field.
+    """
+
+    name: str
+    phases: tuple[Phase, ...]
+    model: str = "resnet50"
+
+    max_lr: float = 1.0
+    """Peak learning rate; the schedules scale with it."""
+    lr_reference_batch: int = 0
+    """Global batch that max_lr is meant for: the LR is scaled by global batch / this, phase by
+    phase. 0 takes max_lr as it is."""
+    schedule: str = "use_clr_beta"
+    """Which of the three fields below holds."""
+    use_clr_beta: tuple[float, ...] = (10.0, 10.0, 0.95, 0.85)
+    """(div, pct[, max_mom, min_mom]): triangular 1cycle; pct in per cent; see schedule.py."""
+    one_cycle: tuple[float, float, float, float, float] = (0.3, 25.0, 1e4, 0.95, 0.85)
+    """(pct_start, div_factor, final_div_factor, max_momentum, base_momentum): cosine 1cycle."""
+    lr_spans: tuple[tuple[float, float, float, float], ...] = ()
+    """(first epoch, last epoch, start, end) for schedule "piecewise", in multiples of max_lr."""
+
+    optimizer: str = "sgd"
+    """"muon" updates the filters of convolutions by Muon, all else by SGD: see `muon.Muon`."""
+    muon: tuple[float, float] = (0.15, 0.6)
+    """(LR in multiples of max_lr, momentum) of what Muon updates. In airbench94_muon, at a batch of
+    2,000: 0.24 beside 1.656 for the head, counted for a mean loss and logits over 9; and 0.6."""
+    bias_lr_factor: float = 1.0
+    """The LR of BN's biases, and of a whitening layer's, in multiples of all others'; 64 in
+    airbench94 (arXiv:2404.00498)."""
+    momentum: float = 0.9
+    """Where the schedule does not cycle it."""
+    nesterov: bool = False
+    weight_decay: float = 5e-5
+    decay_bn_and_bias: bool = False
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.0
+    """Evaluate an exponential moving average of the weights; 0 is off."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+    compile: bool = False
+    """torch.compile the training step; every size is warmed up before the clock starts."""
+    cuda_graphs: bool = False
+    """With compile, on GPUs: replay forward and backward pass as one CUDA graph each per size, so
+    that no kernel waits for its launch."""
+    bf16_gradients: bool = False
+    """Compress gradients to bf16 for the all-reduce between processes."""
+    sync_bn: bool = False
+    """BN statistics of the batches of all processes, on GPUs; otherwise each has its own."""
+
+    zero_init_last_gamma: bool = True
+    """The last BN weight of every residual block starts at 0, so that each block starts as its
+    shortcut (Goyal et al. 2017, arXiv:1706.02677)."""
+    blur_pool: bool = False
+    """ResNet-18 to 152: low-pass filters where the image shrinks, see `resnet.add_blur`."""
+    small_stem: bool = False
+    """ResNet-18 to 152: 3x3 stride-1 stem without max-pool, for images up to 64 px."""
+    whitening: bool = False
+    """speednet: the first filters whiten patches of the training images: `WhiteningConv2d`."""
+    whitening_bias_epochs: int = 3
+    """The bias of a whitening layer learns for so many epochs, then it is frozen, too."""
+    dirac_init: bool = False
+    """smallnet, speednet: convolutions start by handing on their input: `speednet.use_dirac`."""
+
+    tta: str = "none"
+    """Test-time augmentation of the last evaluation, reported beside the plain figure."""
+    eval_every_epochs: int = 1
+    """The last epoch is always evaluated."""
+    target: str = ""
+    """Such as "top1=0.94": the mark that time to target is measured to."""
+
+    def __post_init__(self) -> None:
+        settle_floats(self)
+        self._check_choices()
+        self._check_numbers()
+        self._check_schedules()
+        if self.target:
+            metric, _, value = self.target.partition("=")
+            valid = metric in METRICS and _is_fraction(value)
+            require(valid, "target", 'such as "top1=0.94" or "top5=0.93"', self.target)
+
+    def _check_choices(self) -> None:
+        choices = {
+            "model": MODELS,
+            "schedule": SCHEDULES,
+            "precision": PRECISIONS,
+            "tta": TTA,
+            "auto_augment": AUTO_AUGMENT,
+            "optimizer": OPTIMIZERS,
+        }
+        for field, names in choices.items():
+            value = getattr(self, field)
+            require(value in names, field, f"one of {', '.join(names)}", value)
+        require(bool(self.phases), "phases", "at least one phase", self.phases)
+        if self.schedule == "piecewise":
+            epochs = sum(phase.epochs for phase in self.phases)
+            reach = self.lr_spans[-1][1] if self.lr_spans else 0
+            rule = f"spans that end with the last epoch, {epochs}"
+            require(reach == epochs, "lr_spans", rule, self.lr_spans)
+        valid = self.compile or not self.cuda_graphs
+        require(valid, "cuda_graphs", "false where compile is false", self.cuda_graphs)
+        for field, models in OPTIONS.items():
+            valid = self.model in models or not getattr(self, field)
+            require(valid, field, f"false for model {self.model}", True)
+        valid = self.mirror or not self.alternating_flip
+        require(valid, "alternating_flip", "false where mirror is false", True)
+
+    def _check_numbers(self) -> None:
+        for field in ("max_lr", "bias_lr_factor"):
+            require(getattr(self, field) > 0, field, "above 0", getattr(self, field))
+        factor, momentum = self.muon
+        valid = factor > 0 and 0 <= momentum < 1
+        require(valid, "muon", "[LR factor above 0, momentum in [0, 1)]", self.muon)
+        epochs = self.whitening_bias_epochs
+        require(epochs >= 0, "whitening_bias_epochs", "0 or more", epochs)
+        for field in ("momentum", "ema_decay", "label_smoothing"):
+            require(0 <= getattr(self, field) < 1, field, "in [0, 1)", getattr(self, field))
+        for field in ("weight_decay", "mixup", "cutmix", "lr_reference_batch", "reflect_pad"):
+            require(getattr(self, field) >= 0, field, "0 or more", getattr(self, field))
+        for field in ("color_jitter", "random_erasing"):
+            require(0 <= getattr(self, field) <= 1, field, "in [0, 1]", getattr(self, field))
+        num_ops, magnitude = self.rand_augment
+        valid = num_ops >= 1 and 0 <= magnitude < MAGNITUDES
+        rule = f"[1 or more operations, magnitude 0 to {MAGNITUDES - 1}]"
+        require(valid, "rand_augment", rule, self.rand_augment)
+        require(1 <= self.resize_ratio <= 4, "resize_ratio", "from 1 to 4", self.resize_ratio)
+        require(min(self.std) > 0, "std", "above 0 for every channel", self.std)
+        low, high = self.aspect_ratio
+        require(0 < low <= high, "aspect_ratio", "(low, high) above 0", self.aspect_ratio)
+        every = self.eval_every_epochs
+        require(every >= 1, "eval_every_epochs", "at least 1", every)
+        smallest = min(phase.image_size for phase in self.phases)
+        require(self.reflect_pad < smallest, "reflect_pad", "below image_size", self.reflect_pad)
+
+    def _check_schedules(self) -> None:
+        """Also those that do not hold; whether a run has steps enough is found by its plan."""
+        try:
+            schedule.use_clr_beta(MANY_STEPS, self.max_lr, *self.use_clr_beta)
+            schedule.one_cycle(MANY_STEPS, self.max_lr, *self.one_cycle)
+            if self.lr_spans:
+                schedule.PiecewiseLinear(self.lr_spans)
+        except ValueError as error:
+            raise UserError(f"recipe field {error}") from None
+
+    @property
+    def epochs(self) -> int:
+        """Of all phases together."""
+        return sum(phase.epochs for phase in self.phases)
+
+    @property
+    def target_metric(self) -> tuple[str, float] | None:
+        """("top1" or "top5", fraction), or None without a target."""
+        if not self.target:
+            return None
+        metric, _, value = self.target.partition("=")
+        return metric, float(value)
+
+    def reached_by(self, accuracies: Mapping[str, float | None]) -> bool:
+        """Whether these fractions, by metric, have the target; False without one."""
+        if self.target_metric is None:
+            return False
+        metric, mark = self.target_metric
+        value = accuracies.get(metric)
+        return value is not None and value >= mark
+
+    def stretched(self, epochs: int) -> Recipe:
+        """The same recipe over another number of epochs, phases and LR together.
+
+        Phase boundaries move in proportion and are rounded to whole epochs; a phase that is left
+        without an epoch drops out. Raises UserError for less than one epoch.
+        """
+        if epochs < 1:
+            raise UserError(f"--epochs must be at least 1, not {epochs}")
+        factor = epochs / self.epochs
+        phases, end = [], 0
+        for phase in self.phases:
+            first, end = end, end + phase.epochs
+            length = round(end * factor) - round(first * factor)
+            if length:
+                phases.append(replace(phase, epochs=length))
+        spans = [(a * factor, b * factor, start, end) for a, b, start, end in self.lr_spans]
+        if self.schedule == "piecewise":
+            spans[-1] = (spans[-1][0], float(epochs), *spans[-1][2:])
+        return replace(self, phases=tuple(phases), lr_spans=tuple(spans))
+
+
+def _is_fraction(text: str) -> bool:
+    try:
+        return 0 < float(text) <= 1
+    except ValueError:
+        return False

@@ -1,0 +1,152 @@
+"""Recipes as TOML and as `--set FIELD=VALUE`, with an error that names the field."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fastimagenet.recipes.recipe import Recipe
+from pipelines.errors import UserError
+
+
+def dumps(recipe: Recipe) -> str:
+    """The recipe as TOML that `loads` accepts back unchanged."""
+    import tomli_w
+
+    return tomli_w.dumps(asdict(recipe))
+
+
+def loads(text: str, where: str = "recipe") -> Recipe:
+    """A recipe from TOML. Raises UserError with `where` for bad TOML, fields and values."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{where} is not valid TOML: {error}") from None
+    return _build(Recipe, data, "")
+
+
+def load(path: Path) -> Recipe:
+    """A recipe from a TOML file. Raises UserError naming the file or the field."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"--recipe {path} cannot be read: {reason}") from None
+    return loads(text, f"--recipe {path}")
+
+
+def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
+    """The recipe changed by settings such as "max_lr=1.2" or "phases.0.image_size=96".
+
+    The value is read as TOML; a bare word is a string. All settings are applied before the recipe
+    is checked, so that fields which depend on one another can change together.
+    Raises UserError naming the field.
+    """
+    data = tomllib.loads(dumps(recipe))
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: write it as FIELD=VALUE, such as max_lr=1.2")
+        _assign(data, key.strip(), _value(text.strip()))
+    return _build(Recipe, data, "")
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    node: Any = data
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[:depth])
+        index: Any = part
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                last = len(node) - 1
+                raise UserError(f"--set {key}: {where} has entries 0 to {last}, not {part}")
+            index = int(part)
+        elif isinstance(node, dict):
+            _check_name(part, list(node), where)
+        else:
+            raise UserError(f"--set {key}: {where} holds a plain value, nothing below it")
+        if depth + 1 == len(parts):
+            node[index] = value
+        else:
+            node = node[index]
+
+
+def _check_name(name: str, known: list[str], where: str) -> None:
+    if name in known:
+        return
+    path = f"{where}.{name}" if where else name
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(known)}"
+    raise UserError(f"unknown recipe field {path}: {hint}")
+
+
+def _build(cls: type, data: Mapping[str, Any], where: str) -> Any:
+    """An instance of a dataclass from plain values; every name and type is checked."""
+    known = [field.name for field in fields(cls)]
+    hints = get_type_hints(cls)
+    values = {}
+    for name, value in data.items():
+        _check_name(name, known, where.rstrip("."))
+        values[name] = _convert(hints[name], value, where + name)
+    missing = [f.name for f in fields(cls) if f.name not in values and _required(f)]
+    if missing:
+        raise UserError(f"recipe field {where}{missing[0]} is missing")
+    try:
+        return cls(**values)
+    except UserError as error:
+        # A phase does not know its index; the message gets it here.
+        raise UserError(str(error).replace("phases.", where) if where else str(error)) from None
+
+
+def _required(field: Any) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise _wrong(where, "a table", value)
+        return _build(hint, value, where + ".")  # type: ignore[arg-type]
+    if get_origin(hint) is tuple:
+        return _convert_tuple(get_args(hint), value, where)
+    if get_origin(hint) is Literal:
+        hint = str
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return value  # the recipe makes floats of them
+    if hint is str and type(value) is int:  # phases.0.data=160
+        return str(value)
+    if type(value) is not hint:
+        raise _wrong(where, _TYPE_NAMES[hint], value)
+    return value
+
+
+def _convert_tuple(hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise _wrong(where, "a list", value)
+    if hints[-1] is Ellipsis:
+        hints = (hints[0],) * len(value)
+    if len(hints) != len(value):
+        raise _wrong(where, f"a list of {len(hints)} values", list(value))
+    return tuple(
+        _convert(hint, item, f"{where}.{index}")
+        for index, (hint, item) in enumerate(zip(hints, value, strict=True))
+    )
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+
+
+def _wrong(where: str, expected: str, value: Any) -> UserError:
+    return UserError(f"recipe field {where} must be {expected}, not {value!r}")

@@ -1,0 +1,1 @@
+"""What a finished or stopped run left, read back from its files."""

@@ -1,0 +1,152 @@
+"""What all plots share: colours, style, lines, phase marks, legends, and SVG and PNG files.
+
+Colours are those of Okabe and Ito, which the colour-blind can tell apart.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeGuard
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipelines.files import Row, write_text, written_beside
+
+Points = list[tuple[float, float]]
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+GREY = "#8A8A8A"
+MAX_POINTS = 500
+# Widths and heights in inches at 72 units each: narrow, so that text stays legible on a phone.
+WIDTH, HEIGHT = 4.7, 3.1
+SMALL = 9.5
+"""Points of the text in legends and marks."""
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fastimagenet",
+    "font.size": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#777777",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+LEGEND: Row = {
+    "fontsize": SMALL, "columnspacing": 1.0, "handlelength": 1.3, "handletextpad": 0.5,
+    "borderpad": 0.1, "frameon": False, "alignment": "left", "title_fontsize": SMALL,
+}  # fmt: skip
+OUTCOMES = {
+    "loss": ("training loss (nats)", 1),
+    "val_loss": ("validation loss (nats)", 1),
+    "top1": ("top-1 accuracy (%)", 100),
+    "top5": ("top-5 accuracy (%)", 100),
+}
+"""Fields of a record: name of the axis and factor to its unit, in the order of `stack`."""
+
+
+def finite(value: object) -> TypeGuard[float]:
+    """Whether it is a number at all, and neither NaN nor infinite."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def thin(points: Points) -> Points:
+    """At most MAX_POINTS: the medians of neighbours, since every n-th point alone would show
+    the first step of each epoch, always a slow one, far too often or never."""
+    size = -(-len(points) // MAX_POINTS) or 1
+    groups = (points[first : first + size] for first in range(0, len(points), size))
+    return [(median(x for x, _ in group), median(y for _, y in group)) for group in groups]
+
+
+def thousands(value: float, _: int) -> str:
+    """A tick's label, such as "1,200"."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:g}"
+
+
+def new_figure(
+    rows: int = 1,
+    columns: int = 1,
+    size: tuple[float, float] = (WIDTH, HEIGHT),
+    sharex: bool = False,
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `size` inches and its axes, row by row."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex)
+        return figure, list(axes.flat)
+
+
+def stack() -> tuple[Figure, dict[str, Axes]]:
+    """Axes for OUTCOMES by field, one below the other over a shared x axis."""
+    figure, axes = new_figure(len(OUTCOMES), size=(WIDTH, 7.2), sharex=True)
+    for place, (label, _) in zip(axes, OUTCOMES.values(), strict=True):
+        place.set_ylabel(label)
+    figure.align_ylabels(axes)
+    return figure, dict(zip(OUTCOMES, axes, strict=True))
+
+
+def draw_line(axes: Axes, points: Points, **style: Any) -> None:
+    """A line through the points; nothing without points."""
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
+
+
+def mark_phases(
+    axes: Axes, phases: list[Row], starts: Iterable[float | None], end: float, names: bool = True
+) -> None:
+    """A dotted line where a phase begins, and its image size above the plot where there is room.
+
+    None among `starts`: the run did not get there.
+    """
+    reached = [(p, start) for p, start in zip(phases, starts, strict=True) if start is not None]
+    ends = [*(start for _, start in reached[1:]), end]
+    for (phase, start), stop in zip(reached, ends, strict=False):
+        if start:
+            axes.axvline(start, color="#777777", linestyle=":", linewidth=1)
+        if names and len(phases) > 1 and stop - start > 0.16 * end:
+            place: Row = {"ha": "center", "va": "bottom", "fontsize": SMALL, "color": "#555555"}
+            middle, above = (start + stop) / 2, axes.get_xaxis_transform()
+            axes.text(middle, 1.01, f"{phase['image_size']} px", transform=above, **place)
+
+
+def with_legend(figure: Figure, **style: Any) -> Figure:
+    """The same figure with the labels of its first axes above it, if there are any."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if labels:
+        look = LEGEND | {"ncols": 4} | style
+        figure.legend(handles, labels, loc="outside upper left", **look)
+    return figure
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an `<svg>` element without a fixed size, its ids made unique by `name`."""
+    text = _svg_file(figure, transparent=True)
+    text = text[text.index("<svg") :]
+    text = re.sub(r' (?:width|height)="[0-9.]+pt"', "", text, count=2)
+    return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+
+
+def write_files(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """NAME.svg and NAME.png (300 pixels an inch) on white; each appears whole or not at all."""
+    vector, pixels = folder / f"{name}.svg", folder / f"{name}.png"
+    write_text(vector, _svg_file(figure, facecolor="white"))
+    with written_beside(pixels) as beside, matplotlib.rc_context(STYLE):
+        figure.savefig(beside, format="png", dpi=300, facecolor="white")
+    return [vector, pixels]
+
+
+def _svg_file(figure: Figure, **look: Any) -> str:
+    text = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(text, format="svg", metadata=nothing, **look)
+    return text.getvalue()

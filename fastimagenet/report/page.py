@@ -1,0 +1,216 @@
+"""`report.html` of a run folder: one self-contained page that says what ran and how well.
+
+python -m fastimagenet.report RUN_DIR writes the page of a finished or stopped run again.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from markupsafe import Markup
+
+from fastimagenet.report import plots
+from fastimagenet.report.dawnbench import TRAIN_CLOCK, time_to_target
+from fastimagenet.report.figures import GREY
+from fastimagenet.report.run import Run, read_run
+from pipelines import pages
+from pipelines.files import Row, write_text
+from pipelines.formats import NO_BREAK, duration, number, percent
+
+METRIC_NAMES = {"top1": "top-1", "top5": "top-5"}
+PART_NAMES = {
+    "start_up": "start-up",
+    "data_wait": "waiting for data",
+    "compile": "compile warm-up",
+}
+DEFINITIONS = {
+    "training time": TRAIN_CLOCK,
+    "evaluation time": "All passes over the validation images, test-time augmentation included; "
+    "not part of the training time.",
+    "waiting for data": "Time in which a training step had to wait for its next batch; part of "
+    "the training time.",
+    "start-up, compute": "Reading the data folder and building model and loaders; forward and "
+    "backward passes and updates. Both are part of the training time.",
+    "communication": "Time in which an update had to wait for other processes after its own "
+    "gradients were ready; part of the training time.",
+    "checkpoint": "Saving the state of the run; not part of the training time.",
+    "wall time": "From the start of the command to the end of the run: the sum of all parts, of "
+    "which exactly one runs at any time.",
+    "time to target": "Training time at the end of the first evaluated epoch whose plain accuracy "
+    "reaches the target.",
+    "top-1, top-5": "Share of all validation images, one plain view each. Figures with test-time "
+    "augmentation (TTA) stand beside them under their own name.",
+}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` from the other files and return its path.
+
+    Raises UserError where the folder holds no run.
+    """
+    path = run_dir / "report.html"
+    write_text(path, render(read_run(run_dir)))
+    return path
+
+
+def render(run: Run) -> str:
+    """The whole page."""
+    plan, summary = run.plan, run.summary
+    return pages.render(
+        Path(__file__).with_name("report.html.jinja"),
+        plan=plan,
+        summary=summary,
+        epochs=run.epochs,
+        events=run.events,
+        title=_what(run),
+        status=_status(run),
+        headline=_headline(run),
+        tiles=_tiles(run),
+        figures=_figures(run),
+        outcomes=Markup(plots.outcomes(run.steps, run.epochs, plan.get("phases", []))),
+        split=_split(summary),
+        split_svg=Markup(plots.time_split(summary.get("time_split_seconds") or {})),
+        recipe=recipe_listing(plan.get("recipe", {})),
+        environment=_environment(run),
+        definitions=DEFINITIONS,
+    )
+
+
+def _what(run: Run) -> str:
+    """Such as "resnet18 on CIFAR-10"."""
+    model = run.summary.get("model") or run.plan.get("recipe", {}).get("model", "a model")
+    data = run.summary.get("dataset") or run.summary.get("data")
+    return f"{model} on {'CIFAR-10' if data == 'CIFAR10' else data}" if data else f"{model}"
+
+
+def _target(run: Run) -> str:
+    assert run.target
+    metric, value = run.target
+    return f"{100 * value:g}{NO_BREAK}% {METRIC_NAMES.get(metric, metric)}"
+
+
+def _status(run: Run) -> str:
+    planned = run.plan.get("epochs", 0)
+    if run.epochs_done >= planned:
+        return ""
+    ended = "ended at its target" if run.summary else "stopped or still running"
+    return f"{ended}: {run.epochs_done} of {planned} epochs done"
+
+
+def _headline(run: Run) -> list[str]:
+    """One short sentence each: what was reached, the target, TTA."""
+    results, hardware = run.results, run.summary.get("hardware") or "unknown hardware"
+    what = _what(run)
+    spent = f"{duration(results['train_seconds'])} of training on {hardware}"
+    if results["train_seconds"] is None:
+        return [f"{what}: no epoch has been finished yet."]
+    if results["top1"] is None:
+        return [f"{what}: not evaluated yet after {spent}."]
+    top5 = "" if results["top5"] is None else f" and {percent(results['top5'])} top-5"
+    sentences = [f"{what} reached {percent(results['top1'])} top-1{top5} in {spent}."]
+    if run.target:
+        metric, value = run.target
+        goal = f"The target of {_target(run)}"
+        seconds = time_to_target(run.epochs, metric, value)
+        reached = "was not reached" if seconds is None else f"was reached in {duration(seconds)}"
+        sentences.append(f"{goal} {reached}.")
+    if results["tta_top1"] is not None:
+        sentences.append(f"With test-time augmentation: {percent(results['tta_top1'])} top-1.")
+    if results["square_top1"] is not None:
+        sentences.append(
+            f"That is on rectangles; on square crops: {percent(results['square_top1'])} top-1."
+        )
+    lost = plots.lost_epoch(run.epochs)
+    if lost:
+        sentences.append(f"The training loss is not a finite number from epoch {lost} on.")
+    return sentences
+
+
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of the key figures."""
+    summary, results = run.summary, run.results
+    tiles = []
+    for metric, name in METRIC_NAMES.items():
+        tta = results[f"tta_{metric}"]
+        remark = "plain" if tta is None else f"TTA {percent(tta)}"
+        tiles.append((name, percent(results[metric]), remark))
+    planned = run.plan.get("epochs", run.epochs_done)
+    of_all = f" of {planned}" if run.epochs_done != planned else ""
+    remark = f"{run.epochs_done}{of_all} epoch{'s' if planned != 1 else ''}"
+    if not of_all and summary.get("steps"):
+        remark += f", {number(summary['steps'])} steps"
+    tiles.append(("training time", duration(results["train_seconds"]), remark))
+    if run.target:
+        metric, value = run.target
+        seconds = time_to_target(run.epochs, metric, value)
+        reached = "not reached" if seconds is None else duration(seconds)
+        tiles.append(("time to target", reached, _target(run)))
+    if summary.get("cost_usd") is not None:
+        price = number(summary.get("cost_per_hour"), "g")
+        tiles.append(("cost", f"${summary['cost_usd']:,.2f}", f"at ${price} an hour"))
+    if summary.get("images_per_sec") is not None:
+        wait, train = summary.get("data_wait_seconds"), summary.get("train_seconds")
+        remark = "all processes"
+        if wait is not None and train:
+            remark = f"{100 * wait / train:.1f} % waiting for data"
+        tiles.append(("images/s", number(summary["images_per_sec"], ",.0f"), remark))
+    if summary.get("wall_seconds") is not None:
+        remark = f"evaluation {duration(summary.get('eval_seconds'))}"
+        tiles.append(("wall time", duration(summary["wall_seconds"]), remark))
+    return tiles
+
+
+def _figures(run: Run) -> list[tuple[str, Markup]]:
+    """(heading, plot or "") in the order of the page."""
+    phases = run.plan.get("phases", [])
+    svgs = {
+        "Accuracy against training time": plots.accuracy(run.epochs, phases, run.target),
+        "Loss": plots.losses(run.steps, run.epochs, phases),
+        "Learning rate and momentum": plots.schedule(run.steps, phases),
+        "Image size and batch size": plots.sizes(run.epochs, phases),
+        "Speed": plots.throughput(run.steps, phases),
+        "Seconds of each epoch": plots.epoch_seconds(run.epochs),
+    }
+    return [(heading, Markup(svg)) for heading, svg in svgs.items()]
+
+
+def _split(summary: Row) -> list[tuple[str, str, float, float]]:
+    """(name, colour, seconds, share of the sum) of the parts of the wall time."""
+    seconds = summary.get("time_split_seconds") or {}
+    total = sum(value or 0.0 for value in seconds.values()) or 1.0
+    return [
+        (
+            PART_NAMES.get(key, key),
+            plots.TIME_COLOURS.get(key, GREY),
+            value or 0.0,
+            (value or 0.0) / total,
+        )
+        for key, value in seconds.items()
+    ]
+
+
+def _environment(run: Run) -> list[tuple[str, Any]]:
+    keys = "hardware device world_size precision backend framework data seed started author".split()
+    facts = [(key.replace("_", " "), run.summary.get(key)) for key in keys]
+    facts += list((run.summary.get("versions") or {}).items())
+    return [(key, value) for key, value in facts if value not in (None, "")]
+
+
+def recipe_listing(recipe: Row) -> str:
+    """The recipe as TOML, a list of plain values on one line."""
+    text = tomli_w.dumps(_without_nulls(recipe))
+    return re.sub(
+        r"\[\n((?: +[^\[\]{}\n]+,\n)+) *\]",
+        lambda match: f"[{' '.join(match[1].split())[:-1]}]",
+        text,
+    )
+
+
+def _without_nulls(value: Any) -> Any:
+    """TOML has no null; the recipe's reader takes the default for a field that is left out."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,294 @@
+"""The plots of a run's report, each as the text of one inline `<svg>`.
+
+Every function takes rows of `metrics.jsonl` and phases of `plan.json` and returns "" where there
+is nothing to draw.
+"""
+
+from __future__ import annotations
+
+from statistics import median_high
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from fastimagenet.report.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    OUTCOMES,
+    PURPLE,
+    SKY,
+    SMALL,
+    VERMILLION,
+    WIDTH,
+    YELLOW,
+    draw_line,
+    finite,
+    mark_phases,
+    new_figure,
+    stack,
+    svg,
+    thin,
+    thousands,
+    with_legend,
+)
+from pipelines.files import Row
+from pipelines.formats import time_unit
+
+
+def lost_epoch(epochs: list[Row]) -> int | None:
+    """The first epoch, from 1, whose training loss is NaN or infinite (or null, in strict JSON)."""
+    for row in epochs:
+        if "train_loss" in row and not finite(row["train_loss"]):
+            return int(row["epoch"]) + 1
+    return None
+
+
+def accuracy(epochs: list[Row], phases: list[Row], target: tuple[str, float] | None) -> str:
+    """Accuracy in percent against training time, with the target line."""
+    evaluated = [row for row in epochs if finite(row.get("top1"))]
+    if not evaluated:
+        return ""
+    unit, length = time_unit(epochs[-1]["train_seconds"])
+    figure, (axes,) = new_figure()
+    styles = (
+        ("top1", "top-1", {"color": BLUE, "marker": "o"}),
+        ("top5", "top-5", {"color": SKY, "marker": "s"}),
+        ("tta_top1", "TTA top-1", {"color": ORANGE, "marker": "D", "linestyle": "none"}),
+    )
+    for key, label, style in styles:
+        points = [
+            (row["train_seconds"] / length, 100 * row[key])
+            for row in evaluated
+            if finite(row.get(key))
+        ]
+        draw_line(axes, points, label=label, markersize=4 if len(points) <= 40 else 0, **style)
+    if target:
+        metric, value = target
+        name = {"top1": "top-1", "top5": "top-5"}.get(metric, metric)
+        label = f"target {100 * value:g} % {name}"
+        line = axes.axhline(100 * value, color=VERMILLION, linestyle="--", linewidth=1.4)
+        line.set_label(label.replace("$", ""))
+    axes.set_xlim(left=0)
+    ends = {row["epoch"] + 1: row["train_seconds"] / length for row in epochs}
+    starts = [ends.get(p["first_epoch"], 0.0 if not p["first_epoch"] else None) for p in phases]
+    mark_phases(axes, phases, starts, epochs[-1]["train_seconds"] / length)
+    axes.set(xlabel=f"training time ({unit})", ylabel="validation accuracy (%)")
+    return svg(with_legend(figure), "accuracy")
+
+
+def losses(steps: list[Row], epochs: list[Row], phases: list[Row]) -> str:
+    """Loss of each logged step, of each epoch and on the validation set, against epochs."""
+    single = [
+        (done, row["loss"])
+        for row in steps
+        if finite(row.get("loss")) and (done := _epochs_done(row["step"], phases)) is not None
+    ]
+    training, validation = (
+        [(row["epoch"] + 1, row[key]) for row in epochs if finite(row.get(key))]
+        for key in ("train_loss", "val_loss")
+    )
+    if not single + training + validation:
+        return ""
+    figure, (axes,) = new_figure()
+    draw_line(axes, thin(single), label="step", color="#B9C6D3", linewidth=1)
+    marker = {"marker": "o", "markersize": 3 if len(epochs) <= 40 else 0, "clip_on": False}
+    draw_line(axes, training, label="training", color=BLUE, **marker)
+    draw_line(axes, validation, label="validation", color=ORANGE, **marker)
+    _log_if_spread(axes, [value for _, value in single + training + validation])
+    lost = lost_epoch(epochs)
+    if lost:
+        edge = axes.axvline(lost, color=VERMILLION, linestyle="--", linewidth=1.4)
+        edge.set_label(f"not finite: epoch {lost}")
+    _epoch_axis(axes, phases)
+    axes.set(ylabel="loss")
+    return svg(with_legend(figure), "losses")
+
+
+def outcomes(steps: list[Row], epochs: list[Row], phases: list[Row]) -> str:
+    """Training loss of each logged step, validation loss and accuracies where they were computed.
+
+    Against steps: what the results of a schedule are compared in.
+    """
+    figure, axes = stack()
+    colours = {"loss": BLUE, "val_loss": ORANGE, "top1": BLUE, "top5": SKY}
+    for key, (_, scale) in OUTCOMES.items():
+        rows = steps if key == "loss" else epochs
+        points = [(row["step"], scale * row[key]) for row in rows if finite(row.get(key))]
+        marker: Row = {} if key == "loss" else {"marker": "o", "markersize": 3, "clip_on": False}
+        draw_line(axes[key], thin(points), color=colours[key], **marker)
+        _log_if_spread(axes[key], [value for _, value in points])
+    if not any(place.lines for place in axes.values()):
+        return ""
+    for key, place in axes.items():
+        mark_phases(place, phases, *_step_edges(phases), names=key == "loss")
+    _step_axis(axes["top5"], phases)
+    return svg(figure, "outcomes")
+
+
+def schedule(steps: list[Row], phases: list[Row]) -> str:
+    """Learning rate and momentum of each logged step."""
+    if not any(finite(row.get("lr")) for row in steps):
+        return ""
+    figure, axes = new_figure(2, sharex=True)
+    for place, key, name, colour in zip(
+        axes, ("lr", "momentum"), ("learning rate", "momentum"), (BLUE, GREEN), strict=True
+    ):
+        points = [(row["step"], row[key]) for row in steps if finite(row.get(key))]
+        draw_line(place, thin(points), color=colour)
+        place.set_ylabel(name)
+        place.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        mark_phases(place, phases, *_step_edges(phases), names=key == "lr")
+    axes[0].set_ylim(0, 1.1 * max(row["lr"] for row in steps if finite(row.get("lr"))))
+    _step_axis(axes[1], phases)
+    return svg(figure, "schedule")
+
+
+def sizes(epochs: list[Row], phases: list[Row]) -> str:
+    """Image size and batch size of each epoch."""
+    if not epochs:
+        return ""
+    figure, axes = new_figure(2, sharex=True)
+    labels = {"image_size": "image size (px)", "batch_size": "batch per process"}
+    for place, (key, label), colour in zip(axes, labels.items(), (PURPLE, VERMILLION), strict=True):
+        points = [(row["epoch"] + end, row[key]) for row in epochs for end in (0, 1)]
+        draw_line(place, points, color=colour, linewidth=2.4)
+        largest = max(value for _, value in points)
+        ticks = [largest]
+        for value in sorted({value for _, value in points}, reverse=True):
+            if min(value, ticks[-1] - value) > 0.2 * largest:
+                ticks.append(value)
+        place.set_ylim(0, 1.15 * largest)
+        place.set_yticks([0, *ticks])
+        place.set_ylabel(label)
+    _epoch_axis(axes[1], phases, names=False)
+    return svg(figure, "sizes")
+
+
+def throughput(steps: list[Row], phases: list[Row]) -> str:
+    """Images per second of each logged step, all GPUs together."""
+    points = [
+        (row["step"], row["images_per_sec"]) for row in steps if finite(row.get("images_per_sec"))
+    ]
+    if not points:
+        return ""
+    figure, (axes,) = new_figure()
+    dots = {"marker": "o", "markersize": 2, "linewidth": 1}
+    draw_line(axes, thin(points), color=BLUE, **dots)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(thousands))
+    mark_phases(axes, phases, *_step_edges(phases))
+    _step_axis(axes, phases)
+    axes.set(ylabel="images/s in total")
+    return svg(figure, "throughput")
+
+
+def _log_if_spread(axes: Axes, values: list[float]) -> None:
+    """A log axis where single values would press all others to the ground."""
+    if values and min(values) > 0 and max(values) > 30 * median_high(values):
+        axes.set_yscale("log")
+
+
+def _step_edges(phases: list[Row]) -> tuple[list[float | None], float]:
+    if not phases:
+        return [], 0.0
+    last = phases[-1]
+    return [p["first_step"] for p in phases], (
+        last["first_step"] + last["epochs"] * last["steps_per_epoch"]
+    )
+
+
+def _epochs_done(step: int, phases: list[Row]) -> float | None:
+    """How many epochs lie before `step`, with a fraction."""
+    for phase in reversed(phases):
+        if step >= phase["first_step"]:
+            return float(
+                phase["first_epoch"] + (step - phase["first_step"]) / phase["steps_per_epoch"]
+            )
+    return None
+
+
+def _epoch_axis(axes: Axes, phases: list[Row], names: bool = True) -> None:
+    axes.set_xlabel("epochs done")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if phases:
+        end = phases[-1]["first_epoch"] + phases[-1]["epochs"]
+        axes.set_xlim(0, end)
+        mark_phases(axes, phases, [p["first_epoch"] for p in phases], end, names)
+
+
+def _step_axis(axes: Axes, phases: list[Row]) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(thousands))
+    if phases:
+        axes.set_xlim(0, _step_edges(phases)[1])
+
+
+TIME_COLOURS = {
+    "start_up": SKY,
+    "compile": PURPLE,
+    "data_wait": VERMILLION,
+    "compute": BLUE,
+    "communication": ORANGE,
+    "evaluation": GREEN,
+    "checkpoint": YELLOW,
+    "other": GREY,
+}
+
+
+def epoch_seconds(epochs: list[Row]) -> str:
+    """Seconds of each epoch: training, waiting for data taken out of it, and evaluation."""
+    if not epochs:
+        return ""
+    figure, (axes,) = new_figure()
+    before: Row = {"train_seconds": 0.0, "eval_seconds": 0.0, "data_wait_seconds": 0.0}
+    parts: dict[str, list[float]] = {"computing": [], "waiting for data": [], "evaluation": []}
+    for row in epochs:
+        wait = row["data_wait_seconds"] - before["data_wait_seconds"]
+        train = row["train_seconds"] - before["train_seconds"]
+        parts["computing"].append(max(0.0, train - wait))
+        parts["waiting for data"].append(wait)
+        parts["evaluation"].append(max(0.0, row["eval_seconds"] - before["eval_seconds"]))
+        before = row
+    numbers = [row["epoch"] + 1 for row in epochs]
+    bottom = [0.0] * len(epochs)
+    for (name, values), key in zip(
+        parts.items(), ("compute", "data_wait", "evaluation"), strict=True
+    ):
+        axes.bar(numbers, values, 0.8, bottom, label=name, color=TIME_COLOURS[key])
+        bottom = [low + value for low, value in zip(bottom, values, strict=True)]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(numbers) <= 4:
+        axes.set_xticks(numbers)
+    axes.set(xlabel="epoch", ylabel="seconds", xlim=(0.4, max(numbers[-1], 4) + 0.6))
+    axes.yaxis.set_major_formatter(FuncFormatter(thousands))
+    axes.grid(visible=False, axis="x")
+    return svg(with_legend(figure), "epoch_seconds")
+
+
+def time_split(seconds: Row) -> str:
+    """One bar over the whole wall time; parts above 10 % carry their share, and their name
+    where it fits."""
+    parts = {key: float(value) for key, value in seconds.items() if value and value > 0}
+    total = sum(parts.values())
+    if not total:
+        return ""
+    figure, (axes,) = new_figure(size=(WIDTH, 0.8))
+    left = 0.0
+    for key, value in parts.items():
+        share = 100 * value / total
+        colour = TIME_COLOURS.get(key, GREY)
+        axes.barh(0, share, left=left, color=colour, edgecolor="white", linewidth=1)
+        words = key.split("_")
+        # A letter takes up to 2 % of the bar's width.
+        lines = [*(words if share > 2 * max(map(len, words)) else []), f"{share:.0f} %"]
+        if share > 10:
+            ink = "white" if colour == BLUE else "black"
+            place: Row = {"ha": "center", "va": "center", "color": ink, "fontsize": SMALL}
+            axes.text(left + share / 2, 0, "\n".join(lines), parse_math=False, **place)
+        left += share
+    axes.set(xlim=(0, 100), ylim=(-0.4, 0.4))
+    axes.set_axis_off()
+    return svg(figure, "time_split")

@@ -1,0 +1,205 @@
+"""Checkpoints: written beside and renamed, sealed by a checksum, read without running any code.
+
+The checksum is the comment of the zip archive that `torch.save` writes, so the file stays one that
+`torch.load` reads; torch itself overlooks a flipped bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import pickle
+import shutil
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from fastimagenet.training.recorder import Recorder
+from pipelines.errors import UserError
+from pipelines.files import written_beside
+
+LAST, PREVIOUS, EPOCH, BEST = "last.pt", "previous.pt", "epoch.pt", "best.pt"
+DIGEST = "sha256"
+SEAL_SIZE = 64
+"""Bytes of the digest as ASCII."""
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values. Raises OSError, such as for a full disk."""
+    import torch
+
+    try:
+        with written_beside(path) as beside, beside.open("w+b") as file:
+            torch.save(state, file)
+            seal(file)
+    except RuntimeError as error:
+        # torch's zip writer, closing a file that is already short, hides why it is.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def save_last(folder: Path, state: dict[str, Any], names: Iterable[str] = ()) -> None:
+    """Write `folder`/last.pt and keep the one before as previous.pt; it gets `names`, too.
+
+    At any moment last.pt is whole and previous.pt is another one, so that wherever this is cut
+    short, one of the two is intact though the one before has been damaged. Raises OSError, and then
+    all are as they were.
+    """
+    fresh, before = folder / f".{LAST}.new", folder / f".{PREVIOUS}.new"
+    try:
+        save(fresh, state)
+        if (folder / LAST).exists():
+            link(folder / LAST, before)
+        fresh.replace(folder / LAST)
+        if before.exists():
+            before.replace(folder / PREVIOUS)
+    finally:
+        fresh.unlink(missing_ok=True)
+        before.unlink(missing_ok=True)
+    for name in names:
+        beside = folder / f".{name}.new"
+        try:
+            link(folder / LAST, beside)
+            beside.replace(folder / name)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def link(source: Path, path: Path) -> None:
+    """Make `path` another name of the same file, which is never written to again, or a copy."""
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, path)
+
+
+def seal(file: BinaryIO) -> None:
+    """Append the digest of a zip archive that has no comment, as its comment."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    digest = digest_of(file, end - 2)
+    file.seek(end - 2)  # where the length of the comment is
+    file.write(SEAL_SIZE.to_bytes(2, "little") + digest)
+
+
+def digest_of(file: BinaryIO, size: int) -> bytes:
+    """Of the first `size` bytes, as ASCII."""
+    digest = hashlib.new(DIGEST)
+    while size and (data := file.read(min(size, 1 << 20))):
+        digest.update(data)
+        size -= len(data)
+    return digest.hexdigest().encode()
+
+
+def check_seal(file: BinaryIO) -> None:
+    """Raise ValueError unless the file ends with its digest; go to its start."""
+    end = file.seek(0, os.SEEK_END)
+    body = max(0, end - SEAL_SIZE - 2)
+    file.seek(0)
+    digest = digest_of(file, body)
+    if file.read() != SEAL_SIZE.to_bytes(2, "little") + digest:
+        raise ValueError("it is truncated or altered (its checksum does not hold)")
+    file.seek(0)
+
+
+def load(path: Path, *entries: str) -> dict[str, Any]:
+    """What `save` wrote, on the CPU; it holds at least `entries`.
+
+    Raises UserError naming the file if it is missing, damaged, hostile or of another program.
+    """
+    import torch
+
+    try:
+        with path.open("rb") as file:
+            check_seal(file)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist") from None
+    except pickle.UnpicklingError:  # torch advises to load it all the same
+        raise UserError(
+            f"checkpoint {path} cannot be read, take another one: it holds more than tensors and "
+            "plain values, which fastimagenet.train never writes and which may run code"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} cannot be read, take another one: {reason}") from None
+    missing = [name for name in entries if not isinstance(state, dict) or name not in state]
+    if missing:
+        raise UserError(
+            f"checkpoint {path} was not written by fastimagenet.train: it has no {missing[0]}"
+        )
+    return dict(state)
+
+
+class CheckpointWriter:
+    """Writes the states of a run to `folder`, one at a time, in their order.
+
+    The training waits while its state is copied to main memory, and for the state before where
+    that is not on the disk yet.
+    """
+
+    def __init__(self, folder: Path, recorder: Recorder) -> None:
+        self._folder, self._recorder = folder, recorder
+        for left in folder.glob(".*.pt.*"):  # by a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._row: dict[str, Any] = {}
+        """Of the event that would tell of a failure."""
+        self._written: Future[bool] | None = None
+
+    def save(self, state: dict[str, Any], names: Sequence[str] = ()) -> None:
+        """Begin to leave the state as last.pt and under `names`."""
+        self.finish()
+        self._row = {"step": state["step"], "epoch": state["epoch"]}
+        self._row["time_seconds"] = sum(state["clock"].values())
+        self._written = self._thread.submit(self._write, copied(state), copying_done(), names)
+
+    def _write(self, state: dict[str, Any], done: torch.cuda.Event | None, names: Any) -> bool:
+        if done is not None:
+            done.synchronize()
+        save = partial(save_last, self._folder, state, names)
+        return self._recorder.unwritten.attempt(f"checkpoint of step {state['step']}", save)
+
+    def finish(self) -> bool:
+        """Wait for what was begun; False where the disk has not taken it, which is an event.
+
+        Then the earlier checkpoints are as they were.
+        """
+        written, self._written = self._written, None
+        if written is None or written.result():
+            return True
+        message = f"checkpoint not written at step {self._row['step']}"
+        self._recorder.event(**self._row, message=message)
+        return False
+
+
+def copied(value: Any) -> Any:
+    """The same dicts, lists and plain values, with the tensors copied to main memory.
+
+    From a GPU the copies are only begun: the stream does them before later updates.
+    """
+    if isinstance(value, Tensor):
+        target = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return target.copy_(value, non_blocking=True)
+    if isinstance(value, dict):
+        result = copy.copy(value)  # as it is: a model's has the versions of its layouts with it
+        result.update((key, copied(item)) for key, item in value.items())
+        return result
+    return [copied(item) for item in value] if isinstance(value, list) else value
+
+
+def copying_done() -> torch.cuda.Event | None:
+    """On a GPU, what happens when the copies begun so far are there."""
+    if not torch.cuda.is_initialized():
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event

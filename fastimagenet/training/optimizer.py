@@ -1,0 +1,179 @@
+"""SGD or Muon over groups of parameters, each with its own LR, decay and end of learning."""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from fastimagenet.recipes.recipe import Recipe
+
+
+BACKENDS = ("torch", "apex")
+Settings = dict[str, Any]
+"""Entries of a group but for its parameters."""
+_REMEDY = "build NVIDIA apex from https://github.com/NVIDIA/apex or take --optimizer-backend torch"
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe, backend: str) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the parameters that learn; `set_rates` is called at every step.
+
+    Raises UserError where `backend` "apex" cannot be had.
+    """
+    import torch
+
+    groups = param_groups(model, recipe)
+    optimizer: torch.optim.Optimizer
+    # Momentum must not be 0 here: nesterov refuses that, and the schedule sets it anyway.
+    if backend == "apex":
+        if recipe.optimizer != "sgd":
+            raise UserError(f"--optimizer-backend apex has no {recipe.optimizer}: take torch")
+        fused_sgd: type[torch.optim.SGD] = _apex_fused_sgd()
+        try:
+            return fused_sgd(groups, lr=0.1, momentum=0.9, nesterov=recipe.nesterov)
+        except RuntimeError as error:  # built without its CUDA extensions
+            raise UserError(f"--optimizer-backend apex: {error}; {_REMEDY}") from None
+    if recipe.optimizer == "muon":
+        optimizer = Muon(groups, nesterov=recipe.nesterov)
+    else:
+        nesterov = recipe.nesterov
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov, fused=True)
+    for group in groups:
+        for parameter in group["params"]:
+            # Left to itself, a first step that the fp16 scaler skips would leave unset memory here.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float, epoch: int) -> None:
+    """Give every group its share of the plan's LR, and the momentum unless it has its own."""
+    for group in optimizer.param_groups:
+        learns = epoch < group.get("epochs", inf)
+        group["lr"] = lr * group.get("lr_factor", 1.0) if learns else 0.0
+        group["momentum"] = group.get("own_momentum", momentum)
+
+
+def param_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The optimizer's groups: parameters that learn and are treated alike, in the model's order.
+
+    Besides torch's entries a group has "decays", whatever the decay, and may have "muon" and those
+    that `set_rates` reads: "lr_factor", "epochs" (it stops learning after as many) and
+    "own_momentum". Parameters of at most one dimension, which are BN's and biases, do not decay
+    unless the recipe says so, and then by the same amount an update as all others, however high
+    their LR.
+    """
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                settings = _settings(module, name, parameter, recipe)
+                group = groups.setdefault(tuple(settings.items()), {"params": [], **settings})
+                group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _settings(module: nn.Module, name: str, parameter: nn.Parameter, recipe: Recipe) -> Settings:
+    """How the recipe treats one parameter of a module."""
+    from torch.nn import BatchNorm2d, SyncBatchNorm
+
+    from fastimagenet.models.speednet import WhiteningConv2d
+
+    if recipe.optimizer == "muon" and parameter.ndim == 4:
+        lr_factor, momentum = recipe.muon
+        rates = {"lr_factor": lr_factor, "own_momentum": momentum}
+        # Their norm is held, so that a decay would do nothing.
+        return {"decays": False, "weight_decay": 0.0, "muon": True, **rates}
+    decays = parameter.ndim > 1 or recipe.decay_bn_and_bias
+    decay = recipe.weight_decay if decays else 0.0
+    settings: Settings = {"decays": decays, "weight_decay": decay}
+    whitens = isinstance(module, WhiteningConv2d)
+    raised = whitens or isinstance(module, BatchNorm2d | SyncBatchNorm)
+    if name == "bias" and raised and recipe.bias_lr_factor != 1:
+        settings["lr_factor"] = recipe.bias_lr_factor
+        settings["weight_decay"] /= recipe.bias_lr_factor
+    if whitens:
+        settings["epochs"] = recipe.whitening_bias_epochs
+    return settings
+
+
+def _apex_fused_sgd() -> Any:
+    try:
+        return import_module("apex.optimizers").FusedSGD
+    except (ImportError, AttributeError):
+        raise UserError(f"--optimizer-backend apex: {_why_no_apex()}") from None
+
+
+def _why_no_apex() -> str:
+    try:
+        found = metadata.metadata("apex")
+    except metadata.PackageNotFoundError:
+        return f"NVIDIA apex is not installed; {_REMEDY}"
+    return (
+        f"the installed package apex {found['Version']} ({found['Summary']}) is another one, from "
+        f"PyPI; pip uninstall apex, then {_REMEDY}"
+    )
+
+
+STEPS = 3
+"""Newton-Schulz iterations; the record holders take 3 for speed, torch's default is 5."""
+
+
+class Muon(torch.optim.SGD):
+    """SGD but for the groups with `"muon": True`, whose 4-D parameters go by `torch.optim.Muon`.
+
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix
+    by the nearest orthogonal one, found by Newton-Schulz iterations in bf16. torch's takes 2-D
+    parameters only: here it gets each filter bank as a matrix (filters, height x width x channels)
+    over the very memory of the parameter, which is channels_last. Before each update the bank is
+    scaled to the Frobenius norm sqrt(filters), as in airbench94_muon: BN behind it makes that
+    invisible, and the LR is then a share of the weights; weight decay would do nothing.
+
+    Groups, state and `state_dict` are SGD's: a bank's momentum is kept under the parameter.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, nesterov: bool) -> None:
+        super().__init__(groups, lr=0.1, momentum=0.9, nesterov=nesterov)
+        self.matrices = {
+            bank: nn.Parameter(as_matrix(bank.detach()))
+            for group in self.filter_groups
+            for bank in group["params"]
+        }
+        matrices = [
+            {"params": [self.matrices[bank] for bank in group["params"]]}
+            for group in self.filter_groups
+        ]
+        self.inner = torch.optim.Muon(matrices, weight_decay=0.0, ns_steps=STEPS)
+
+    @property
+    def filter_groups(self) -> list[dict[str, Any]]:
+        """Those that Muon updates."""
+        return [group for group in self.param_groups if group.get("muon")]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update from the gradients of all parameters; those of the filters are consumed."""
+        for group, inner in zip(self.filter_groups, self.inner.param_groups, strict=True):
+            inner["lr"], inner["momentum"] = group["lr"], group["momentum"]
+            for bank in group["params"]:
+                matrix, momentum = self.matrices[bank], self.state[bank]["momentum_buffer"]
+                # A loaded state has brought another buffer.
+                self.inner.state[matrix] = {"momentum_buffer": as_matrix(momentum)}
+                if bank.grad is not None:
+                    gradient = bank.grad.contiguous(memory_format=torch.channels_last)
+                    matrix.grad = as_matrix(gradient)
+                bank.mul_(len(bank) ** 0.5 / bank.norm())
+                bank.grad = None  # SGD passes over what has none
+        self.inner.step()
+        self.inner.zero_grad()
+        super().step()
+
+
+def as_matrix(filters: Tensor) -> Tensor:
+    """(filters, channels, H, W), channels_last, as a view (filters, H x W x channels)."""
+    return filters.permute(0, 2, 3, 1).view(len(filters), -1)

@@ -1,0 +1,215 @@
+"""The files of a run folder: how they are written whole, and how they are read back."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
+
+from fastimagenet.training.failures import Unwritten
+from pipelines.files import Row, write_text
+
+if TYPE_CHECKING:
+    from fastimagenet.recipes.recipe import Recipe
+
+
+def read_rows(run_dir: Path) -> list[Row]:
+    """The rows of `run_dir`/metrics.jsonl in order; none without the file.
+
+    A line that is torn, as a killed process leaves one, is left out.
+    """
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    rows = []
+    for line in text.split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One step row; the rates are those that the update was made with."""
+
+    step: int
+    """Updates done so far, this one included."""
+    epoch: int
+    time_seconds: float
+    lr: float
+    momentum: float
+    loss: float
+    """Of this process's batch."""
+    images_per_sec: float
+    """Of all processes, since the row before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """One epoch row. Times are readings of clocks that began with the run."""
+
+    step: int
+    """Updates done so far."""
+    epoch: int
+    """From 0."""
+    time_seconds: float
+    train_seconds: float
+    eval_seconds: float
+    data_wait_seconds: float
+    image_size: int
+    batch_size: int
+    images_per_sec: float
+    """Over this epoch's training, data wait included."""
+    train_loss: float
+    val_loss: float | None = None
+    top1: float | None = None
+    """Fractions; None in an epoch without evaluation."""
+    top5: float | None = None
+    tta_top1: float | None = None
+    tta_top5: float | None = None
+    square_top1: float | None = None
+    """Beside those of the last evaluation, where that is of rectangles."""
+    square_top5: float | None = None
+
+
+def best_record(records: list[EpochRecord], recipe: Recipe) -> EpochRecord | None:
+    """The first of the evaluated epochs that are best in the target's metric, or in top-1."""
+    metric = recipe.target_metric[0] if recipe.target_metric else "top1"
+    evaluated = [record for record in records if record.top1 is not None]
+    return max(evaluated, key=lambda record: getattr(record, metric), default=None)
+
+
+class Recorder:
+    """Rows to `folder`/metrics.jsonl and to the terminal: a bar on a terminal, else plain lines."""
+
+    def __init__(self, folder: Path, total_steps: int, stream: TextIO | None = None) -> None:
+        self._folder = folder
+        self._total_steps = total_steps
+        self._stream = stream or sys.stdout
+        self._bar: Any = None
+        self._file: BinaryIO | None = None
+        self._pending = b""
+        """Rows that a full disk has not taken yet."""
+        self.unwritten = Unwritten()
+
+    def start(self, step: int, records: list[EpochRecord], *, renumbered: bool = False) -> None:
+        """Open the file for a run that goes on at `step`: rows past it are dropped.
+
+        In a new folder the epochs of before, `records`, are written first. `renumbered`: steps
+        counted differently before, so only the rows of those epochs are kept.
+        """
+        kept = read_rows(self._folder) if step else []
+        if renumbered:
+            kept = [row for row in kept if row["epoch"] < len(records)]
+        else:
+            kept = [row for row in kept if row["step"] <= step]
+        kept = kept or [{"kind": "epoch", **asdict(record)} for record in records]
+        path = self._folder / "metrics.jsonl"
+        write_text(path, "".join(map(_line, kept)))
+        self._file = cast(BinaryIO, path.open("ab", buffering=0))
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            # Some terminals give their size as 0 x 0, where a bar would not be seen.
+            columns, lines = shutil.get_terminal_size()
+            self._bar = tqdm(
+                total=self._total_steps,
+                initial=step,
+                unit="step",
+                file=self._stream,
+                ncols=columns - 1,
+                nrows=lines,
+                smoothing=0.1,
+            )
+
+    def step(self, record: StepRecord) -> None:
+        """A log step."""
+        self._write("step", asdict(record))
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {record.loss:.3f}, {record.images_per_sec:,.0f} images/s"
+            )
+            self._bar.update(record.step - self._bar.n)
+
+    def epoch(self, record: EpochRecord) -> None:
+        """The end of an epoch, evaluated or not."""
+        self._write("epoch", asdict(record))
+        text = (
+            f"epoch {record.epoch + 1:>3}  {record.image_size} px  "
+            f"train loss {record.train_loss:.4f}  {record.images_per_sec:,.0f} images/s  "
+            f"train {record.train_seconds:.1f} s"
+        )
+        if record.top1 is not None and record.top5 is not None:
+            text += f"  top-1 {record.top1:.2%}  top-5 {record.top5:.2%}"
+        if record.tta_top1 is not None:
+            text += f"  with TTA {record.tta_top1:.2%}"
+        if record.square_top1 is not None:
+            text += f"  on squares {record.square_top1:.2%}"
+        self._print(text)
+
+    def event(self, *, step: int, epoch: int, time_seconds: float, message: str) -> None:
+        """Anything else worth keeping, such as a resume."""
+        row = {"step": step, "epoch": epoch, "time_seconds": time_seconds, "message": message}
+        self._write("event", row)
+        self._print(message)
+
+    def close(self) -> None:
+        """Finish the bar and the file."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None and not self._file.closed:
+            self._flush()
+            self._file.close()
+
+    def _write(self, kind: str, row: Row) -> None:
+        self._pending += _line({"kind": kind, **row}).encode()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Append the rows, or keep them, or the rest of one, for the next time."""
+        file = self._file
+        assert file is not None, "start() comes first"
+
+        def append() -> None:
+            while self._pending:
+                self._pending = self._pending[file.write(self._pending) :]
+
+        self.unwritten.attempt("rows of metrics.jsonl", append)
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+
+class NullRecorder(Recorder):
+    """What the processes other than the first hold: it writes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), 0)
+
+    def start(self, step: int, records: list[EpochRecord], *, renumbered: bool = False) -> None:
+        pass
+
+    def _write(self, kind: str, row: Row) -> None:
+        pass
+
+    def _print(self, text: str) -> None:
+        pass
+
+
+def _line(row: Row) -> str:
+    """One JSON line; NaN and infinity, which JSON does not have, become null."""
+    clean = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    return json.dumps(clean) + "\n"

@@ -1,0 +1,1 @@
+"""Which images there are: folders, shards, copies, and the check of every file."""

@@ -1,0 +1,366 @@
+"""What makes a file unfit for training, in one exception and a few bounds."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
+
+from pipelines.datasets.images import ImageFile, Part, open_file, unreadable
+from pipelines.datasets.shards import BLOCK, is_member
+from pipelines.errors import Damage
+
+FORMATS = "JPEG, PNG, BMP, TIFF, WebP, PNM or JPEG 2000"
+"""What both DALI and Pillow decode."""
+MAX_PIXELS = 178_956_970
+"""Width times height: Pillow refuses more, twice its MAX_IMAGE_PIXELS, as decompression bombs."""
+MAX_RATIO = 2000
+"""Long side / short side. Validation enlarges the short side: at 288 px, an image of 20,000 x 10
+takes 1.4 GB in either back end, and one of 65,000 x 1 would take 21."""
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise Damage for an image without pixels, or with too many once it is decoded or enlarged."""
+    if width < 1 or height < 1:
+        raise Damage("corrupt", f"cannot be decoded (its header says {width} x {height} pixels)")
+    if width * height > MAX_PIXELS:
+        raise Damage("too-large", f"has {width:,} x {height:,} pixels, more than {MAX_PIXELS:,}")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise Damage("too-thin", f"has {width} x {height} pixels, thinner than 1 : {MAX_RATIO}")
+
+
+HEAD = 4096
+"""Bytes that are read at a time."""
+MAX_SEGMENTS = 10_000
+"""Segments or chunks that a header may have."""
+MAX_JPEG_SIDE = 65_500
+"""Pixels; libjpeg refuses more."""
+SEGMENT = struct.Struct(">BBH").unpack_from
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""SOF markers: what is left out are tables."""
+BARE = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})
+"""Markers that have no place between the segments of a header."""
+SCAN = 0xDA
+
+
+def jpeg_size(part: Part, head: bytes) -> tuple[int, int]:
+    """(width, height): the segments up to the first scan, then the end marker."""
+    at, base = 2, 0  # the segment's place in the file, and where `head` begins
+    width = height = -1
+    for _ in range(MAX_SEGMENTS):
+        if at - base + 9 > len(head):
+            head, base = part.read(HEAD, at), at
+            if len(head) < 9:
+                raise Damage("truncated", "is truncated in its header")
+        first, marker, length = SEGMENT(head, at - base)
+        if first == marker == 0xFF:  # fill
+            at += 1
+            continue
+        if first != 0xFF or marker in BARE or length < 2:
+            raise Damage("corrupt", f"cannot be decoded (no JPEG segment at byte {at})")
+        if marker in FRAMES:
+            precision = head[at - base + 4]
+            height, width = struct.unpack_from(">HH", head, at - base + 5)
+            if precision != 8:
+                raise Damage("format", f"is a JPEG of {precision} bits a sample, which must be 8")
+            if max(width, height) > MAX_JPEG_SIDE and width * height <= MAX_PIXELS:
+                raise Damage("too-large", f"has a side of more than {MAX_JPEG_SIDE:,} pixels")
+        at += 2 + length
+        if marker == SCAN:
+            if width < 0:
+                raise Damage("corrupt", "cannot be decoded (a scan before the frame's header)")
+            check_jpeg_end(part, head if base == 0 else b"", at)
+            return width, height
+    raise Damage("corrupt", f"cannot be decoded (more than {MAX_SEGMENTS:,} segments)")
+
+
+def check_jpeg_end(part: Part, head: bytes, at: int) -> None:
+    """Raise Damage unless there is an end marker behind `at`, where the first scan begins.
+
+    It cannot occur in a scan's data, but cameras append to it: then all that follows is searched.
+    """
+    tail = head[-2:] if len(head) == part.size else part.read(2, part.size - 2)
+    if tail == b"\xff\xd9" and at <= part.size - 2:
+        return
+    last = b""
+    while at < part.size:
+        data = part.read(1 << 20, at)
+        if not data:
+            break
+        if b"\xff\xd9" in last + data:
+            return
+        at, last = at + len(data), data[-1:]
+    raise Damage("truncated", "is truncated (a JPEG without its end)")
+
+
+def png_size(part: Part, head: bytes) -> tuple[int, int]:
+    """(width, height): the first chunk, then the last one."""
+    if len(head) < 33:
+        raise Damage("truncated", "is truncated in its header")
+    if head[12:16] != b"IHDR" or head[29:33] != zlib.crc32(head[12:29]).to_bytes(4, "big"):
+        raise Damage("corrupt", "cannot be decoded (a PNG without a valid IHDR)")
+    width, height = struct.unpack_from(">II", head, 16)
+    tail = head[-12:-4] if len(head) == part.size else part.read(8, part.size - 12)
+    if tail != b"\0\0\0\0IEND":
+        check_png_end(part)
+    return width, height
+
+
+def check_png_end(part: Part) -> None:
+    """Raise Damage unless the chunks lead to a whole IEND; anything may follow it."""
+    at = 8
+    for _ in range(MAX_SEGMENTS):
+        head = part.read(8, at)
+        if len(head) < 8:
+            break
+        length, name = struct.unpack(">I4s", head)
+        at += 12 + length
+        if name == b"IEND" and at <= part.size:
+            return
+    raise Damage("truncated", "is truncated (a PNG without its end)")
+
+
+def webp_size(part: Part, head: bytes) -> tuple[int, int]:
+    """(width, height): the first chunk, and the lengths of all."""
+    if len(head) < 30:
+        raise Damage("truncated", "is truncated in its header")
+    end = 8 + int(struct.unpack_from("<I", head, 4)[0])
+    at = 12
+    for _ in range(MAX_SEGMENTS):
+        if at >= end:
+            break
+        length = part.read(4, at + 4)
+        at += 8 + int.from_bytes(length, "little")
+        if at > min(end, part.size) or len(length) < 4:
+            raise Damage("truncated", "is truncated (a WebP without its end)")
+        at += at % 2
+    kind = head[12:16]
+    if kind == b"VP8X":
+        width, height = head[24:27], head[27:30]
+        return 1 + int.from_bytes(width, "little"), 1 + int.from_bytes(height, "little")
+    if kind == b"VP8L" and head[20] == 0x2F:
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
+        width, height = struct.unpack_from("<HH", head, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    raise Damage("corrupt", "cannot be decoded (a WebP without an image)")
+
+
+MAGIC = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"BM": "BMP",
+    b"II*\x00": "TIFF",
+    b"MM\x00*": "TIFF",
+    b"II+\x00": "TIFF",
+    b"P2": "PPM",
+    b"P3": "PPM",
+    b"P4": "PPM",
+    b"P5": "PPM",
+    b"P6": "PPM",
+    b"\x00\x00\x00\x0cjP  ": "JPEG2000",
+    b"\xff\x4f\xff\x51": "JPEG2000",
+}
+"""First bytes and Pillow's name of the format; WebP is told by two places."""
+OTHERS = {
+    b"GIF8": "GIF",
+    b"8BPS": "PSD",
+    b"\xff\x0a": "JPEG XL",
+    b"\x00\x00\x00\x0cJXL ": "JPEG XL",
+}
+"""First bytes of images that not every back end decodes."""
+BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIC"),
+}
+"""The same for those that bytes 4 to 12 tell: "ftyp", then one of these."""
+WHOLE = frozenset({"JPEG", "PNG", "WEBP"})
+"""Formats whose header and end are read here; files of the others are decoded to know of both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What every back end agrees on."""
+
+    format: str
+    """Pillow's name: JPEG, PNG, WEBP, BMP, TIFF, PPM or JPEG2000."""
+    width: int
+    height: int
+
+
+def read_header(part: Part) -> Header:
+    """The header of an image; raises Damage for what cannot be one.
+
+    JPEG, PNG and WebP must also have their end. Of the other formats only the size is known, by
+    Pillow's reader: decode them to know more.
+    """
+    try:
+        head = part.read(HEAD, 0)
+        if not head:
+            raise Damage("empty", "is empty")
+        name = format_of(head)
+        if name == "JPEG":
+            width, height = jpeg_size(part, head)
+        elif name == "PNG":
+            width, height = png_size(part, head)
+        elif name == "WEBP":
+            width, height = webp_size(part, head)
+        else:
+            width, height = size_by_pillow(part, name)
+    except OSError as error:
+        raise unreadable(error) from error
+    check_size(width, height)
+    return Header(name, width, height)
+
+
+def format_of(head: bytes) -> str:
+    """Pillow's name of the format; raises Damage for others and for what is no image."""
+    for magic, name in MAGIC.items():
+        if head.startswith(magic):
+            return name
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "WEBP"
+    other = next((name for magic, name in OTHERS.items() if head.startswith(magic)), None)
+    if head[4:8] == b"ftyp":
+        other = BRANDS.get(head[8:12])
+    if other is not None:
+        raise Damage("format", f"is no image that every back end reads ({other}, not {FORMATS})")
+    raise Damage("junk", f"is no image ({FORMATS})")
+
+
+def size_by_pillow(part: Part, name: str) -> tuple[int, int]:
+    """(width, height) of a rare format."""
+
+    with part.stream() as stream, open_image(stream, name) as image:
+        return image.size
+
+
+def check_file(image: ImageFile, pixels: bool = False) -> Header:
+    """Raise Damage for an image that a back end will not read, as far as is seen at little cost.
+
+    JPEG, PNG and WebP: the header and the end, and with `pixels` all of it. The other formats are
+    decoded anyway. In a shard, the tar header is looked at, too.
+    """
+    file, status = open_file(image.path)
+    try:
+        if image.size is None:
+            part = Part(file, 0, status.st_size)
+        else:
+            part = Part(file, image.start, image.size)
+            check_member(part, image.name)
+        header = read_header(part)
+        if pixels or header.format not in WHOLE:
+            with part.stream() as stream:
+                check_pixels(stream, header.format)
+        return header
+    finally:
+        os.close(file)
+
+
+def check_member(part: Part, name: str) -> None:
+    """Raise Damage unless the shard has this member, a plain file, where its index says."""
+    try:
+        header = os.pread(part.file, BLOCK, part.start - BLOCK)
+    except OSError as error:
+        raise unreadable(error) from error
+    if not is_member(header, name, part.size):
+        raise Damage("corrupt", "is not what its shard has there (another tar header)")
+
+
+READ_SIZE = 1 << 20
+"""Bytes that are read at a time."""
+PNG_CRITICAL = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
+
+
+def open_image(stream: BinaryIO, name: str) -> Image.Image:
+    """The image of a known format, from its start, not decoded yet; to be closed.
+
+    Raises Damage where Pillow cannot read the header, or DALI is known not to.
+    """
+    stream.seek(0)
+    try:
+        image = Image.open(stream, formats=(name,))
+    except Exception as error:
+        raise damage(error) from error
+    check_size(*image.size)
+    check_dali(image)
+    return image
+
+
+def check_dali(image: Image.Image) -> None:
+    """Raise Damage for what Pillow reads of TIFF and JPEG 2000 and DALI 2.4 does not."""
+    compression = image.info.get("compression")
+    if isinstance(image, TiffImageFile):
+        bits = image.mode == "1" and compression == "raw"
+        if bits or image.mode == "I" or compression in ("lzma", "webp"):
+            what = f"{compression}, mode {image.mode}"
+            raise Damage("format", f"is a TIFF that not every back end reads ({what})")
+        try:
+            _ = image.n_frames  # Pillow reads the headers of all pages, as DALI does at once
+        except Exception as error:
+            raise Damage("corrupt", "cannot be decoded (its list of pages)") from error
+    elif image.format == "JPEG2000" and image.mode == "LA":
+        raise Damage("format", "is a JPEG 2000 that not every back end reads (two channels)")
+
+
+def check_pixels(stream: BinaryIO, name: str) -> None:
+    """Raise Damage for an image of a known format that Pillow or DALI cannot decode."""
+    if name == "PNG":
+        check_png_chunks(stream)
+    with open_image(stream, name) as image:
+        read_pixels(image)
+
+
+def read_pixels(image: Image.Image) -> None:
+    """Decode the image; raises Damage if that cannot be done."""
+    try:
+        image.load()
+    except Exception as error:
+        raise damage(error) from error
+
+
+def check_png_chunks(stream: BinaryIO) -> None:
+    """Raise Damage for what libpng, and so DALI, refuses and Pillow overlooks.
+
+    The checksums of the critical chunks, and critical chunks that are not known.
+    """
+    stream.seek(8)
+    while len(head := stream.read(8)) == 8:
+        left, name = struct.unpack(">I4s", head)
+        critical = not name[0] & 0x20
+        if critical and name not in PNG_CRITICAL:
+            raise Damage("corrupt", f"cannot be decoded (an unknown PNG chunk, {name!r})")
+        checksum = zlib.crc32(name)
+        while left and (data := stream.read(min(left, READ_SIZE))):
+            checksum = zlib.crc32(data, checksum)
+            left -= len(data)
+        found = stream.read(4)
+        if name == b"IEND":
+            return
+        if critical and found != checksum.to_bytes(4, "big"):
+            raise Damage("corrupt", f"cannot be decoded (wrong checksum of {name.decode()})")
+    raise Damage("truncated", "is truncated (a PNG without its end)")
+
+
+def damage(error: Exception) -> Damage:
+    """What an exception of Pillow says about the file."""
+    text = " ".join(str(error).split())
+    if isinstance(error, Damage):
+        return error
+    if isinstance(error, MemoryError):
+        return Damage("too-large", "cannot be decoded in the memory allowed for an image")
+    if isinstance(error, Image.DecompressionBombError):
+        return Damage("too-large", f"has more than {MAX_PIXELS:,} pixels")
+    if isinstance(error, Image.UnidentifiedImageError):
+        return Damage("corrupt", "cannot be decoded (its header is damaged)")
+    if isinstance(error, OSError) and error.errno is not None:
+        return Damage("unreadable", f"cannot be read ({error.strerror})")
+    if "truncated" in text.lower():
+        return Damage("truncated", f"is truncated ({text})")
+    return Damage("corrupt", f"cannot be decoded ({text or type(error).__name__})")

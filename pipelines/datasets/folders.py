@@ -1,0 +1,74 @@
+"""Image folders: `DIR/train/CLASS/*` and `DIR/val/CLASS/*`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.datasets.images import Images, Listing, pack_names
+from pipelines.errors import UserError
+
+
+def find_split(root: Path, split: str) -> Path:
+    """The folder of a split; raises UserError if it or `root` is missing."""
+    assert split in ("train", "val"), split
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: --data takes a folder with train/ and val/")
+    names = ("val", "test") if split == "val" else ("train",)
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise UserError(f"{root} has no folder {' or '.join(names)}/: expected {names[0]}/CLASS/IMAGE")
+
+
+def visible(folder: Path | str) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or leads to one; a loop of links does not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def class_names(folder: Path | str) -> list[str]:
+    return sorted(entry.name for entry in visible(folder) if is_folder(entry))
+
+
+def list_folder(folder: Path) -> Listing:
+    """The files of a split, sorted by class and name; hidden ones are left out.
+
+    Links to folders are followed. Raises UserError where there are no classes.
+    """
+    classes = class_names(folder)
+    if not classes:
+        raise UserError(f"{folder} has no class folders: expected {folder}/CLASS/IMAGE")
+    blobs, sizes, counts = [], [], []
+    for name in classes:
+        files = sorted(entry.name for entry in visible(folder / name) if not is_folder(entry))
+        blob, lengths = pack_names(files)
+        blobs.append(blob)
+        sizes.append(np.array(lengths, np.int32))
+        counts.append(len(files))
+    name_size = np.concatenate(sizes)
+    ends = np.cumsum(name_size, dtype=np.int64)
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+    images = Images(
+        holders=tuple(f"{folder}/{name}" for name in classes),
+        holder=labels,
+        names=np.frombuffer(b"".join(blobs), np.uint8),
+        name_start=ends - name_size,
+        name_size=name_size,
+    )
+    return Listing(images, labels, tuple(classes))
+
+
+def folder_stamps(folder: Path) -> list[int]:
+    """When the folder and its classes last changed, in ns: files came, went or were renamed."""
+    paths = (folder, *(folder / name for name in class_names(folder)))
+    return [os.stat(path).st_mtime_ns for path in paths]

@@ -1,0 +1,192 @@
+"""The images of a split: where each one's bytes lie, kept in tens of bytes an image."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.errors import Damage
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+
+class ImageFile(NamedTuple):
+    """An encoded image: a file of its own, or a part of a shard."""
+
+    path: str
+    """Of the file, or of the shard."""
+    start: int = 0
+    """Where the image begins in it, in bytes."""
+    size: int | None = None
+    """Bytes of the image; None: the whole file."""
+    name: str = ""
+    """Of the member of a shard."""
+
+    def __str__(self) -> str:
+        """As errors name it."""
+        return f"{self.path}:{self.name}" if self.name else self.path
+
+    def open(self) -> BinaryIO:
+        """A stream of the encoded image; raises what `read` does."""
+        return open(self.path, "rb") if self.size is None else io.BytesIO(self.read())
+
+    def read(self) -> bytes:
+        """The encoded image. Raises OSError, and EOFError for a shard that is too short."""
+        with open(self.path, "rb", buffering=0) as file:
+            if self.size is None:
+                return file.readall()
+            data = os.pread(file.fileno(), self.size, self.start)
+        if len(data) < self.size:
+            raise EOFError(f"{self.path} ends within {self.name}")
+        return data
+
+
+@dataclass(frozen=True, eq=False)
+class Images(Sequence[ImageFile]):
+    """The images of some folders or of some shards; `ImageFile`s are made when asked for."""
+
+    holders: tuple[str, ...]
+    """Paths of the folders, or of the shards."""
+    holder: NDArray[np.int32]
+    """(N,): the place in `holders` of the one that an image is in."""
+    names: NDArray[np.uint8]
+    """The names of all images, one behind the other, as the file system has them."""
+    name_start: NDArray[np.int64]
+    """(N,): where an image's name begins."""
+    name_size: NDArray[np.int32]
+    """(N,): bytes of the name."""
+    start: NDArray[np.int64] | None = None
+    """Of shards, (N,): where the image begins, in bytes."""
+    size: NDArray[np.int64] | None = None
+    """Of shards, (N,): bytes of the image."""
+
+    def __len__(self) -> int:
+        return len(self.holder)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageFile: ...
+    @overload
+    def __getitem__(self, index: slice) -> Images: ...
+    def __getitem__(self, index: int | slice) -> ImageFile | Images:
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        holder, name = self.holders[self.holder[index]], self.name(index)
+        if self.start is None or self.size is None:
+            return ImageFile(f"{holder}/{name}")
+        return ImageFile(holder, int(self.start[index]), int(self.size[index]), name)
+
+    def name(self, index: int) -> str:
+        """The name of an image in its folder or shard."""
+        start = self.name_start[index]
+        return os.fsdecode(self.names[start : start + self.name_size[index]].tobytes())
+
+    def take(self, places: NDArray[np.int64]) -> Images:
+        """The images at these places, in this order."""
+        return Images(
+            self.holders,
+            self.holder[places],
+            self.names,
+            self.name_start[places],
+            self.name_size[places],
+            None if self.start is None else self.start[places],
+            None if self.size is None else self.size[places],
+        )
+
+
+def pack_names(names: Iterable[str]) -> tuple[bytes, list[int]]:
+    """File names one behind the other, and the bytes of each."""
+    encoded = [os.fsencode(name) for name in names]
+    return b"".join(encoded), [len(name) for name in encoded]
+
+
+def whole_files(paths: Iterable[str]) -> list[ImageFile]:
+    """Images that are files of their own, wherever they lie."""
+    return [ImageFile(path) for path in paths]
+
+
+BUFFER = 1 << 16
+"""Bytes that a stream reads at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of bytes in an open file."""
+
+    file: int
+    """Its descriptor."""
+    start: int
+    size: int
+
+    def read(self, count: int, at: int) -> bytes:
+        """Up to `count` bytes from byte `at` of the part on; what lies behind it is not seen."""
+        return os.pread(self.file, max(0, min(count, self.size - at)), self.start + at)
+
+    def stream(self) -> BinaryIO:
+        """The part as a file of its own; closing it leaves the descriptor open."""
+        return cast(BinaryIO, io.BufferedReader(PartReader(self), BUFFER))
+
+
+class PartReader(io.RawIOBase):
+    """What `Part.stream` reads through."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + (0, self.at, self.part.size)[whence]
+        if self.at < 0:
+            self.at = 0
+            raise OSError("before the first byte")
+        return self.at
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
+        data = self.part.read(len(view), self.at)
+        view[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+
+def open_file(path: str | bytes) -> tuple[int, os.stat_result]:
+    """A descriptor to read from, to be closed, and its status; never waits, as on a FIFO.
+
+    Raises Damage for what cannot be opened or is no regular file.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise unreadable(error) from error
+    status = os.fstat(file)
+    if stat.S_ISREG(status.st_mode):
+        return file, status
+    os.close(file)
+    raise Damage("not-a-file", "is no regular file")
+
+
+def unreadable(error: OSError) -> Damage:
+    return Damage("unreadable", f"cannot be read ({error.strerror})")
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The images of a split as its folders or shards have them."""
+
+    images: Images
+    labels: NDArray[np.int32]
+    """(N,): the place in `classes` of each image's class."""
+    classes: tuple[str, ...]

@@ -1,0 +1,189 @@
+"""What is known of every image before it is decoded, cached so that a million files start fast.
+
+Listing 1.3 million files and reading their headers takes a while; it is done once, by one process
+of a node, and holds until a folder changes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pipelines.datasets.checks import check_file
+from pipelines.datasets.images import ImageFile, Images, Listing
+from pipelines.errors import Damage
+from pipelines.files import cache_folder, written_beside
+from pipelines.workers import in_processes, num_cores
+
+VERSION = 1
+CHUNK = 512
+"""Images that are checked at a time."""
+MANY = 20_000
+"""Images from which on processes pay; fewer are checked in threads."""
+SETTLED_SECONDS = 2.0
+"""A folder that changed later than this before it was listed may change again within the same tick
+of its clock: what is found then is not kept."""
+ARRAYS = ("holder", "names", "name_start", "name_size", "start", "size")
+"""Of `Images`, as they are kept."""
+Job = tuple[int, list[ImageFile]]
+"""Place of the first image, and the images that follow one another from there."""
+Checked = tuple[int, list[tuple[int, int]], list[tuple[int, str]]]
+"""Place of the first image; (height, width) of each, zeros where it is bad; and per bad image its
+place and what is wrong with it, in words that go on after the path."""
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """A listing whose files have been looked at."""
+
+    listing: Listing
+    shapes: NDArray[np.int32]
+    """(N, 2): height and width as the headers have them; zeros where an image is bad."""
+    bad: list[tuple[int, str]]
+    """Places of the images that a back end would not read, and why."""
+
+
+def cached_index(
+    source: Path, stamps: Callable[[], list[int]], make_listing: Callable[[], Listing]
+) -> Index:
+    """The index of `source`, an absolute path: that of the user's cache while `stamps` hold.
+
+    `stamps` gives modification times in ns, of all that would change if images came or went. One
+    process of a node makes the index, the others wait for it. Images that were bad are looked at
+    again.
+    """
+    # Not the real path: an index holds the paths that it was asked for.
+    name = hashlib.sha256(os.fsencode(source)).hexdigest()[:20]
+    path = cache_folder() / "index" / f"{name}.npz"
+    with locked(path):
+        now = stamps()
+        index = load(path, now)
+        if index is None:
+            index = make_index(make_listing())
+            if max(now, default=0) < (time.time() - SETTLED_SECONDS) * 1e9 and now == stamps():
+                save(path, index, now)
+            return index
+    return checked_again(index)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for other processes that make the same file; without a word where that is impossible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:  # a read-only home: each process makes its own
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # some network file systems cannot
+        yield
+    finally:
+        os.close(lock)
+
+
+def make_index(listing: Listing) -> Index:
+    """Look at the header and the end of every file."""
+    images = listing.images
+    shapes = np.zeros((len(images), 2), np.int32)
+    bad = []
+    jobs = ((start, list(images[start : start + CHUNK])) for start in range(0, len(images), CHUNK))
+    for start, found, damaged in check_all(jobs, len(images)):
+        shapes[start : start + len(found)] = found
+        bad += damaged
+    return Index(listing, shapes, sorted(bad))
+
+
+def check_all(jobs: Iterator[Job], count: int) -> Iterator[Checked]:
+    """`check_images` of every job, with a progress bar where there are many images."""
+    if count < MANY:
+        # Up to 8 at a time, which pays where the disk is slow.
+        with ThreadPoolExecutor(8) as pool:
+            yield from pool.map(check_images, jobs)
+        return
+    with tqdm(total=count, unit="image", desc="checking images", disable=None) as bar:
+        for checked in in_processes(check_images, jobs, max(8, num_cores())):
+            bar.update(len(checked[1]))
+            yield checked
+
+
+def check_images(job: Job) -> Checked:
+    """Height and width of each image, or what is wrong with it."""
+    start, files = job
+    shapes: list[tuple[int, int]] = []
+    bad = []
+    for place, file in enumerate(files, start):
+        try:
+            header = check_file(file)
+            shapes.append((header.height, header.width))
+        except Damage as damage:
+            bad.append((place, damage.text))
+            shapes.append((0, 0))
+    return start, shapes, bad
+
+
+def checked_again(index: Index) -> Index:
+    """The index without the bad images that have been mended since."""
+    shapes, bad = index.shapes, []
+    for place, _ in index.bad:
+        _, found, damaged = check_images((place, [index.listing.images[place]]))
+        shapes[place] = found[0]
+        bad += damaged
+    return Index(index.listing, shapes, bad)
+
+
+def save(path: Path, index: Index, stamps: list[int]) -> None:
+    """Keep an index; a cache that cannot be written is noted on standard error."""
+    listing, images = index.listing, index.listing.images
+    about = {
+        "version": VERSION,
+        "stamps": stamps,
+        "classes": listing.classes,
+        "holders": images.holders,
+        "bad": index.bad,
+    }
+    arrays = {name: getattr(images, name) for name in ARRAYS if getattr(images, name) is not None}
+    try:
+        with written_beside(path) as beside, beside.open("wb") as file:
+            np.savez(
+                file,
+                about=np.frombuffer(json.dumps(about).encode(), np.uint8),
+                labels=listing.labels,
+                shapes=index.shapes,
+                **arrays,
+            )
+    except OSError as error:
+        print(f"note: {path} cannot be written ({error.strerror})", file=sys.stderr)  # noqa: T201
+
+
+def load(path: Path, stamps: list[int]) -> Index | None:
+    """The index in a file, if it is there, whole, and of these stamps."""
+    try:
+        with np.load(path) as arrays:
+            about = json.loads(arrays["about"].tobytes())
+            if about["version"] != VERSION or about["stamps"] != stamps:
+                return None
+            kept = {name: arrays[name] for name in ARRAYS if name in arrays}
+            images = Images(holders=tuple(about["holders"]), **kept)
+            listing = Listing(images, arrays["labels"], tuple(about["classes"]))
+            bad = [(place, text) for place, text in about["bad"]]
+            return Index(listing, arrays["shapes"], bad)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None  # none yet, or damaged: it is made anew

@@ -1,0 +1,221 @@
+"""One split of the data, folders or shards, as training takes it: images, labels, classes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.datasets.folders import find_split, folder_stamps, list_folder
+from pipelines.datasets.images import ImageFile, Images, Listing
+from pipelines.datasets.index import Index, cached_index
+from pipelines.datasets.shards import has_shards, list_shards, shard_stamps
+from pipelines.errors import Damage, UserError
+
+ON_BAD_IMAGE = ("error", "skip")
+SCAN = "python -m pipelines.prepare scan"
+Bad = tuple[str, str]
+"""An image as errors name it, and what is wrong with it in words that go on after the name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The images of one split: of folders sorted by class and name, of shards as they lie there."""
+
+    files: Sequence[ImageFile]
+    labels: Sequence[int] | NDArray[np.int32]
+    """Per image, the place of its class in `classes`."""
+    classes: tuple[str, ...]
+    left_out: tuple[Bad, ...] = ()
+    """What `on_bad_image="skip"` has left out."""
+    shapes: NDArray[np.int32] | None = None
+    """(N, 2): height and width as the headers have them; None: not looked at."""
+    strange_skip_list: bool = False
+    """Whether the skip list has names, and none of them is among the images."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether images are parts of larger files."""
+        return bool(self.files) and self.files[0].size is not None
+
+    def take(self, places: NDArray[np.int64]) -> Split:
+        """The images at these places, in this order."""
+        files = self.files
+        return replace(
+            self,
+            files=files.take(places) if isinstance(files, Images) else [files[i] for i in places],
+            labels=np.asarray(self.labels)[places],
+            shapes=None if self.shapes is None else self.shapes[places],
+        )
+
+
+def read_split(
+    root: Path | str,
+    split: str,
+    skip_list: Path | str | None = None,
+    check_files: bool = True,
+    on_bad_image: str = "error",
+) -> Split:
+    """List the images of `root/split/CLASS/`, or of the shards in `root`.
+
+    `split` is "train" or "val"; "test" is taken where "val" is missing. Hidden files are left out,
+    links to folders are followed. `skip_list` names files to leave out, see `read_skip_list`.
+    `check_files` looks at the header and the end of each image, and keeps what it finds in the
+    user's cache for as long as folders or shards do not change; `on_bad_image` says what becomes of
+    those that would stop a back end: "error" raises, "skip" leaves them out and names them in
+    `left_out`.
+
+    Raises UserError for a missing folder, no classes, an empty class or a bad file.
+    """
+    assert on_bad_image in ON_BAD_IMAGE, on_bad_image
+    root = Path(os.path.abspath(root))
+    skipped = read_skip_list(root, skip_list) if skip_list is not None else frozenset()
+    if has_shards(root):
+        source = root / split
+        stamps, make_listing = partial(shard_stamps, root, split), partial(list_shards, root, split)
+    else:
+        source = find_split(root, split)
+        stamps, make_listing = partial(folder_stamps, source), partial(list_folder, source)
+    if not check_files:
+        return chosen(make_listing(), None, source, skipped, on_bad_image)
+    index = cached_index(source, stamps, make_listing)
+    return chosen(index.listing, index, source, skipped, on_bad_image)
+
+
+def chosen(
+    listing: Listing,
+    index: Index | None,
+    source: Path,
+    skipped: frozenset[str],
+    on_bad_image: str,
+) -> Split:
+    """The images of a split that are neither skipped nor bad, as far as is known."""
+    images = listing.images
+    shapes, bad_places = (None, []) if index is None else (index.shapes, index.bad)
+    keep = np.ones(len(images), bool)
+    found = places(images, skipped)
+    keep[found] = False
+    bad = [(str(images[place]), text) for place, text in bad_places if keep[place]]
+    if bad and on_bad_image == "error":
+        raise bad_images(source.parent, bad)
+    there = np.bincount(listing.labels[keep], minlength=len(listing.classes))
+    keep[[place for place, _ in bad_places]] = False
+    good = np.bincount(listing.labels[keep], minlength=len(listing.classes))
+    for name, any_left, any_good in zip(listing.classes, there, good, strict=True):
+        if not any_good:
+            what = "images that can be read" if any_left else "images"
+            raise UserError(f"class {name} has no {what} in {source}: add some or remove it")
+    strange = bool(skipped) and not found
+    split = Split(images, listing.labels, listing.classes, tuple(bad), shapes, strange)
+    return split.take(np.flatnonzero(keep))
+
+
+def places(images: Images, skipped: frozenset[str]) -> list[int]:
+    """Where the skipped files are among the images."""
+    folders = {os.path.dirname(path) for path in skipped}
+    shards = {path.rpartition(":")[0] for path in skipped}
+    found = []
+    for holder, path in enumerate(images.holders):
+        if path in folders or path in shards:
+            members = np.flatnonzero(images.holder == holder).tolist()
+            found += [place for place in members if str(images[place]) in skipped]
+    return found
+
+
+def bad_images(root: Path, bad: list[Bad]) -> UserError:
+    """The error that names the first bad file and says what to type."""
+    path, reason = bad[0]
+    others = f", and {len(bad) - 1:,} more files are bad" if len(bad) > 1 else ""
+    advice = "--on-bad-image skip leaves such files out, or name them in --skip-list FILE"
+    if not has_shards(root):
+        advice += f", which {SCAN} {shlex.quote(str(root))} --skip-list FILE writes"
+    return UserError(f"{path} {reason}{others}: {advice}")
+
+
+def left_out_note(split: Split) -> str:
+    """One line on what `on_bad_image="skip"` has left out; empty where it is nothing."""
+    if not split.left_out:
+        return ""
+    path, reason = split.left_out[0]
+    number = len(split.left_out)
+    files = "1 bad file" if number == 1 else f"{number:,} bad files"
+    return f"left out {files} of {number + len(split):,}; the first: {path} {reason}"
+
+
+def skip_list_note(skip_list: Path | str | None, *splits: Split) -> str:
+    """One line where a skip list names no image of these splits; otherwise empty."""
+    if not all(split.strange_skip_list for split in splits):
+        return ""
+    rule = "its paths are absolute or relative to the data folder"
+    return f"note: --skip-list {skip_list} names none of the images that are read; {rule}"
+
+
+def check_classes(train: Split, val: Split) -> None:
+    """Raise UserError, naming the first few that differ, unless both have the same classes."""
+    if train.classes == val.classes:
+        return
+    parts = []
+    for text, names in (
+        ("only in training", sorted(set(train.classes) - set(val.classes))),
+        ("only in validation", sorted(set(val.classes) - set(train.classes))),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{text}: {', '.join(names[:3])}{more}")
+    raise UserError(
+        f"the class folders of training and validation differ ({'; '.join(parts)}): "
+        "both need the same ones"
+    )
+
+
+def undecodable(file: ImageFile, reason: Exception) -> UserError:
+    """The error for a file that looks like an image but cannot be decoded."""
+    text = " ".join(str(reason).split())
+    if not isinstance(reason, Damage):
+        text = f"cannot be decoded ({text})"
+    return UserError(
+        f"{file} {text}: remove it or name it in --skip-list; "
+        f"{SCAN} DIR --decode finds all such files"
+    )
+
+
+def read_skip_list(root: Path, skip_list: Path | str) -> frozenset[str]:
+    """Absolute paths of the files to leave out: one a line, absolute or relative to `root`.
+
+    `#` begins a comment. A path that holds a `#`, a line break or the like is a JSON string.
+    """
+    try:
+        lines = Path(skip_list).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--skip-list: cannot read {skip_list}: {error}") from error
+    names = []
+    for number, line in enumerate(lines, start=1):
+        line = line.strip()
+        if not line.startswith('"'):
+            names.append(line.partition("#")[0].strip())
+            continue
+        try:
+            names.append(json.JSONDecoder().raw_decode(line)[0])
+        except ValueError as error:
+            raise UserError(
+                f"--skip-list: line {number} of {skip_list} is no JSON string: {error}"
+            ) from error
+    return frozenset(os.path.normpath(root / name) for name in names if name)
+
+
+def skip_line(name: str) -> str:
+    """A path as a line that `read_skip_list` takes."""
+    plain = (
+        name.isprintable() and name.strip() == name and not name.startswith('"') and "#" not in name
+    )
+    return name if plain else json.dumps(name)
