@@ -144,9 +144,9 @@ def test_a_script_without_the_usual_guard_is_not_run_again(root: Path) -> None:
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from pipelines import folder, index\n"
+        "from pipelines.datasets import folders, index\n"
         "index.MANY = index.CHUNK = 2\n"
-        "listing = folder.list_folder(Path(sys.argv[1]))\n"
+        "listing = folders.list_folder(Path(sys.argv[1]))\n"
         "print('run', len(index.make_index(listing).shapes))\n"
     )
     done = subprocess.run(

@@ -119,8 +119,8 @@ def test_the_start_of_training_sees_what_a_scan_of_headers_sees(
 READ = """
 import json, resource, signal, sys
 from pipelines import make_loader
-from pipelines.images import whole_files
-from pipelines.split import Split
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split
 from pipelines.loader import LoaderSpec, Stage
 
 # No allocation of 20 GB that the system would promise, and no FIFO that is waited for.

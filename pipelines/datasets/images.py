@@ -7,15 +7,12 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast, overload
+from typing import BinaryIO, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import Damage
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 
 class ImageFile(NamedTuple):
@@ -112,10 +109,6 @@ def whole_files(paths: Iterable[str]) -> list[ImageFile]:
     return [ImageFile(path) for path in paths]
 
 
-BUFFER = 1 << 16
-"""Bytes that a stream reads at a time."""
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """A run of bytes in an open file."""
@@ -123,43 +116,18 @@ class Part:
     file: int
     """Its descriptor."""
     start: int
+    """In bytes; 0: the part is the whole file."""
     size: int
 
-    def read(self, count: int, at: int) -> bytes:
-        """Up to `count` bytes from byte `at` of the part on; what lies behind it is not seen."""
-        return os.pread(self.file, max(0, min(count, self.size - at)), self.start + at)
+    def read(self, count: int, offset: int) -> bytes:
+        """Read up to `count` bytes from `offset` in the part on, and none from behind it."""
+        return os.pread(self.file, max(0, min(count, self.size - offset)), self.start + offset)
 
     def stream(self) -> BinaryIO:
-        """The part as a file of its own; closing it leaves the descriptor open."""
-        return cast(BinaryIO, io.BufferedReader(PartReader(self), BUFFER))
-
-
-class PartReader(io.RawIOBase):
-    """What `Part.stream` reads through."""
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-        self.at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + (0, self.at, self.part.size)[whence]
-        if self.at < 0:
-            self.at = 0
-            raise OSError("before the first byte")
-        return self.at
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        view = memoryview(buffer)
-        data = self.part.read(len(view), self.at)
-        view[: len(data)] = data
-        self.at += len(data)
-        return len(data)
+        """Open the part as a file of its own; closing it leaves the descriptor open."""
+        if self.start == 0:
+            return open(self.file, "rb", closefd=False)
+        return io.BytesIO(self.read(self.size, 0))
 
 
 def open_file(path: str | bytes) -> tuple[int, os.stat_result]:

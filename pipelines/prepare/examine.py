@@ -18,7 +18,6 @@ from pipelines.datasets.checks import (
     MAX_PIXELS,
     WHOLE,
     Header,
-    check_png_chunks,
     open_image,
     read_header,
     read_pixels,
@@ -101,8 +100,6 @@ def examine(path: str, decode: bool) -> Examined:
 
 def notes_on_image(stream: BinaryIO, header: Header, decode: bool) -> list[Finding]:
     """Everything that Pillow can say of an image; raises Damage."""
-    if decode and header.format == "PNG":
-        check_png_chunks(stream)
     with open_image(stream, header.format) as image:
         orientation = orientation_of(image)
         bits = bits_of(stream, image)
