@@ -41,8 +41,8 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=data_argument,
         metavar="DIR",
-        help="image folder DIR/train/CLASS/*, DIR/val/CLASS/*, or shards; those at s3://BUCKET/PREFIX, "
-        "gs://..., hf://... are copied to the user's cache first; default: the embedded digits",
+        help="image folder DIR/train/CLASS/*, DIR/val/CLASS/*, or shards; those at a URL "
+        "(s3://, gs://, hf://) are copied to the user's cache first; default: the embedded digits",
     )
     add("--skip-list", type=Path, metavar="FILE", help="paths of images to leave out, one a line")
     add(

@@ -14,7 +14,8 @@ from odd_files import odd_files
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.index import check_images
 from pipelines.prepare.examine import Examined, examine_all
-from pipelines.prepare.scan import DAMAGE, NOTES, examine_files
+from pipelines.prepare.findings import DAMAGE, NOTES
+from pipelines.prepare.scan import examine_files
 
 NUM_FILES = 5000
 MAX_RESIDENT = 1 << 20

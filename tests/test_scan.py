@@ -22,7 +22,8 @@ from pipelines.datasets.split import left_out_note, read_split
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main
 from pipelines.prepare.examine import Examined, examine_all
-from pipelines.prepare.scan import DAMAGE, NOTES, examine_files
+from pipelines.prepare.findings import DAMAGE, NOTES
+from pipelines.prepare.scan import examine_files
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = 12

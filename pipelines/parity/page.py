@@ -16,7 +16,7 @@ from pipelines.pages import render
 from pipelines.parity.compare import BOUNDS, Comparison, Example
 from pipelines.parity.crop_shapes import DRAWS, SIGNIFICANCE
 from pipelines.parity.results import CROP_HEADER, HEADER, SPLITS, Results
-from pipelines.prepare.scan import printable, shown
+from pipelines.prepare.findings import printable, shown
 
 AMPLIFIED = 100
 """The differences of pixels are shown times this: one of 3 of 255 is as bright as can be."""
