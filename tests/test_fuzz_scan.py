@@ -1,4 +1,4 @@
-"""Thousands of mutated files through the scan: a verdict on each, within memory and time."""
+"""Many mutated files through the scan: a verdict on each, within memory and time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.prepare.examine import Examined, examine_all
 from pipelines.prepare.findings import DAMAGE, NOTES
 from pipelines.prepare.scan import examine_files
 
-NUM_FILES = 5000
+NUM_FILES = 1500
 MAX_RESIDENT = 1 << 20
 """KiB that a process which examines them may come to hold."""
 SEED = 2018

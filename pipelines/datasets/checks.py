@@ -46,13 +46,13 @@ SEGMENT = struct.Struct(">BBH").unpack_from
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """SOF markers: what is left out are tables."""
 BARE = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})
-"""Markers that have no place between the segments of a header."""
+"""Markers that cannot stand between the segments of a header."""
 SCAN = 0xDA
 
 
 def jpeg_size(part: Part, head: bytes) -> tuple[int, int]:
     """(width, height): the segments up to the first scan, then the end marker."""
-    at, base = 2, 0  # the segment's place in the file, and where `head` begins
+    at, base = 2, 0  # offset of the segment in the file, and where `head` begins
     width = height = -1
     for _ in range(MAX_SEGMENTS):
         if at - base + 9 > len(head):
@@ -115,7 +115,7 @@ MAGIC = {
     b"\x00\x00\x00\x0cjP  ": "JPEG2000",
     b"\xff\x4f\xff\x51": "JPEG2000",
 }
-"""First bytes and Pillow's name of the format; WebP is told by two places."""
+"""First bytes and Pillow's name of the format; WebP has its own at two offsets."""
 OTHERS = {
     b"GIF8": "GIF",
     b"8BPS": "PSD",

@@ -46,25 +46,25 @@ def read_copy(root: Path, name: str, train: Split) -> Split:
     copy = read_split(root / name, "train", on_bad_image="skip")
     stems = [stems_of(copy, label) for label in range(len(copy.classes))]
     labels = {title: label for label, title in enumerate(copy.classes)}
-    places = np.full(len(train), -1)
-    for place, label in enumerate(np.asarray(train.labels).tolist()):
+    indices = np.full(len(train), -1)
+    for index, label in enumerate(np.asarray(train.labels).tolist()):
         there = labels.get(train.classes[label])
         if there is not None:
-            places[place] = stems[there].get(stem(train.files[place]), -1)
-    missing = np.flatnonzero(places < 0)
+            indices[index] = stems[there].get(stem(train.files[index]), -1)
+    missing = np.flatnonzero(indices < 0)
     if len(missing):
         raise UserError(
             f"phases.data: {root / name} has no readable copy of {len(missing):,} images, the "
             f"first {train.files[missing[0]]}: run prepare resize again, or --set "
             f"phases.INDEX.data={ORIGINAL}"
         )
-    return replace(copy.take(places), labels=train.labels, classes=train.classes)
+    return replace(copy.take(indices), labels=train.labels, classes=train.classes)
 
 
 def stems_of(split: Split, label: int) -> dict[str, int]:
-    """The images of a class: name without its suffix -> place in the split."""
-    places = np.flatnonzero(np.asarray(split.labels) == label).tolist()
-    return {stem(split.files[place]): place for place in places}
+    """The images of a class: name without its suffix -> index in the split."""
+    indices = np.flatnonzero(np.asarray(split.labels) == label).tolist()
+    return {stem(split.files[index]): index for index in indices}
 
 
 def stem(file: ImageFile) -> str:

@@ -53,7 +53,7 @@ class Images(Sequence[ImageFile]):
     holders: tuple[str, ...]
     """Paths of the folders, or of the shards."""
     holder: NDArray[np.int32]
-    """(N,): the place in `holders` of the one that an image is in."""
+    """(N,): index in `holders` of the one that holds the image."""
     names: NDArray[np.uint8]
     """The names of all images, one behind the other, as the file system has them."""
     name_start: NDArray[np.int64]
@@ -85,16 +85,16 @@ class Images(Sequence[ImageFile]):
         start = self.name_start[index]
         return os.fsdecode(self.names[start : start + self.name_size[index]].tobytes())
 
-    def take(self, places: NDArray[np.int64]) -> Images:
-        """The images at these places, in this order."""
+    def take(self, indices: NDArray[np.int64]) -> Images:
+        """The images at these indices, in this order."""
         return Images(
             self.holders,
-            self.holder[places],
+            self.holder[indices],
             self.names,
-            self.name_start[places],
-            self.name_size[places],
-            None if self.start is None else self.start[places],
-            None if self.size is None else self.size[places],
+            self.name_start[indices],
+            self.name_size[indices],
+            None if self.start is None else self.start[indices],
+            None if self.size is None else self.size[indices],
         )
 
 
@@ -156,5 +156,5 @@ class Listing:
 
     images: Images
     labels: NDArray[np.int32]
-    """(N,): the place in `classes` of each image's class."""
+    """(N,): index in `classes` of each image's class."""
     classes: tuple[str, ...]

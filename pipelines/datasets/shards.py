@@ -59,18 +59,18 @@ def class_folders(classes: Sequence[str]) -> list[str]:
 def member_names(folders: Sequence[str], files: Iterable[str], labels: Iterable[int]) -> list[str]:
     """CLASS/STEM.EXT of every image of a split, from the names of its files.
 
-    An image whose stem is taken in its class, or too long, has "~" and its place in the split.
+    An image whose stem is taken in its class, or too long, has "~" and its index in the split.
     """
     names = []
     taken: set[str] = set()
-    for place, (file, label) in enumerate(zip(files, labels, strict=True)):
+    for index, (file, label) in enumerate(zip(files, labels, strict=True)):
         stem, dot, suffix = file.rpartition(".")
         if not dot or suffix == "cls" or not SUFFIX.fullmatch(suffix):
             stem, suffix = file, NO_SUFFIX
         word = encoded(stem)
         key = f"{folders[label]}/{word}"
         if key in taken or len(word) + 1 + max(len(suffix), 3) > MAX_NAME:
-            key = f"{folders[label]}/~{place}"
+            key = f"{folders[label]}/~{index}"
         taken.add(key)
         names.append(f"{key}.{suffix}")
     return names
@@ -295,15 +295,15 @@ def is_file_name(name: str) -> bool:
 
 
 def shards_of(split: str, value: Any) -> tuple[Shard, ...]:
-    """The shards of a split; their names follow from their places, so none leads elsewhere."""
+    """The shards of a split; their names follow from their indices, so none leads elsewhere."""
     expect(isinstance(value, list) and len(value) > 0, split)
     shards = []
-    for place, entry in enumerate(value):
+    for index, entry in enumerate(value):
         expect(isinstance(entry, dict), split)
-        expect(entry.get("file") == shard_name(split, place), "file")
+        expect(entry.get("file") == shard_name(split, index), "file")
         shards.append(
             Shard(
-                file=shard_name(split, place),
+                file=shard_name(split, index),
                 images=whole_number(entry, "images", 1),
                 bytes=whole_number(entry, "bytes", RECORD),
                 index_sha256=checksum(entry, "index_sha256"),

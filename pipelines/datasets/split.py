@@ -31,7 +31,7 @@ class Split:
 
     files: Sequence[ImageFile]
     labels: Sequence[int] | NDArray[np.int32]
-    """Per image, the place of its class in `classes`."""
+    """Per image, the index of its class in `classes`."""
     classes: tuple[str, ...]
     left_out: tuple[Bad, ...] = ()
     """What `on_bad_image="skip"` has left out."""
@@ -48,14 +48,14 @@ class Split:
         """Whether images are parts of larger files."""
         return bool(self.files) and self.files[0].size is not None
 
-    def take(self, places: NDArray[np.int64]) -> Split:
-        """The images at these places, in this order."""
+    def take(self, indices: NDArray[np.int64]) -> Split:
+        """The images at these indices, in this order."""
         files = self.files
         return replace(
             self,
-            files=files.take(places) if isinstance(files, Images) else [files[i] for i in places],
-            labels=np.asarray(self.labels)[places],
-            shapes=None if self.shapes is None else self.shapes[places],
+            files=files.take(indices) if isinstance(files, Images) else [files[i] for i in indices],
+            labels=np.asarray(self.labels)[indices],
+            shapes=None if self.shapes is None else self.shapes[indices],
         )
 
 
@@ -101,15 +101,15 @@ def chosen(
 ) -> Split:
     """The images of a split that are neither skipped nor bad, as far as is known."""
     images = listing.images
-    shapes, bad_places = (None, []) if index is None else (index.shapes, index.bad)
+    shapes, bad_indices = (None, []) if index is None else (index.shapes, index.bad)
     keep = np.ones(len(images), bool)
-    found = places(images, skipped)
+    found = skipped_indices(images, skipped)
     keep[found] = False
-    bad = [(str(images[place]), text) for place, text in bad_places if keep[place]]
+    bad = [(str(images[i]), text) for i, text in bad_indices if keep[i]]
     if bad and on_bad_image == "error":
         raise bad_images(source.parent, bad)
     there = np.bincount(listing.labels[keep], minlength=len(listing.classes))
-    keep[[place for place, _ in bad_places]] = False
+    keep[[i for i, _ in bad_indices]] = False
     good = np.bincount(listing.labels[keep], minlength=len(listing.classes))
     for name, any_left, any_good in zip(listing.classes, there, good, strict=True):
         if not any_good:
@@ -120,7 +120,7 @@ def chosen(
     return split.take(np.flatnonzero(keep))
 
 
-def places(images: Images, skipped: frozenset[str]) -> list[int]:
+def skipped_indices(images: Images, skipped: frozenset[str]) -> list[int]:
     """Where the skipped files are among the images."""
     folders = {os.path.dirname(path) for path in skipped}
     shards = {path.rpartition(":")[0] for path in skipped}
@@ -128,7 +128,7 @@ def places(images: Images, skipped: frozenset[str]) -> list[int]:
     for holder, path in enumerate(images.holders):
         if path in folders or path in shards:
             members = np.flatnonzero(images.holder == holder).tolist()
-            found += [place for place in members if str(images[place]) in skipped]
+            found += [i for i in members if str(images[i]) in skipped]
     return found
 
 

@@ -92,9 +92,9 @@ def read_label_file(path: Path) -> dict[int, str]:
                 f"--val-labels: {path}:{number}: n01440764 or ILSVRC2012_val_00000001.JPEG "
                 f"n01440764 is expected, not {line[:80]!r}"
             )
-        place = int(image[1]) if image else number
-        if labels.setdefault(place, wnid) != wnid:
-            raise UserError(f"--val-labels: {path}:{number}: image {place} has two classes")
+        image_number = int(image[1]) if image else number
+        if labels.setdefault(image_number, wnid) != wnid:
+            raise UserError(f"--val-labels: {path}:{number}: image {image_number} has two classes")
     return labels
 
 
@@ -244,7 +244,7 @@ def class_folders(split: Path) -> list[os.DirEntry[str]]:
 
 
 def train_images(archive: IO[bytes], path: Path) -> Iterator[tuple[str | None, Member]]:
-    """WNID and place of each image in the archive of archives n01440764.tar, one a class."""
+    """Yield each image and its WNID from the archive of archives n01440764.tar, one a class."""
     for inner in read_members(archive, path.name, end=path.stat().st_size):
         wnid = inner.name.removesuffix(".tar")
         if not WNID.fullmatch(wnid):
@@ -259,7 +259,7 @@ def train_images(archive: IO[bytes], path: Path) -> Iterator[tuple[str | None, M
 def val_images(
     archive: IO[bytes], path: Path, labels: dict[int, str], blacklist: frozenset[int]
 ) -> Iterator[tuple[str | None, Member]]:
-    """WNID and place of each image in the archive; None for a blacklisted one's WNID."""
+    """Yield each image and its WNID; None as the WNID of a blacklisted image."""
     for image in read_members(archive, path.name, end=path.stat().st_size):
         match = VAL_IMAGE.fullmatch(image.name)
         if match is None:

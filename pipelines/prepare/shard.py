@@ -259,13 +259,13 @@ def plan_split(args: argparse.Namespace, name: str, split: Split) -> Iterator[Pl
     total = int(room.sum())
     share = -(-total // -(-total // (args.shard_size << 20)))  # of the fewest that it takes
     shard = (np.cumsum(room) - room) // share
-    for number, places in enumerate(np.split(order, np.flatnonzero(np.diff(shard)) + 1)):
+    for number, indices in enumerate(np.split(order, np.flatnonzero(np.diff(shard)) + 1)):
         yield Plan(
             file=shard_name(name, number),
-            paths=[paths[place] for place in places.tolist()],
-            names=[names[place] for place in places.tolist()],
-            sizes=sizes[places],
-            labels=labels[places],
+            paths=[paths[i] for i in indices.tolist()],
+            names=[names[i] for i in indices.tolist()],
+            sizes=sizes[indices],
+            labels=labels[indices],
         )
 
 

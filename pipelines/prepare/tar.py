@@ -50,9 +50,9 @@ def read_members(
     `name` is how errors call it. None for `end`: unknown, as in a compressed file. Raises
     UserError for damage and for links, devices and all else that is neither file nor folder.
     """
-    place = start
-    while end is None or place < end:
-        archive.seek(place)
+    offset = start
+    while end is None or offset < end:
+        archive.seek(offset)
         header = archive.read(BLOCK)
         if not header.strip(b"\0"):
             return
@@ -60,9 +60,9 @@ def read_members(
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             raise UserError(
-                f"{name} is damaged at byte {place - start:,} (no tar header): download it again"
+                f"{name} is damaged at byte {offset - start:,} (no tar header): download it again"
             ) from None
-        member = Member(info.name, place + BLOCK, info.size)
+        member = Member(info.name, offset + BLOCK, info.size)
         if info.size < 0 or (end is not None and member.end > end):
             raise UserError(
                 f"{name} ends within {info.name!r}, which says it has {info.size:,} bytes: "
@@ -75,7 +75,7 @@ def read_members(
                 f"{name}: {info.name!r} is refused: a plain file was expected, not a link, a "
                 "device or the like"
             )
-        place = member.start + -(-info.size // BLOCK) * BLOCK
+        offset = member.start + -(-info.size // BLOCK) * BLOCK
 
 
 def read_bytes(archive: Archive, name: str, member: Member) -> Iterator[bytes]:
