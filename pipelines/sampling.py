@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import cached_property
 
 import numpy as np
@@ -23,6 +24,30 @@ ATTEMPTS = 10
 """Tries for a crop that fits inside the image, as many as torchvision's RandomResizedCrop makes."""
 PERMUTATION, DRAWS, FLIPS = 1, 2, 3
 """First words of the keys: (a, b) and (a, b, 0) seed the same generator, these must differ."""
+
+
+class Stream(Enum):
+    """Every stream of random numbers: its id, and how many integers a key has after it.
+
+    Two streams may share an id only where one key has more than four integers, id included, and the
+    other has fewer: NumPy pads keys with zeros to four, so (a, b) and (a, b, 0) seed the same
+    generator, but no key of five equals a shorter one.
+    """
+
+    PERMUTATION = 1, 2  # seed, epoch
+    CROPS = 2, 4  # seed, epoch, step, shard
+    FLIPS = 3, 1  # seed
+    AUTO = 3, 4  # seed, epoch, step, shard; as the next three
+    JITTER = 4, 4
+    ERASE = 5, 4
+    MIX = 6, 4
+    SHARD_SHUFFLE = 7, 1  # seed
+
+    def generator(self, *key: int) -> np.random.Generator:
+        """A generator at the start of the part of the stream that `key` names."""
+        stream_id, length = self.value
+        assert len(key) == length, f"{self.name} has keys of {length}"
+        return np.random.default_rng((stream_id, *key))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main
-from pipelines.prepare.tar import read_bytes, read_members
+from pipelines.prepare.archives import read_bytes, read_members
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
