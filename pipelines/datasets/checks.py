@@ -51,7 +51,7 @@ SCAN = 0xDA
 
 
 def jpeg_size(part: Part, head: bytes) -> tuple[int, int]:
-    """(width, height): the segments up to the first scan, then the end marker."""
+    """Walk the segments up to the first scan and find the end marker; returns (width, height)."""
     at, base = 2, 0  # offset of the segment in the file, and where `head` begins
     width = height = -1
     for _ in range(MAX_SEGMENTS):
@@ -180,7 +180,7 @@ def check_png(image: Image.Image, stream: BinaryIO) -> None:
 
 
 def format_of(head: bytes) -> str:
-    """Pillow's name of the format; raises Damage for others and for what is no image."""
+    """Return Pillow's name of the format; raises Damage for others and for what is no image."""
     for magic, name in MAGIC.items():
         if head.startswith(magic):
             return name
@@ -227,7 +227,7 @@ def check_member(part: Part, name: str) -> None:
 
 
 def open_image(stream: BinaryIO, name: str) -> Image.Image:
-    """The image of a known format, from its start, not decoded yet; to be closed.
+    """Open an image of a known format without decoding it; to be closed.
 
     Raises Damage where Pillow cannot read the header, or DALI is known not to.
     """
@@ -266,7 +266,7 @@ def read_pixels(image: Image.Image) -> None:
 
 
 def damage(error: Exception) -> Damage:
-    """What an exception of Pillow says about the file."""
+    """Translate an exception of Pillow into what it says about the file."""
     text = " ".join(str(error).split())
     if isinstance(error, Damage):
         return error

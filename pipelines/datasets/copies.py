@@ -16,12 +16,12 @@ from pipelines.errors import UserError
 from pipelines.loader import ORIGINAL
 
 MARGIN = 1.25
-"""A copy serves training at an image size that its short side is at least this many times; in 2018
+"""A copy serves an image size if its short side is at least this many times as long; in 2018
 fast.ai's students read copies of 160 px for 128."""
 
 
 def find_copies(root: Path) -> dict[str, int]:
-    """The finished copies in a data folder: name -> length of the short side, in pixels."""
+    """Find the finished copies in a data folder: name -> length of the short side, in pixels."""
     found = {}
     for name in class_names(root) if root.is_dir() else ():
         if (root / name / NAME).is_file():
@@ -33,13 +33,13 @@ def find_copies(root: Path) -> dict[str, int]:
 
 
 def best_copy(copies: Mapping[str, int], image_size: int) -> str:
-    """The smallest copy that serves an image size, or ORIGINAL."""
+    """Choose the smallest copy that serves an image size, or ORIGINAL."""
     serving = [(side, name) for name, side in copies.items() if side >= MARGIN * image_size]
     return min(serving)[1] if serving else ORIGINAL
 
 
 def read_copy(root: Path, name: str, train: Split) -> Split:
-    """The copies of all training images, in the same order.
+    """Read the copies of all training images, in the same order.
 
     Raises UserError if some have no copy that can be read.
     """
@@ -62,12 +62,12 @@ def read_copy(root: Path, name: str, train: Split) -> Split:
 
 
 def stems_of(split: Split, label: int) -> dict[str, int]:
-    """The images of a class: name without its suffix -> index in the split."""
+    """Map the images of a class: name without its suffix -> index in the split."""
     indices = np.flatnonzero(np.asarray(split.labels) == label).tolist()
     return {stem(split.files[index]): index for index in indices}
 
 
 def stem(file: ImageFile) -> str:
-    """What an image and its copies have in common."""
+    """Return the part of the name that an image and its copies have in common."""
     name = (file.name or file.path).rpartition("/")[2]
     return name.rpartition(".")[0] or name

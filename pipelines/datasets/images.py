@@ -1,4 +1,4 @@
-"""The images of a split: where each one's bytes lie, kept in tens of bytes an image."""
+"""Describe the images of a split and where their bytes are, in tens of bytes an image."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class ImageFile(NamedTuple):
     """Of the member of a shard."""
 
     def __str__(self) -> str:
-        """As errors name it."""
+        """Return the name that errors use."""
         return f"{self.path}:{self.name}" if self.name else self.path
 
     def open(self) -> BinaryIO:
-        """A stream of the encoded image; raises what `read` does."""
+        """Open the encoded image; raises what `read` does."""
         return open(self.path, "rb") if self.size is None else io.BytesIO(self.read())
 
     def read(self) -> bytes:
-        """The encoded image. Raises OSError, and EOFError for a shard that is too short."""
+        """Read the encoded image. Raises OSError, and EOFError for a shard that is too short."""
         with open(self.path, "rb", buffering=0) as file:
             if self.size is None:
                 return file.readall()
@@ -48,14 +48,14 @@ class ImageFile(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Images(Sequence[ImageFile]):
-    """The images of some folders or of some shards; `ImageFile`s are made when asked for."""
+    """The images of folders or shards as arrays; an `ImageFile` is made when it is asked for."""
 
     holders: tuple[str, ...]
     """Paths of the folders, or of the shards."""
     holder: NDArray[np.int32]
     """(N,): index in `holders` of the one that holds the image."""
     names: NDArray[np.uint8]
-    """The names of all images, one behind the other, as the file system has them."""
+    """The names of all images, concatenated, as the file system has them."""
     name_start: NDArray[np.int64]
     """(N,): where an image's name begins."""
     name_size: NDArray[np.int32]
@@ -81,12 +81,12 @@ class Images(Sequence[ImageFile]):
         return ImageFile(holder, int(self.start[index]), int(self.size[index]), name)
 
     def name(self, index: int) -> str:
-        """The name of an image in its folder or shard."""
+        """Return the name of an image in its folder or shard."""
         start = self.name_start[index]
         return os.fsdecode(self.names[start : start + self.name_size[index]].tobytes())
 
     def take(self, indices: NDArray[np.int64]) -> Images:
-        """The images at these indices, in this order."""
+        """Select the images at these indices, in this order."""
         return Images(
             self.holders,
             self.holder[indices],
@@ -99,13 +99,13 @@ class Images(Sequence[ImageFile]):
 
 
 def pack_names(names: Iterable[str]) -> tuple[bytes, list[int]]:
-    """File names one behind the other, and the bytes of each."""
+    """Concatenate file names; returns the bytes of each, too."""
     encoded = [os.fsencode(name) for name in names]
     return b"".join(encoded), [len(name) for name in encoded]
 
 
 def whole_files(paths: Iterable[str]) -> list[ImageFile]:
-    """Images that are files of their own, wherever they lie."""
+    """List images that are files of their own, in whatever folders."""
     return [ImageFile(path) for path in paths]
 
 
@@ -131,7 +131,7 @@ class Part:
 
 
 def open_file(path: str | bytes) -> tuple[int, os.stat_result]:
-    """A descriptor to read from, to be closed, and its status; never waits, as on a FIFO.
+    """Open a file without waiting, as on a FIFO; returns the descriptor and status.
 
     Raises Damage for what cannot be opened or is no regular file.
     """
@@ -152,7 +152,7 @@ def unreadable(error: OSError) -> Damage:
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """The images of a split as its folders or shards have them."""
+    """The images of a split in the order of its folders or shards."""
 
     images: Images
     labels: NDArray[np.int32]

@@ -48,7 +48,7 @@ index and what is wrong with it, in words that continue a sentence that begins w
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """A listing whose files have been looked at."""
+    """A listing whose files have been checked."""
 
     listing: Listing
     shapes: NDArray[np.int32]

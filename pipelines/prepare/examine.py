@@ -50,7 +50,7 @@ Finding = tuple[str, str]
 
 
 class Examined(NamedTuple):
-    """One file."""
+    """The result for one file."""
 
     size: int
     """Bytes; -1 where it cannot be opened."""
@@ -65,7 +65,7 @@ class Examined(NamedTuple):
 
 
 def examine_all(root: Path, decode: bool, names: list[str]) -> list[tuple[str, Examined]]:
-    """Examine files below `root`, in a process that this bounds for good in memory and CPU time."""
+    """Examine files below `root`; bounds the memory and CPU time of the process from then on."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     bound = MAX_MEMORY if hard == resource.RLIM_INFINITY else min(MAX_MEMORY, hard)
     resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
@@ -79,7 +79,7 @@ def examine_all(root: Path, decode: bool, names: list[str]) -> list[tuple[str, E
 
 
 def examine(path: str, decode: bool) -> Examined:
-    """Look at the header, and with `decode` at every pixel; a damaged file is a finding."""
+    """Read the header, and with `decode` every pixel; a damaged file is a finding."""
     try:
         file, status = open_file(path)
     except Damage as damage:
@@ -95,7 +95,7 @@ def examine(path: str, decode: bool) -> Examined:
 
 
 def notes_on_image(stream: BinaryIO, header: Header, decode: bool) -> list[Finding]:
-    """Everything that Pillow can say of an image; raises Damage."""
+    """Note what is odd about an image, by Pillow; raises Damage."""
     with open_image(stream, header.format) as image:
         orientation = orientation_of(image)
         bits = bits_of(stream, image)
@@ -165,7 +165,7 @@ def num_frames(image: Image.Image) -> int:
 
 
 def bits_of(stream: BinaryIO, image: Image.Image) -> int:
-    """Bits of a sample."""
+    """Return the bits of a sample."""
     if image.format == "PNG":
         return os.pread(stream.fileno(), 1, 24)[0]
     if image.format == "TIFF":
@@ -177,7 +177,7 @@ def bits_of(stream: BinaryIO, image: Image.Image) -> int:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """1 to 8 as EXIF has it; 1 where it says nothing, or nothing that makes sense."""
+    """Return the EXIF orientation, 1 to 8; 1 where there is none that makes sense."""
     if image.format != "TIFF" and EXIF.isdisjoint(image.info):
         return 1  # of a PNG, Pillow would decode the pixels to look behind them
     try:
@@ -187,7 +187,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def hash_of_ends(file: int, size: int) -> str:
-    """Equal files have equal ones; so have some others, if they are larger than two ENDS."""
+    """Hash both ends of a file; of files up to two ENDS that is all of it."""
     digest = hashlib.blake2b(os.pread(file, ENDS, 0), digest_size=16)
     if size > ENDS:
         digest.update(os.pread(file, ENDS, max(ENDS, size - ENDS)))

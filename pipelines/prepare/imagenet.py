@@ -142,7 +142,7 @@ BLOCK_LOSS = 0.02
 
 @dataclass
 class Extracted:
-    """What became of the images of one archive."""
+    """The outcome of unpacking one archive."""
 
     classes: Counter[str] = field(default_factory=Counter)
     """WNID -> images."""

@@ -232,7 +232,7 @@ class ScanCache:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            note(f"the scan cache {self.path} cannot be read and is made anew ({error!r})")
+            note(f"the scan cache {self.path} cannot be read and is made again ({error!r})")
             self.files = {}
 
     def find(self, path: str, root: Path, decode: bool) -> Examined | None:

@@ -323,7 +323,7 @@ def report(
     packed: dict[str, Packed],
     seconds: float,
 ) -> None:
-    """Print what was done."""
+    """Print a summary."""
     written = sum(shard.written for shard in packed.values())
     lines = [note for note in map(left_out_note, splits.values()) if note]
     for name, split in splits.items():
