@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastimagenet.config import RunConfig
 from fastimagenet.report import dawnbench
 from fastimagenet.report.page import write_report
 from fastimagenet.training.clock import train_seconds
@@ -31,17 +31,17 @@ IMAGENET_NUM_VAL = 50_000
 
 
 def write_results(
-    args: argparse.Namespace, trainer: Trainer, val: Split, started: str, command: str
+    config: RunConfig, trainer: Trainer, val: Split, started: str, command: str
 ) -> Path:
     """Write all of them into --output; returns the page's path."""
-    summary = summarise(args, trainer, val) | {"started": started, "command": command}
-    write_object(args.output / "summary.json", summary)
-    page = write_report(args.output)
-    dawnbench.write_entry(args.output)
+    summary = summarise(config, trainer, val) | {"started": started, "command": command}
+    write_object(config.folder / "summary.json", summary)
+    page = write_report(config.folder)
+    dawnbench.write_entry(config.folder)
     return page
 
 
-def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[str, Any]:
+def summarise(config: RunConfig, trainer: Trainer, val: Split) -> dict[str, Any]:
     """The fields of summary.json; times in seconds, accuracies as fractions."""
     plan, recipe, records = trainer.plan, trainer.plan.recipe, trainer.records
     seconds = trainer.clock.read()
@@ -58,7 +58,7 @@ def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[st
         if planned.first_step < trainer.step
     )
     hours = train_seconds(seconds) / 3600
-    folder = args.data.resolve().name if args.data else "digits"
+    folder, entry = config.data.name, config.entry
     last = records[-1]
     return {
         "recipe": recipe.name,
@@ -66,17 +66,17 @@ def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[st
         "data": folder,
         "dataset": dataset_name(val.classes) or folder,
         "num_classes": len(val.classes),
-        "used_blacklist": used_blacklist(args.data, val),
-        "seed": args.seed,
+        "used_blacklist": used_blacklist(config.data.folder, val),
+        "seed": config.seed,
         "world_size": trainer.world.world_size,
         "device": trainer.world.device.partition(":")[0],
         "precision": precision_name(trainer.dtype),
-        "backend": chosen_backend(args.backend),
-        "hardware": args.hardware or hardware(trainer),
+        "backend": chosen_backend(config.data.backend),
+        "hardware": entry.hardware or hardware(trainer),
         "framework": f"PyTorch {torch.__version__.partition('+')[0]}",
         "versions": versions(),
-        "author": args.author,
-        "author_email": args.author_email,
+        "author": entry.author,
+        "author_email": entry.author_email,
         "epochs": trainer.epoch,
         "steps": trainer.step,
         "top1": last.top1,
@@ -94,8 +94,8 @@ def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[st
         "images_per_sec": images / stepping,
         "target": None if target is None else {"metric": target[0], "value": target[1]},
         "time_to_target_seconds": reached,
-        "cost_per_hour": args.cost_per_hour,
-        "cost_usd": None if args.cost_per_hour is None else hours * args.cost_per_hour,
+        "cost_per_hour": entry.cost_per_hour,
+        "cost_usd": None if entry.cost_per_hour is None else hours * entry.cost_per_hour,
     }
 
 
