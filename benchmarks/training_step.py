@@ -30,7 +30,7 @@ from benchmarks.step_floor import NUM_CLASSES, count_layers, floor_images_per_se
 from benchmarks.step_layers import Layer
 from benchmarks.step_variants import VARIANTS, synthetic_trainer, variant_recipe
 from fastimagenet import cli
-from fastimagenet.distributed.world import plan_launch
+from fastimagenet.distributed.world import Launch
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.recipe import MODELS, Recipe
 from fastimagenet.training.trainer import warm_up
@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_average = os.getloadavg()[0]
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    kind = plan_launch(1, 1, args.device, None).device
+    kind = Launch(1, 1, args.device).resolved().device
     recipe = named_recipe(args.recipe, 1)
     recipe = replace(recipe, model=args.model or recipe.model)
     rates = sweep(

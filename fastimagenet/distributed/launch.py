@@ -223,6 +223,7 @@ def run_processes(launch: Launch, module: str, argv: list[str], seconds_before: 
         )
 
     before = dict(os.environ)
+    assert launch.nproc_per_node is not None, "resolved() comes first"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.nproc_per_node)))
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ[STARTED] = str(time.time() - seconds_before)
