@@ -409,9 +409,7 @@ def why_nothing(sweeps: Sequence[Sweep]) -> str:
         return "the loss never fell: try a lower --start-lr, or a higher --num-it"
     if "finished" in endings:
         return "there are too few iterations: try a higher --num-it"
-    return (
-        "the loss is not finite, or diverges, in the first iterations: try a lower --start-lr"
-    )
+    return "the loss is not finite, or diverges, in the first iterations: try a lower --start-lr"
 
 
 FIELDS = {"weight decay": "weight_decay", "momentum": "momentum"}

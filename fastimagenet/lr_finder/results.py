@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from fastimagenet.lr_finder.analysis import (
     SKIP_FIRST,
     SKIP_LAST,
     Choice,
+    Suggestions,
     Sweep,
     SweepConfig,
+    SweepRecord,
     best_sweep,
     choose,
     in_words,
@@ -26,30 +28,48 @@ from fastimagenet.lr_finder.analysis import (
 )
 from fastimagenet.lr_finder.plots import draw, stacked, write_figures
 from fastimagenet.recipes import toml as recipe_toml
-from fastimagenet.recipes.plan import Plan
 from fastimagenet.report.figures import svg
+from fastimagenet.report.run import rows_of
 from fastimagenet.report.summary import what_ran
+from fastimagenet.training.recorder import read_rows
 from fastimagenet.training.trainer import Trainer
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
-from pipelines.files import Row, write_object, write_text
+from pipelines.files import Row, read_object, write_object, write_text
 from pipelines.formats import plain
 from pipelines.pages import render
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Sweeps:
-    """The sweeps made of a plan, and what can be read off them."""
+    """The sweeps of one command or call, and the settings that they suggest."""
 
-    plan: Plan
-    config: SweepConfig
     runs: tuple[Sweep, ...]
-    """One for each weight decay and momentum, in the order of `config.combinations`."""
+    """One for each weight decay and momentum, in the order of `SweepConfig.combinations`."""
+    suggestion: Choice | None
+    """The recipe settings to train with, max_lr first; None where nothing can be read off."""
 
-    @cached_property
-    def suggestion(self) -> Choice | None:
-        """The recipe settings to train with; None where nothing can be read off."""
-        return choose(self.plan, self.runs, self.config)
+    @classmethod
+    def open(cls, folder: str | Path) -> Sweeps:
+        """Read the folder that `fastimagenet.lr_find` has left. Raises UserError without one."""
+        summary = read_object(Path(folder) / "lr_find.json")
+        rows = rows_of("sweep", read_rows(Path(folder)))
+        runs = [
+            Sweep(
+                weight_decay=run["weight_decay"],
+                momentum=run["momentum"],
+                num_it=summary["num_it"],
+                linear=summary["linear"],
+                records=tuple(map(_record, (row for row in rows if row["sweep"] == index))),
+                ended=run["ended"],
+            )
+            for index, run in enumerate(summary["sweeps"])
+        ]
+        chosen = summary["chosen"]
+        if chosen is not None:
+            suggestions = Suggestions(**chosen["suggestions"])
+            chosen |= {"suggestions": suggestions, "settings": tuple(chosen["settings"])}
+        return cls(runs=tuple(runs), suggestion=chosen and Choice(**chosen))
 
     def plot(
         self, skip_first: int = SKIP_FIRST, skip_last: int = SKIP_LAST, smoothed: bool = True
@@ -66,7 +86,15 @@ class Sweeps:
         return stacked(self.runs, skip_first, skip_last, smoothed)
 
     def __repr__(self) -> str:
+        """Say what the command prints: the table, the best sweep and what to type."""
         return "\n".join([sweep_table(self.runs), *verdict(self.runs, self.suggestion)])
+
+
+def _record(row: Row) -> SweepRecord:
+    """Restore a record from its row, in which NaN and infinity are null."""
+    values = {field.name: row[field.name] for field in fields(SweepRecord)}
+    finite: Row = {name: math.nan if v is None else v for name, v in values.items()}
+    return SweepRecord(**finite)
 
 
 HEADER = (
@@ -227,14 +255,31 @@ FACTS = (
     *("world_size", "precision", "backend", "hardware", "started", "seconds", "command"),
 )
 """Fields of lr_find.json that the page lists; the versions follow."""
+SETTINGS = ("start_lr", "end_lr", "num_it", "linear", "stop_dv")
+"""Fields of `SweepConfig` that lr_find.json has."""
 
 
 def write_results(
-    config: RunConfig, sweeps: Sweeps, trainer: Trainer, val: Split, started: str, command: str
+    config: RunConfig,
+    sweep: SweepConfig,
+    runs: Sequence[Sweep],
+    trainer: Trainer,
+    val: Split,
+    started: str,
+    command: str,
 ) -> str:
     """Write lr_find.json, figures, page and recipe; return what the user is told."""
-    folder, runs, choice = config.folder, sweeps.runs, sweeps.suggestion
-    summary = summarise(config, sweeps, trainer, val) | {"started": started, "command": command}
+    folder, choice = config.folder, choose(trainer.plan, runs, sweep)
+    first = trainer.plan.phases[0]
+    summary = what_ran(config, trainer, val) | {
+        **{"started": started, "command": command, "image_size": first.image_size},
+        **{"batch_size": first.batch_size, "global_batch": first.global_batch},
+        **{name: getattr(sweep, name) for name in SETTINGS},
+        "sweeps": [sweep_row(run) for run in runs],
+        "chosen": None if choice is None else asdict(choice),
+        "max_lr": None if choice is None else choice.max_lr,
+        "seconds": round(sum(trainer.clock.read().values()), 2),
+    }
     write_object(folder / "lr_find.json", summary)
     figures = draw(runs)
     write_figures(folder, figures)
@@ -242,8 +287,8 @@ def write_results(
     facts += summary["versions"].items()
     page = write_page(folder, runs, figures, facts, [] if choice is None else paste_lines(choice))
     stopped = runs[-1].ended == "stopped"
-    lines = [repr(sweeps)]
-    recipe_out = sweeps.config.recipe_out
+    lines = [repr(Sweeps(runs=tuple(runs), suggestion=choice))]
+    recipe_out = sweep.recipe_out
     if recipe_out is not None:
         if choice is None or stopped:
             why = "the sweep was stopped" if stopped else "nothing was found"
@@ -254,25 +299,6 @@ def write_results(
             lines.append(f"recipe with these values: {recipe_out}")
     lines.append(f"{'stopped; what was recorded' if stopped else 'report'}: {page}")
     return "\n".join(lines)
-
-
-def summarise(config: RunConfig, sweeps: Sweeps, trainer: Trainer, val: Split) -> Row:
-    """Return the fields of lr_find.json; LRs as the optimizer gets them, except for max_lr."""
-    first, sweep, choice = trainer.plan.phases[0], sweeps.config, sweeps.suggestion
-    return what_ran(config, trainer, val) | {
-        "image_size": first.image_size,
-        "batch_size": first.batch_size,
-        "global_batch": first.global_batch,
-        "start_lr": sweep.start_lr,
-        "end_lr": sweep.end_lr,
-        "num_it": sweep.num_it,
-        "linear": sweep.linear,
-        "stop_dv": sweep.stop_dv,
-        "sweeps": [sweep_row(run) for run in sweeps.runs],
-        "chosen": None if choice is None else asdict(choice),
-        "max_lr": None if choice is None else choice.max_lr,
-        "seconds": round(sum(trainer.clock.read().values()), 2),
-    }
 
 
 def sweep_row(sweep: Sweep) -> dict[str, Any]:
