@@ -21,7 +21,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=["fastimagenet", "pipelines", "pipelines.parity", "pipelines.prepare"],
-    package_data={"": ["*.jinja"]},
+    package_dir={"": "."},
+    package_data={"": ["*.jinja", "py.typed"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastimagenet.config import DataConfig, RunConfig, chosen_recipe
+from fastimagenet.config import DataConfig, RunConfig, changed_recipe, chosen_recipe
 from fastimagenet.distributed.world import (
     TIMEOUT_SECONDS,
     Launch,
@@ -173,14 +173,9 @@ def run_config(args: argparse.Namespace, *, elastic: bool = False, **more: Any) 
 
     Raises UserError naming the flag or the recipe's field.
     """
-    recipe = chosen_recipe(
-        args.recipe,
-        args.data,
-        nodes=args.nodes[1],
-        settings=args.set,
-        epochs=getattr(args, "epochs", None),
-        precision=args.precision,
-    )
+    recipe = chosen_recipe(args.recipe, args.data, args.nodes[1])
+    settings = [*args.set, *([f"precision={args.precision}"] if args.precision else [])]
+    recipe = changed_recipe(recipe, settings, getattr(args, "epochs", None))
     fields: dict[str, Any] = {
         "recipe": recipe,
         "data": data_config(args),

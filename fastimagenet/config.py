@@ -15,10 +15,18 @@ from typing import Any
 from fastimagenet.distributed.world import Launch
 from fastimagenet.recipes import RECIPES, named_recipe, toml
 from fastimagenet.recipes.recipe import Recipe
+from pipelines.backends import BACKENDS
 from pipelines.cli import check_seed
+from pipelines.datasets.split import ON_BAD_IMAGE
 from pipelines.errors import UserError
 
 OPTIMIZER_BACKENDS = ("torch", "apex")
+
+
+def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
+    """Raise UserError naming the flag unless the value is one of the choices."""
+    if value not in choices:
+        raise UserError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +41,10 @@ class DataConfig:
     """What becomes of files that cannot be read: "error" or "skip"."""
     backend: str = "auto"
     """One of `pipelines.backends.BACKENDS`."""
+
+    def __post_init__(self) -> None:
+        check_choice("--on-bad-image", self.on_bad_image, ON_BAD_IMAGE)
+        check_choice("--backend", self.backend, BACKENDS)
 
     @property
     def root(self) -> Path:
@@ -99,6 +111,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        check_choice("--optimizer-backend", self.optimizer_backend, OPTIMIZER_BACKENDS)
         if self.checkpoint_steps < 0:
             raise UserError(f"--checkpoint-steps must be 0 or more, not {self.checkpoint_steps}")
         if not 0 < self.bucket_mb < math.inf:
@@ -136,7 +149,7 @@ class RunConfig:
         )
 
     def flags(self) -> list[str]:
-        """The flags of `fastimagenet.train` that ask for the same."""
+        """The flags that ask for the same, in their shortest form."""
         launch = self.launch
         name = self.recipe.name if self.recipe.name in RECIPES else "digits"
         least = f"{launch.min_nodes}:" if launch.min_nodes else ""
@@ -146,11 +159,10 @@ class RunConfig:
         for part in (self, self.data, launch, self.entry):
             for each in fields(part):
                 value = getattr(part, each.name)
-                if each.name in _NO_FLAG or value is None or is_dataclass(value):
+                if each.name in _NO_FLAG or is_dataclass(value) or value == each.default:
                     continue
-                if value is not False:
-                    words.append(_FLAGS.get(each.name, "--" + each.name.replace("_", "-")))
-                if not isinstance(value, bool):
+                words.append(_FLAGS.get(each.name, "--" + each.name.replace("_", "-")))
+                if value is not True:
                     words.append(str(value))
         return words
 
@@ -161,23 +173,19 @@ _NO_FLAG = ("recipe", "nodes", "min_nodes")
 """Fields that `RunConfig.flags` treats apart."""
 
 
-def chosen_recipe(
-    name: str | None,
-    data: Path | None,
-    nodes: int = 1,
-    settings: Mapping[str, Any] | Sequence[str] = (),
-    epochs: int | None = None,
-    precision: str | None = None,
-) -> Recipe:
-    """The recipe called `name`, or that of the TOML file of this name, changed as asked for.
+def chosen_recipe(name: str | None, data: Path | None, nodes: int = 1) -> Recipe:
+    """The recipe called `name`, in its variant for this number of nodes, or that of a TOML file.
 
-    Without a name it is that of the digits where there is no `data` folder, else that of ImageNet
-    for this number of nodes. Raises UserError naming the recipe, the field or the flag.
+    Without a name it is that of the digits where there is no `data` folder, else ImageNet's.
+    Raises UserError naming the recipe or the file.
     """
     name = name or ("imagenet" if data else "digits")
-    recipe = toml.load(Path(name)) if name.endswith(".toml") else named_recipe(name, nodes)
-    if settings:
-        recipe = toml.with_settings(recipe, settings)
-    if precision is not None:
-        recipe = toml.with_settings(recipe, {"precision": precision})
+    return toml.load(Path(name)) if name.endswith(".toml") else named_recipe(name, nodes)
+
+
+def changed_recipe(
+    recipe: Recipe, settings: Mapping[str, Any] | Sequence[str], epochs: int | None = None
+) -> Recipe:
+    """The recipe with these settings, stretched to so many epochs. Raises UserError."""
+    recipe = toml.with_settings(recipe, settings) if settings else recipe
     return recipe if epochs is None else recipe.stretched(epochs)

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from fastimagenet import cli, run
-from fastimagenet.config import OPTIMIZER_BACKENDS, EntryFacts
-from fastimagenet.distributed.world import seconds_since_launch
+from fastimagenet.config import OPTIMIZER_BACKENDS, EntryFacts, RunConfig
+from fastimagenet.distributed.world import Launch, seconds_since_launch
 from fastimagenet.recipes import RECIPES, toml
 from fastimagenet.training.clock import Stopwatch
 from pipelines.cli import Parser, make_parser
@@ -42,28 +42,30 @@ def parser() -> Parser:
     add(
         "--bucket-mb",
         type=float,
-        default=25,
+        default=RunConfig.bucket_mb,
         metavar="MB",
-        help="size of a DDP gradient bucket, MiB; default 25",
+        help=f"size of a DDP gradient bucket, MiB; default {RunConfig.bucket_mb}",
     )
     add(
         "--checkpoint-steps",
         type=int,
-        default=1000,
+        default=RunConfig.checkpoint_steps,
         metavar="M",
-        help="save a checkpoint every M steps, and at epoch ends; 0: only there; default 1000",
+        help="save a checkpoint every M steps, and at epoch ends; 0: only there; default "
+        f"{RunConfig.checkpoint_steps}",
     )
     add(
         "--max-restarts",
         type=int,
-        default=3,
+        default=Launch.max_restarts,
         metavar="R",
-        help="restart all processes from the last checkpoint when one dies, R times; default 3",
+        help="restart all processes from the last checkpoint when one dies, R times; default "
+        f"{Launch.max_restarts}",
     )
     add(
         "--optimizer-backend",
         choices=OPTIMIZER_BACKENDS,
-        default="torch",
+        default=RunConfig.optimizer_backend,
         help="apex: the fused optimizer of NVIDIA apex, where installed",
     )
     add(
@@ -72,8 +74,8 @@ def parser() -> Parser:
         help="end the run at the evaluation that reaches the recipe's target",
     )
     add("--profile", action="store_true", help="trace ten steps into --output/profile")
-    add("--author", default="anonymous", help="for the DAWNBench entry, as are the next three")
-    add("--author-email", default="unknown", metavar="ADDRESS")
+    add("--author", default=EntryFacts.author, help="author of the DAWNBench entry")
+    add("--author-email", default=EntryFacts.author_email, metavar="ADDRESS", help="of that entry")
     add("--hardware", help="default: detected, such as 1 x NVIDIA H200")
     add("--cost-per-hour", type=float, metavar="USD", help="on-demand price of all machines")
     add("--dry-run", action="store_true", help="print the plan and exit")

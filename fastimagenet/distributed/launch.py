@@ -124,7 +124,7 @@ def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
         handler = registry.get_rendezvous_handler(meeting)
         spec = WorkerSpec(
             role="",
-            local_world_size=launch.nproc_per_node,
+            local_world_size=launch.processes,
             entrypoint=sys.executable,
             args=("-u", "-m", module, *argv),
             rdzv_handler=handler,
@@ -223,8 +223,7 @@ def run_processes(launch: Launch, module: str, argv: list[str], seconds_before: 
         )
 
     before = dict(os.environ)
-    assert launch.nproc_per_node is not None, "resolved() comes first"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.nproc_per_node)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.processes)))
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ[STARTED] = str(time.time() - seconds_before)
     try:

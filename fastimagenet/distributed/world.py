@@ -54,7 +54,7 @@ class Launch:
     """ "auto", "cuda" or "cpu"; "auto" is "cuda" where there is a GPU."""
     rdzv_endpoint: str | None = None
     """HOST:PORT where several nodes meet."""
-    max_restarts: int = 0
+    max_restarts: int = 3
     """How often the processes of a node are restarted after one has died."""
     min_nodes: int = 0
     """Above 0: elastic, nodes may leave and join while there are so many."""
@@ -67,6 +67,8 @@ class Launch:
         Raises UserError naming the flag.
         """
         gpus, device = gpu_count(), self.device
+        if device not in ("auto", "cuda", "cpu"):
+            raise UserError(f"--device must be one of auto, cuda, cpu, not {device!r}")
         if device == "auto":
             device = "cuda" if gpus else "cpu"
         if device == "cuda" and not gpus:
@@ -87,10 +89,15 @@ class Launch:
         return replace(self, nproc_per_node=processes, device=device)
 
     @property
+    def processes(self) -> int:
+        """Processes per node, once it is `resolved`."""
+        assert self.nproc_per_node is not None, "resolved() comes first"
+        return self.nproc_per_node
+
+    @property
     def world_size(self) -> int:
         """Processes on all nodes, once it is `resolved`."""
-        assert self.nproc_per_node is not None
-        return self.nodes * self.nproc_per_node
+        return self.nodes * self.processes
 
     @property
     def first_device(self) -> str:
