@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import shlex
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -81,6 +82,43 @@ class SweepConfig:
         if self.linear:
             return self.start_lr + (self.end_lr - self.start_lr) * fraction
         return self.start_lr * (self.end_lr / self.start_lr) ** fraction
+
+    def flags(self) -> list[str]:
+        """Return the flags of `fastimagenet.lr_find` that ask for the same."""
+        words = ["--start-lr", repr(self.start_lr), "--end-lr", repr(self.end_lr)]
+        words += ["--num-it", str(self.num_it)]
+        for flag, values in (("--wd", self.weight_decays), ("--momentum", self.momenta)):
+            words += [flag, *map(repr, values)] if values else []
+        words += ["--linear"] if self.linear else []
+        words += [] if self.stop_dv else ["--no-stop-dv"]
+        return words + (["--recipe-out", str(self.recipe_out)] if self.recipe_out else [])
+
+    def check_recipe_out(self) -> None:
+        """Raise UserError if the recipe found could not be written to `recipe_out`."""
+        path = self.recipe_out
+        if path is None:
+            return
+        if path.suffix != ".toml":
+            raise UserError(f"--recipe-out {path} must end with .toml, as --recipe takes it")
+        if path.is_dir():
+            raise UserError(f"--recipe-out {path} is a folder: name a file")
+        if path.exists():
+            raise UserError(f"--recipe-out {path} exists and is left alone: name a new file")
+        if not path.parent.is_dir():
+            raise UserError(f"--recipe-out {path}: there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise UserError(f"--recipe-out {path}: the folder {path.parent} cannot be written to")
+
+    def describe(self, plan: Plan) -> str:
+        """Say what will be swept."""
+        first = plan.phases[0]
+        return (
+            f"sweep: recipe {plan.recipe.name}, {plan.recipe.model}, its first phase: "
+            f"{first.image_size} px, batch {first.batch_size}, global batch {first.global_batch}, "
+            f"{plan.num_train:,} training images, world size {plan.world_size}\n"
+            f"  lr {self.start_lr:g} -> {self.end_lr:g} in {self.num_it} iterations, "
+            f"{'linear' if self.linear else 'exponential'}"
+        )
 
     def combinations(self, plan: Plan) -> list[tuple[float, float]]:
         """List the weight decay and momentum of each sweep, without repetitions."""

@@ -266,7 +266,7 @@ def epoch_seconds(epochs: list[Row]) -> str:
 
 
 def time_split(seconds: Row) -> str:
-    """Draw the wall time as one bar; label parts above 10 % with their share and, if it fits, name."""
+    """Draw the wall time as one bar; label parts above 10 % with share and, if it fits, name."""
     parts = {key: float(value) for key, value in seconds.items() if value and value > 0}
     total = sum(parts.values())
     if not total:
