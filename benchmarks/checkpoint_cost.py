@@ -21,13 +21,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from fastimagenet.assemble import chosen_recipe, read_data, with_copies
 
 from benchmarks.ceilings import synchronize
 from benchmarks.intervals import Estimate, estimate, ratio, shown
 from benchmarks.phase_rates import phase_trainer, synthetic_batch, this_process, update
 from benchmarks.run_table import markdown
 from fastimagenet import cli
-from fastimagenet.assemble import chosen_recipe, read_data, with_copies
 from fastimagenet.report.summary import hardware
 from fastimagenet.training import checkpoint
 from fastimagenet.training.checkpoint import CheckpointWriter, copied

@@ -19,13 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from fastimagenet.assemble import chosen_recipe, read_data, with_copies
 
 from benchmarks.ceilings import copy_bytes_per_sec, matmul_flops_per_sec
 from benchmarks.intervals import Estimate, estimate, short, shown
 from benchmarks.phase_rates import PhaseRates, measure_phase, phase_trainer, this_process
 from benchmarks.run_table import markdown
 from fastimagenet import cli
-from fastimagenet.assemble import chosen_recipe, read_data, with_copies
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.summary import hardware
