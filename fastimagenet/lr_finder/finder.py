@@ -21,7 +21,6 @@ from fastimagenet.lr_finder.analysis import (
     SweepRecord,
     sweep_lr,
 )
-from fastimagenet.training.trainer import counts_of
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -122,10 +121,8 @@ def check_validation(plan: Plan, num_val: int) -> None:
 @contextmanager
 def restored(trainer: Trainer) -> Iterator[None]:
     """Run the block in the clock's section "other"; then all is as it was, whatever happened."""
-    from fastimagenet.training.trainer import restore, state_of
-
     with trainer.clock.section("other"):
-        before = copy.deepcopy(state_of(trainer))
+        before = copy.deepcopy(trainer.state_dict())
         modes = {module: module.training for module in trainer.model.modules()}
         scaler, communication = trainer.scaler, trainer.communication
         try:
@@ -134,7 +131,7 @@ def restored(trainer: Trainer) -> Iterator[None]:
             yield
         finally:
             trainer.scaler, trainer.communication = scaler, communication
-            restore(trainer, before)
+            trainer.load_state_dict(before)
             trainer.optimizer.zero_grad(set_to_none=True)
             for module, training in modes.items():
                 module.training = training
@@ -148,6 +145,9 @@ def run(
     keep: Callable[[SweepRecord], None],
 ) -> Ended:
     """The updates and evaluations of a sweep; each record goes to `keep`."""
+    from fastimagenet.training.evaluation import evaluate
+    from fastimagenet.training.failures import out_of_memory_advice
+
     plan = trainer.plan
     stages = plan.eval_stages()
     phase = plan.phase_of_epoch(trainer.train_loader.epoch)
@@ -164,7 +164,13 @@ def run(
             return "stopped"
         if stop_dv and (verdict := rule.verdict(iteration, loss)):
             return verdict
-        counts = counts_of(trainer, trainer.model, islice(val_batches, 1), image_size)
+        with out_of_memory_advice(plan.smallest_phase, image_size):
+            counts = evaluate(
+                trainer.model,
+                islice(val_batches, 1),
+                world=trainer.world,
+                autocast_dtype=trainer.dtype,
+            )
         if iteration == 0 and len(trainer.eval_loader) <= 1:
             check_validation(plan, counts.images)
         keep(

@@ -33,7 +33,6 @@ from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.report.figures import svg
 from fastimagenet.report.summary import hardware
 from fastimagenet.training.clock import Stopwatch
-from fastimagenet.training.evaluation import precision_name
 from fastimagenet.training.recorder import NullRecorder, Recorder
 from pipelines.backends import chosen_backend
 from pipelines.datasets.known import dataset_name
@@ -402,7 +401,7 @@ def summarise(
         "seed": args.seed,
         "world_size": world.world_size,
         "device": world.device.partition(":")[0],
-        "precision": precision_name(trainer.dtype),
+        "precision": trainer.precision,
         "backend": chosen_backend(args.backend),
         "hardware": hardware(trainer),
         "versions": versions(),

@@ -11,7 +11,6 @@ from fastimagenet.config import RunConfig
 from fastimagenet.report import dawnbench
 from fastimagenet.report.page import write_report
 from fastimagenet.training.clock import train_seconds
-from fastimagenet.training.evaluation import precision_name
 from fastimagenet.training.recorder import best_record
 from pipelines.backends import chosen_backend
 from pipelines.datasets import shards as shard_manifest
@@ -70,7 +69,7 @@ def summarise(config: RunConfig, trainer: Trainer, val: Split) -> dict[str, Any]
         "seed": config.seed,
         "world_size": trainer.world.world_size,
         "device": trainer.world.device.partition(":")[0],
-        "precision": precision_name(trainer.dtype),
+        "precision": trainer.precision,
         "backend": chosen_backend(config.data.backend),
         "hardware": entry.hardware or hardware(trainer),
         "framework": f"PyTorch {torch.__version__.partition('+')[0]}",
