@@ -37,12 +37,10 @@ def test_train_does_what_the_command_does(cifar10: Path, tmp_path: Path) -> None
     run = fastimagenet.train(
         cifar10, output=tmp_path / "python", epochs=2, set={"max_lr": 0.05}, seed=3, **SMALL
     )
-    flags = ["--recipe", "tests/small.toml", "--device", "cpu", "--epochs", "2", "--seed", "3"]
     folder = tmp_path / "command"
-    assert (
-        main([*flags, "--data", str(cifar10), "--output", str(folder), "--set", "max_lr=.05"])
-    assert status == 0
-    )
+    flags = ["--recipe", "tests/small.toml", "--device", "cpu", "--epochs", "2", "--seed", "3"]
+    flags += ["--data", str(cifar10), "--output", str(folder), "--set", "max_lr=.05"]
+    assert main(flags) == 0
     assert rows(run.folder) == rows(folder)
     assert [row["epoch"] for row in run.epochs] == [0, 1]
     assert run.epochs[-1]["top1"] == run.summary["top1"]
