@@ -141,9 +141,7 @@ def test_suggestions_by_hand() -> None:
 def test_the_slope_is_that_over_the_logarithm() -> None:
     sweep = sweep_of([10, 9, 6, 5, 4])
     rates = [0.1, 0.2, 1.0, 1.1, 3.0]  # of the falls by 1, 3, 1, 1 the third is over the least
-    changed = [
-        replace(record, lr=lr) for record, lr in zip(sweep.records, rates, strict=True)
-    ]
+    changed = [replace(record, lr=lr) for record, lr in zip(sweep.records, rates, strict=True)]
     found = replace(sweep, records=tuple(changed)).suggestions
     assert found is not None
     assert found.steepest == 1.0
