@@ -29,7 +29,6 @@ from fastimagenet import cli
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.summary import hardware
-from fastimagenet.training.evaluation import precision_name
 from fastimagenet.training.trainer import Trainer
 from pipelines.backends import chosen_backend
 from pipelines.cli import Parser, at_least, make_parser, output_folder, positive
@@ -138,7 +137,7 @@ def measure(
         with phase_trainer(args, recipe, phase, world, train, val) as trainer:
             if not index:
                 matmul, copy = ceilings(trainer, args)
-                facts = hardware(trainer), precision_name(trainer.dtype)
+                facts = hardware(trainer), trainer.precision
             print(f"phase {index}: {phase.image_size} px, batch {phase.batch_size}", flush=True)
             measured.append(measure_phase(trainer, args, train, args.rounds, args.seconds))
         yield Result(

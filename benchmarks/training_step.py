@@ -33,7 +33,6 @@ from fastimagenet import cli
 from fastimagenet.distributed.world import Launch
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.recipe import MODELS, Recipe
-from fastimagenet.training.trainer import warm_up
 from pipelines.cli import Parser, at_least, make_parser, output_file, positive
 from pipelines.environment import processor, versions
 from pipelines.files import write_object
@@ -196,7 +195,7 @@ def measure(recipe: Recipe, device: str, seconds: float) -> tuple[list[float], i
     """Images per second, round by round, and the peak of the memory in bytes."""
     trainer = synthetic_trainer(recipe, device, NUM_CLASSES)
     if recipe.compile:
-        warm_up(trainer)
+        trainer.compile_all_sizes()
     images, labels = next(iter(trainer.train_loader))
     update(trainer, images, labels)  # cuDNN tries its algorithms, which takes memory
     if trainer.device.type == "cuda" and not recipe.cuda_graphs:

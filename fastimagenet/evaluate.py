@@ -9,20 +9,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastimagenet import cli
-from fastimagenet.distributed.collectives import all_reduce_sum
 from fastimagenet.distributed.processes import Processes
 from fastimagenet.distributed.world import World
 from fastimagenet.recipes import toml
 from fastimagenet.recipes.recipe import TTA, Recipe
-from fastimagenet.training.evaluation import Counts
 from pipelines.backends import start_workers
 from pipelines.cli import Parser, make_parser
 from pipelines.datasets.split import Split, left_out_note, read_split, skip_list_note
 from pipelines.errors import UserError
 from pipelines.loader import Stage
+
+if TYPE_CHECKING:
+    from fastimagenet.training.evaluation import Counts
 
 MAX_IMAGE_SIZE = 65535
 """That of a JPEG."""
@@ -131,10 +132,7 @@ def evaluate_checkpoint(
         backend, recipe, val, stages, world, training=False, half=dtype is not None
     )
     try:
-        device = torch.device(world.device)
-        passes = [
-            evaluate(model, loader, device=device, autocast_dtype=dtype, tta=tta) for _ in stages
-        ]
+        return [evaluate(model, loader, world=world, autocast_dtype=dtype, tta=tta) for _ in stages]
     except (MemoryError, RuntimeError) as error:
         # Of numpy, of torch on a CPU, of torch on a GPU.
         if (
@@ -149,10 +147,6 @@ def evaluate_checkpoint(
         raise
     finally:
         loader.close()
-    return [
-        Counts.from_tensor(all_reduce_sum(counts.tensor().to(device), world, "the counts"))
-        for counts in passes
-    ]
 
 
 def trained_model(recipe: Recipe, state: dict[str, Any], num_classes: int) -> Any:

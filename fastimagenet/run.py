@@ -28,7 +28,7 @@ from fastimagenet.recipes import toml
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.training.clock import Stopwatch
-from fastimagenet.training.recorder import NullRecorder, Recorder
+from fastimagenet.training.recorder import Recorder
 from pipelines.backends import start_workers
 from pipelines.datasets.copies import best_copy, find_copies, read_copy
 from pipelines.datasets.split import (
@@ -189,19 +189,16 @@ def build_trainer(
     model = build_model(recipe, len(train.classes))
     if recipe.whitening:
         whiten(model, config.data.backend, recipe, train, world)
-    loaders = build_loaders(config, plan, world, train, val)
     return Trainer(
         plan,
         model,
-        world,
-        lambda training: loaders[0] if training else loaders[1],
-        recorder or NullRecorder(),
+        *build_loaders(config, plan, world, train, val),
+        world=world,
+        recorder=recorder,
         clock=clock,
         folder=folder,
         about={
-            "recipe": toml.dumps(recipe),
             "classes": list(train.classes),
-            "num_train": len(train),
             "seed": config.seed,
         },
         optimizer_backend=config.optimizer_backend,
@@ -285,7 +282,6 @@ def _train(
     from fastimagenet.errors import Stopped
     from fastimagenet.report.summary import write_results
     from fastimagenet.training.profiling import StepProfiler
-    from fastimagenet.training.trainer import resume
 
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
     # Named after the time, it may have another name on another node.
@@ -299,9 +295,9 @@ def _train(
     # What our launcher has started again resumes from what it has left itself.
     flag = "auto" if restarted() or (config.resume is None and started_by_us()) else config.resume
     if flag is not None:
-        resume(trainer, folder, flag, elastic=bool(config.launch.min_nodes))
+        trainer.resume(flag, elastic=bool(config.launch.min_nodes))
         has_results = (folder / "summary.json").exists()
-        if trainer.over and gather_objects(has_results, world, "a check")[0]:
+        if trainer.finished and gather_objects(has_results, world, "a check")[0]:
             cli.say(world, f"the run in {folder} is finished: nothing is left to train")
             return 0
     if config.profile and world.is_main:

@@ -25,8 +25,10 @@ from fastimagenet.lr_finder.analysis import (
     check_validation,
 )
 from fastimagenet.training.clock import Stopwatch
+from fastimagenet.training.evaluation import evaluate
+from fastimagenet.training.failures import out_of_memory_advice
 from fastimagenet.training.recorder import NullRecorder, Recorder
-from fastimagenet.training.trainer import Trainer, counts_of, restore, state_of
+from fastimagenet.training.trainer import Trainer
 from pipelines.formats import plain
 from pipelines.loader import Loader
 
@@ -134,7 +136,7 @@ def sweep_all(trainer: Trainer, config: SweepConfig, folder: Path | None) -> Ite
 def restored(trainer: Trainer) -> Iterator[None]:
     """Run the block in the clock's section "other", then restore the trainer, even on errors."""
     with trainer.clock.section("other"):
-        before = copy.deepcopy(state_of(trainer))
+        before = copy.deepcopy(trainer.state_dict())
         modes = {module: module.training for module in trainer.model.modules()}
         scaler, communication = trainer.scaler, trainer.communication
         try:
@@ -143,7 +145,7 @@ def restored(trainer: Trainer) -> Iterator[None]:
             yield
         finally:
             trainer.scaler, trainer.communication = scaler, communication
-            restore(trainer, before)
+            trainer.load_state_dict(before)
             trainer.optimizer.zero_grad(set_to_none=True)
             for module, training in modes.items():
                 module.training = training
@@ -170,7 +172,13 @@ def run(
             return "stopped"
         if config.stop_dv and (verdict := rule.verdict(iteration, loss)):
             return verdict
-        counts = counts_of(trainer, trainer.model, islice(val_batches, 1), image_size)
+        with out_of_memory_advice(plan.smallest_phase, image_size):
+            counts = evaluate(
+                trainer.model,
+                islice(val_batches, 1),
+                world=trainer.world,
+                autocast_dtype=trainer.dtype,
+            )
         if iteration == 0 and len(trainer.eval_loader) <= 1:
             check_validation(plan, counts.images)
         keep(

@@ -11,7 +11,6 @@ from fastimagenet.report import dawnbench
 from fastimagenet.report.page import write_report
 from fastimagenet.report.run import time_to_target
 from fastimagenet.training.clock import train_seconds
-from fastimagenet.training.evaluation import precision_name
 from fastimagenet.training.recorder import best_record
 from fastimagenet.training.trainer import Trainer
 from pipelines.backends import chosen_backend
@@ -51,7 +50,7 @@ def what_ran(config: RunConfig, trainer: Trainer, val: Split) -> Row:
         "seed": config.seed,
         "world_size": world.world_size,
         "device": world.device.partition(":")[0],
-        "precision": precision_name(trainer.dtype),
+        "precision": trainer.precision,
         "backend": chosen_backend(config.data.backend),
         "hardware": config.entry.hardware or hardware(trainer),
         "versions": versions(),

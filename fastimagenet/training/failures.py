@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.plan import Plan, PlannedPhase
 from pipelines.errors import UserError
 
 SCALER_PATIENCE_STEPS = 16
 """Non-finite losses in a row that the fp16 loss scaler, which halves itself at each, may cure."""
 
 
-class LossWatch:
+class LossMonitor:
     """Sums an epoch's losses and notes the step from which they are past cure, on the device.
 
     Nothing here waits for the device but `read`.
@@ -59,10 +59,10 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def out_of_memory_advice(batch_size: int, image_size: int, phase: int) -> Iterator[None]:
-    """Turn the GPU's out-of-memory error into one that says what was tried and what to set.
+def out_of_memory_advice(phase: PlannedPhase, image_size: int) -> Iterator[None]:
+    """Turn the GPU's out-of-memory error in the block into one that says what to set.
 
-    `phase` is the place in the recipe of the phase that the batch size comes from.
+    The block works on batches of `phase`, at `image_size` pixels.
     """
     try:
         yield
@@ -70,6 +70,6 @@ def out_of_memory_advice(batch_size: int, image_size: int, phase: int) -> Iterat
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"the GPU is out of memory with batch_size {batch_size} at {image_size} px: "
-            f"--set phases.{phase}.batch_size={max(1, batch_size // 2)}"
+            f"the GPU is out of memory with batch_size {phase.batch_size} at {image_size} px: "
+            f"--set phases.{phase.index}.batch_size={max(1, phase.batch_size // 2)}"
         ) from None

@@ -10,15 +10,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 from fastimagenet.distributed.collectives import gather_objects
 from fastimagenet.distributed.world import World
 from fastimagenet.errors import NotWritten
+from fastimagenet.recipes.recipe import Recipe
 from pipelines.files import Row, write_text
-
-if TYPE_CHECKING:
-    from fastimagenet.recipes.recipe import Recipe
 
 
 def read_rows(run_dir: Path) -> list[Row]:
