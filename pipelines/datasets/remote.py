@@ -23,7 +23,7 @@ from pipelines.backends import has_dali
 from pipelines.datasets.index import locked
 from pipelines.datasets.shards import NAME, Manifest, parse_manifest
 from pipelines.errors import UserError
-from pipelines.files import cache_folder, written_beside
+from pipelines.files import atomic_write, cache_folder
 
 SCHEME = "s3://"
 PARALLEL = 4
@@ -121,7 +121,7 @@ def store(folder: Path, file: Wanted, content: memoryview) -> Wanted:
     """Write a file, if it is what the manifest says."""
     if hashlib.sha256(content).hexdigest() != file.sha256:
         raise UserError(f"{file.name} is damaged in the bucket (its checksum): upload it again")
-    with written_beside(folder / file.name) as beside:
+    with atomic_write(folder / file.name) as beside:
         beside.write_bytes(content)
     return file
 

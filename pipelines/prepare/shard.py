@@ -42,7 +42,8 @@ from pipelines.datasets.shards import (
 )
 from pipelines.datasets.split import ON_BAD_IMAGE, Split, check_classes, left_out_note, read_split
 from pipelines.errors import Damage, UserError
-from pipelines.files import scratch_folder, written_in
+from pipelines.files import atomic_write_in, scratch_folder
+from pipelines.sampling import Stream
 from pipelines.workers import in_processes, num_cores
 
 
@@ -84,12 +85,12 @@ def pack(dst: Path, scratch: Path, plan: Plan) -> Packed:
     found = checksum_if_whole(path, plan)
     if found is not None and found == (plan.sha256 or found):
         return Packed(plan.file, found, written=False)
-    with written_in(scratch, path) as file:
+    with atomic_write_in(scratch, path) as file:
         write_tar(file, plan)
         file.flush()
         os.fsync(file.fileno())
         written = checksum(Path(file.name))
-    with written_in(scratch, path.with_name(index_name(plan.file))) as file:
+    with atomic_write_in(scratch, path.with_name(index_name(plan.file))) as file:
         file.write(plan.index())
     return Packed(plan.file, written, written=True)
 
@@ -149,8 +150,6 @@ def member_info(name: str, size: int) -> tarfile.TarInfo:
 
 CHUNK = 512
 """Files that a thread looks at in a go."""
-SHUFFLE = 3
-"""First word of the generator's key: 1 and 2 are those of an epoch's order and its crops."""
 MAX_SHARD_SIZE = 1024
 """MiB: a shard has to fit into memory, where it is read from an object store."""
 
@@ -254,7 +253,7 @@ def plan_split(args: argparse.Namespace, name: str, split: Split) -> Iterator[Pl
     names = member_names(class_folders(split.classes), files, labels.tolist())
     order = np.arange(len(split))
     if name == "train":
-        order = np.random.default_rng((SHUFFLE, args.seed)).permutation(len(split))
+        order = Stream.SHARD_SHUFFLE.generator(args.seed).permutation(len(split))
     room = footprint(sizes[order])
     total = int(room.sum())
     share = -(-total // -(-total // (args.shard_size << 20)))  # of the fewest that it takes
