@@ -350,10 +350,17 @@ def sweep(
     train, val = read_data(config.data, processes.is_first)
     plan = Plan.of(recipe, processes.world_size, len(train), config.global_batch)
     check_validation(plan, len(val))
-    # Folders are listed by class, and each iteration is evaluated on one batch.
-    val = val.take(np.random.default_rng(config.seed).permutation(len(val)))
+    val = shuffled(val, config.seed)
     work = partial(_sweep, config, settings, plan, train=train, val=val, clock=clock, argv=argv)
     return processes.run("fastimagenet.lr_find", argv, work)
+
+
+def shuffled(split: Split, seed: int) -> Split:
+    """Return the same images in random order.
+
+    Folders are listed by class, and a sweep evaluates each iteration on one batch.
+    """
+    return split.take(np.random.default_rng(seed).permutation(len(split)))
 
 
 def _sweep(
