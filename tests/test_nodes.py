@@ -13,8 +13,8 @@ import pytest
 from benchmarks.hosts import Hosts, hosts, permitted
 from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
+from tests.commands import SMALL, run, summary_of
 from tests.test_faults import check_equal, wait_for
-from tests.test_train import SMALL, run, summary_of
 
 pytestmark = [
     pytest.mark.slow,

@@ -18,7 +18,7 @@ from fastimagenet.training.trainer import Trainer
 from pipelines.backends import make_loader
 from pipelines.datasets.split import Split, read_split
 from pipelines.loader import Loader, LoaderSpec
-from tests.test_train import free_endpoint
+from tests.commands import free_endpoint
 from tests.test_trainer import Killed, tiny_model
 
 RECIPE = Recipe(

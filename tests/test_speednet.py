@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fastimagenet.models.speednet import WhiteningConv2d
 from fastimagenet.training import checkpoint
+from tests.commands import losses_of, stop_soon, summary_of, train
 from tests.networks import make_model
-from tests.test_train import losses_of, stop_soon, summary_of, train
 
 FLAGS = (
     *("--recipe", "cifar10-speed", "--backend", "memory", "--device", "cpu"),
