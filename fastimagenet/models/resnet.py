@@ -97,7 +97,7 @@ def use_small_stem(model: ResNet) -> None:
 class Blur(nn.Module):
     """Filters each channel by the 3x3 binomial (1 2 1; 2 4 2; 1 2 1) / 16, zero-padded.
 
-    (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)). It has no parameters and saves nothing.
+    (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)). No parameters, nothing saved.
     """
 
     kernel: Tensor

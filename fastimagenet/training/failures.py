@@ -50,8 +50,8 @@ class LossMonitor:
 
 
 OUT_OF_MEMORY = ("out of memory", "unable to find an engine")
-"""Words of torch's errors. With cudnn.benchmark it tries every algorithm, takes a lack of memory for
-a reason to try the next one, and says in the end that none would run."""
+"""Words of torch's errors. With cudnn.benchmark it tries every algorithm, takes lack of memory for a
+reason to try the next one, and says in the end that none would run."""
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
