@@ -50,7 +50,7 @@ class LossMonitor:
 
 
 OUT_OF_MEMORY = ("out of memory", "unable to find an engine")
-"""Words of torch's errors. With cudnn.benchmark it tries every algorithm, takes lack of memory for a
+"""Words of torch errors. With cudnn.benchmark it tries every algorithm, takes lack of memory as a
 reason to try the next one, and says in the end that none would run."""
 
 
