@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from fastimagenet.assemble import make_trainer
 from torch import Tensor
 
 from benchmarks.ceilings import calls_per_sec, step_costs, synchronize
 from fastimagenet import cli
-from fastimagenet.assemble import make_trainer
 from fastimagenet.distributed.world import World
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe

@@ -128,8 +128,9 @@ def lr_find(
     `.runs`, a `Sweep` each; `output`, by default a new folder in runs/, gets rows and figures.
     Raises UserError naming the argument, field or file that is wrong.
     """
+    from fastimagenet import run
     from fastimagenet.lr_finder.analysis import SweepConfig
-    from fastimagenet.run import sweep
+    from fastimagenet.lr_finder.results import Sweeps
 
     settings = SweepConfig(
         start_lr=start_lr,
@@ -141,7 +142,8 @@ def lr_find(
         stop_dv=stop_dv,
     )
     config = _config(data, recipe, output, None, set, options).with_output("lr_find-")
-    return sweep(config, settings)
+    run.sweep(config, settings)
+    return Sweeps.open(config.folder)
 
 
 def _config(

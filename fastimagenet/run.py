@@ -1,7 +1,7 @@
-"""A training run: from a `RunConfig` to the files of its folder.
+"""A training or a sweep: from a `RunConfig` to the files of its folder.
 
 Each builder has one job: read the data, choose the copies, check what all ranks were asked for,
-build the loaders, build the trainer. `fastimagenet.lr_find` and the benchmarks use the same ones.
+build the loaders, build the trainer. The benchmarks use the same ones.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastimagenet.config import DataConfig, RunConfig
 from fastimagenet.distributed.collectives import gather_objects
 from fastimagenet.distributed.processes import Processes
 from fastimagenet.distributed.world import World, restarted, started_by_us
+from fastimagenet.lr_finder.analysis import Sweep, SweepConfig, check_validation
 from fastimagenet.recipes import toml
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
@@ -30,6 +31,7 @@ from fastimagenet.training.clock import Stopwatch
 from fastimagenet.training.recorder import Recorder
 from pipelines.backends import start_workers
 from pipelines.datasets.copies import best_copy, find_copies, read_copy
+from pipelines.datasets.known import AUTO, ORIGINAL
 from pipelines.datasets.split import (
     Split,
     check_classes,
@@ -39,7 +41,7 @@ from pipelines.datasets.split import (
 )
 from pipelines.errors import UserError
 from pipelines.files import write_object
-from pipelines.loader import AUTO, ORIGINAL, Stage
+from pipelines.loader import Stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -322,3 +324,74 @@ def _train(
                 cli.say(world, f"report: {folder / 'report.html'}")
         unwritten.check()
     return 0
+
+
+def sweep(
+    config: RunConfig,
+    settings: SweepConfig,
+    argv: Sequence[str] | None = None,
+    clock: Stopwatch | None = None,
+) -> int:
+    """Sweep the learning rate, in as many processes as the config asks for, and write the results.
+
+    `argv`: the flags as they were typed, for the processes that are started.
+    Returns 0, or 128 + the signal's number if it was stopped.
+    Raises UserError for the user's mistakes and NotWritten for files that are missing.
+    """
+    clock = clock or Stopwatch()
+    recipe = with_copies(config.recipe, config.data.root)
+    processes = Processes.of(config.launch)
+    if config.output is None:
+        config = config.with_output("lr_find-")
+        argv = None if argv is None else [*argv, "--output", str(config.folder)]
+    argv = [*config.flags(), *settings.flags()] if argv is None else argv
+    if processes.is_first:
+        check_output(config.folder)
+        settings.check_recipe_out()
+    train, val = read_data(config.data, processes.is_first)
+    plan = Plan.of(recipe, processes.world_size, len(train), config.global_batch)
+    check_validation(plan, len(val))
+    val = shuffled(val, config.seed)
+    work = partial(_sweep, config, settings, plan, train=train, val=val, clock=clock, argv=argv)
+    return processes.run("fastimagenet.lr_find", argv, work)
+
+
+def shuffled(split: Split, seed: int) -> Split:
+    """Return the same images in random order.
+
+    Folders are listed by class, and a sweep evaluates each iteration on one batch.
+    """
+    return split.take(np.random.default_rng(seed).permutation(len(split)))
+
+
+def _sweep(
+    config: RunConfig,
+    settings: SweepConfig,
+    plan: Plan,
+    world: World,
+    *,
+    train: Split,
+    val: Split,
+    clock: Stopwatch,
+    argv: Sequence[str],
+) -> int:
+    """Make the sweeps in one process; on rank 0 write and print the results."""
+    from fastimagenet.lr_finder.finder import sweep_all
+    from fastimagenet.lr_finder.results import write_results
+
+    started = time.strftime("%Y-%m-%dT%H:%M:%S")
+    command = shlex.join(["python", "-m", "fastimagenet.lr_find", *argv])
+    trainer = build_trainer(config, plan, world, train, val, clock)
+    cli.say(world, settings.describe(plan))
+    if world.is_main:
+        write_plan(config.folder, plan, train, val)
+    sweeps: list[Sweep] = []
+    with cli.stopping_on_signals(trainer) as stopped_by:
+        try:
+            for each in sweep_all(trainer, settings, config.folder):
+                sweeps.append(each)
+        finally:  # an error in a later sweep leaves the earlier ones
+            if world.is_main and sweeps:
+                results = write_results(config, settings, sweeps, trainer, val, started, command)
+                cli.say(world, results)
+    return cli.stopped_status(stopped_by) if sweeps[-1].ended == "stopped" else 0

@@ -17,7 +17,7 @@ from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.sampling import Order, crop_shape
+from pipelines.sampling import BatchSampler, crop_shape
 
 SIZES = [(48, 64), (64, 48), (50, 50), (33, 90), (90, 33), (40, 300), (60, 80), (61, 59), (70, 40)]
 COUNT = 37
@@ -70,7 +70,7 @@ def test_every_image_once_in_the_same_batches_at_any_number_of_shards(
         found = []
         for shard in range(count):
             spec = spec_of(split, shard_id=shard, num_shards=count)
-            order = Order(spec)
+            order = BatchSampler(spec)
             parts = [order.batch(0, step) for step in range(spec.steps_at(0))]
             found += [(part.indices.tolist(), part.shape) for part in parts]
         return found

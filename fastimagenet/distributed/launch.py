@@ -56,6 +56,10 @@ def run_processes(launch: Launch, module: str, argv: list[str], seconds_before: 
         )
     before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.processes)))
+    # The same packages as here, whatever the working directory has.
+    ours = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONPATH"] = os.pathsep.join([ours, *filter(None, [before.get("PYTHONPATH")])])
+    os.environ["PYTHONSAFEPATH"] = "1"
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ[STARTED] = str(time.time() - seconds_before)
     # A new store at each restart: a shared one would still hold the dead processes' addresses.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastimagenet.training.recorder import Recorder
 from pipelines.errors import UserError
-from pipelines.files import written_beside
+from pipelines.files import atomic_write
 
 LAST, PREVIOUS, EPOCH, BEST = "last.pt", "previous.pt", "epoch.pt", "best.pt"
 ENTRIES = (
@@ -40,7 +40,7 @@ SEAL_SIZE = 64
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values atomically. Raises OSError, such as for a full disk."""
     try:
-        with written_beside(path) as beside, beside.open("w+b") as file:
+        with atomic_write(path) as beside, beside.open("w+b") as file:
             torch.save(state, file)
             seal(file)
     except RuntimeError as error:

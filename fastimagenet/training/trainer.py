@@ -496,8 +496,10 @@ class Trainer:
             "that it began with",
             "seed": f"another seed: --seed {state['seed']}",
         }
+        # As a value: releases write a recipe's fields in different orders.
+        state["recipe"] = toml.loads(state["recipe"], f"the recipe in {path}")
         for name, remedy in remedies.items():
-            if state[name] != self.about[name]:
+            if state[name] != (self.plan.recipe if name == "recipe" else self.about[name]):
                 raise UserError(f"--resume: {path} is of a run with {remedy}")
         self.load_state_dict(state)
         # A run that its launcher restarts is still the same one: its clock ran on since the save.
