@@ -98,7 +98,7 @@ class Plan:
 
     @cached_property
     def _schedules(self) -> tuple[schedule.Schedule, schedule.Schedule]:
-        """LR for the recipe's own batch, and momentum, as functions of the step. Raises UserError."""
+        """LR for the recipe's own batch, and momentum, by the step. Raises UserError."""
         recipe, steps = self.recipe, self.total_steps
         momentum: schedule.Schedule | None = None
         lr: schedule.Schedule

@@ -221,7 +221,7 @@ class Recipe(Transforms):
         require(self.reflect_pad < smallest, "reflect_pad", "below image_size", self.reflect_pad)
 
     def _check_schedules(self) -> None:
-        """Check all schedules, unused ones too; whether a run has enough steps is for its plan to find."""
+        """Check all schedules, unused ones too; too few steps are for the plan to find."""
         try:
             schedule.use_clr_beta(MANY_STEPS, self.max_lr, *self.use_clr_beta)
             schedule.one_cycle(MANY_STEPS, self.max_lr, *self.one_cycle)
@@ -244,7 +244,7 @@ class Recipe(Transforms):
         return metric, float(value)
 
     def reached_by(self, accuracies: Mapping[str, float | None]) -> bool:
-        """Tell whether these accuracies, fractions by metric, reach the target; False without one."""
+        """Tell whether these fractions, by metric, reach the target; False without one."""
         if self.target_metric is None:
             return False
         metric, mark = self.target_metric
