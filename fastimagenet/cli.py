@@ -25,7 +25,7 @@ from fastimagenet.machine import keep_freed_memory, wait_passively
 from fastimagenet.recipes.recipe import PRECISIONS
 from pipelines import cli
 from pipelines.backends import BACKENDS
-from pipelines.datasets.remote import SCHEME, fetched
+from pipelines.datasets.remote import is_url, local_copy
 from pipelines.datasets.split import ON_BAD_IMAGE
 from pipelines.errors import UserError
 
@@ -42,8 +42,8 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=data_argument,
         metavar="DIR",
-        help="image folder DIR/train/CLASS/*, DIR/val/CLASS/*, or shards; s3://BUCKET/PREFIX is "
-        "copied to the user's cache first; default: the embedded digits",
+        help="image folder DIR/train/CLASS/*, DIR/val/CLASS/*, or shards; those at a URL "
+        "(s3://, gs://, hf://) are copied to the user's cache first; default: the embedded digits",
     )
     add("--skip-list", type=Path, metavar="FILE", help="paths of images to leave out, one per line")
     add(
@@ -93,9 +93,9 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def data_argument(text: str) -> Path:
-    """A folder, or the local copy of shards in a bucket."""
+    """A folder, or the local copy of the shards at a URL."""
     try:
-        return fetched(text) if text.startswith(SCHEME) else Path(text)
+        return local_copy(text) if is_url(text) else Path(text)
     except UserError as error:  # argparse would say "invalid value" instead
         raise argparse.ArgumentTypeError(str(error)) from None
 

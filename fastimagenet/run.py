@@ -31,6 +31,7 @@ from fastimagenet.training.clock import Stopwatch
 from fastimagenet.training.recorder import Recorder
 from pipelines.backends import start_workers
 from pipelines.datasets.copies import best_copy, find_copies, read_copy
+from pipelines.datasets.known import AUTO, ORIGINAL
 from pipelines.datasets.split import (
     Split,
     check_classes,
@@ -40,7 +41,7 @@ from pipelines.datasets.split import (
 )
 from pipelines.errors import UserError
 from pipelines.files import write_object
-from pipelines.loader import AUTO, ORIGINAL, Stage
+from pipelines.loader import Stage
 
 if TYPE_CHECKING:
     from torch import nn

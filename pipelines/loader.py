@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipelines.datasets.known import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.datasets.known import AUTO, IMAGENET_MEAN, IMAGENET_STD, ORIGINAL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +36,6 @@ class DaliSettings:
 AUTO_AUGMENT = ("none", "trivial", "rand")
 MAGNITUDES = 31
 """Number of magnitudes of an operation of `auto_augment`, from nothing to the largest."""
-AUTO, ORIGINAL = "auto", "original"
-"""`Stage.data` for the copy that serves best, and for the split itself."""
 DECODE_MARGIN = 256 / 224
 """Validation: the short side is resized to this times the size of the centre crop."""
 

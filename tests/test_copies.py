@@ -107,7 +107,7 @@ def test_an_image_without_a_copy_is_named(copied: Path) -> None:
 
 
 def spec_of(split: Split, copies: dict[str, Split], *names: str, **fields: int) -> LoaderSpec:
-    stages = tuple(Stage(epochs=1, image_size=16, batch_size=6, copy=name) for name in names)
+    stages = tuple(Stage(epochs=1, image_size=16, batch_size=6, data=name) for name in names)
     return LoaderSpec(split=split, copies=copies, stages=stages, training=True, **fields)
 
 

@@ -17,7 +17,7 @@ from pipelines.backends import has_dali
 from pipelines.cli import exit_status, make_parser
 from pipelines.datasets.split import Split, left_out_note, read_split
 from pipelines.errors import UserError
-from pipelines.prepare.scan import printable
+from pipelines.prepare.findings import printable
 from pipelines.workers import num_cores
 
 MOST_IMAGES = 1000

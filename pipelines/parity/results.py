@@ -19,7 +19,7 @@ from pipelines.environment import processor, versions
 from pipelines.files import atomic_write, write_object, write_text
 from pipelines.pages import render
 from pipelines.parity.compare import NUM_CROPS, SIGNIFICANCE, Comparison, CropTest, Example
-from pipelines.prepare.scan import printable, shown
+from pipelines.prepare.findings import printable, shown
 
 SPLITS = {"val": "validation", "train": "training"}
 HEADER = ("split", "px", "verdict", "mean", "99 %", "max", "inside", "bound", "images")
