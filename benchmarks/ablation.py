@@ -15,11 +15,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastimagenet.assemble import with_copies
+
 from benchmarks.ablation_results import FULL, read_ablation, table
 from benchmarks.superconvergence import describe
 from benchmarks.trainings import Training, check_folder, train_all
 from fastimagenet import cli
-from fastimagenet.assemble import with_copies
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.plan import Plan

@@ -21,19 +21,18 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from fastimagenet.assemble import chosen_recipe, read_data, with_copies
 
 from benchmarks.ceilings import synchronize
 from benchmarks.intervals import Estimate, estimate, ratio, shown
 from benchmarks.phase_rates import phase_trainer, synthetic_batch, this_process, update
 from benchmarks.run_table import markdown
 from fastimagenet import cli
-from fastimagenet.assemble import chosen_recipe, read_data, with_copies
 from fastimagenet.report.summary import hardware
 from fastimagenet.training import checkpoint
 from fastimagenet.training.checkpoint import CheckpointWriter, copied
-from fastimagenet.training.evaluation import precision_name
 from fastimagenet.training.recorder import NullRecorder
-from fastimagenet.training.trainer import Trainer, state_of, warm_up
+from fastimagenet.training.trainer import Trainer
 from pipelines.cli import Parser, at_least, make_parser, output_folder
 from pipelines.environment import versions
 from pipelines.files import Row, write_object, write_text
@@ -76,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         images, labels = synthetic_batch(trainer, args, train)
         if recipe.compile:
-            warm_up(trainer)
+            trainer.compile_all_sizes()
         measured = measure(trainer, lambda: update(trainer, images, labels), args, Path(folder))
         facts = {
             "command": shlex.join(["python", "-m", "benchmarks.checkpoint_cost", *argv]),
             "date": time.strftime("%Y-%m-%d"),
             "hardware": hardware(trainer),
-            "precision": precision_name(trainer.dtype),
+            "precision": trainer.precision,
             "versions": versions(),
             "load_average": load_average,
             "recipe": recipe.name,
@@ -141,7 +140,7 @@ def block(
     synchronize(trainer.device)
     start = time.perf_counter()
     if way != "without":
-        writer.save(state_of(trainer))
+        writer.save(trainer.state_dict())
     if way == "in line":
         writer.finish()
     for number in range(steps):
@@ -160,7 +159,7 @@ def save_parts(trainer: Trainer, path: Path) -> dict[str, float]:
     def mark() -> None:
         times.append(time.perf_counter())
 
-    state = state_of(trainer)
+    state = trainer.state_dict()
     mark()
     state = copied(state)
     synchronize(trainer.device)

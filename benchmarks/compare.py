@@ -17,9 +17,9 @@ from benchmarks.published import published
 from benchmarks.run_plots import Curve, accuracy_and_lr
 from benchmarks.run_table import accuracy_points, lr_points, markdown, schedule_text
 from fastimagenet import cli
-from fastimagenet.report.dawnbench import TRAIN_CLOCK, time_to_target
+from fastimagenet.report.dawnbench import TRAIN_CLOCK
 from fastimagenet.report.figures import svg, write_files
-from fastimagenet.report.run import Run, read_run
+from fastimagenet.report.run import Run
 from pipelines import pages
 from pipelines.cli import make_parser, output_folder
 from pipelines.errors import UserError
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("runs", metavar="RUN", nargs="+", type=Path, help="a run's --output folder")
     add("--output", metavar="DIR", type=output_folder, default=Path(), help="default: here")
     args = parser.parse_args(argv)
-    runs = {str(folder): read_run(folder) for folder in args.runs}
+    runs = {str(folder): Run.open(folder) for folder in args.runs}
     for name, run in runs.items():
         if not run.summary:
             raise UserError(f"{name} is not finished: go on with it by train --resume auto")
@@ -107,7 +107,7 @@ def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
 def row(name: str, run: Run) -> tuple[str, ...]:
     """The cells of one run."""
     recipe, summary = run.plan["recipe"], run.summary
-    reached = time_to_target(run.epochs, *run.target) if run.target else None
+    reached = run.seconds_to_target
     return (
         name,
         summary["hardware"],

@@ -18,11 +18,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from fastimagenet.assemble import chosen_recipe, with_copies
+
 from benchmarks.dawnbench_results import ENERGY, read_results, write_results
 from benchmarks.energy import JOULES_PER_KWH, gpu_joules
 from benchmarks.trainings import Training, check_folder, train_all
 from fastimagenet import cli
-from fastimagenet.assemble import chosen_recipe, with_copies
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.train import check_entry_flags

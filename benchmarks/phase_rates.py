@@ -14,17 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from fastimagenet.assemble import make_trainer
 from torch import Tensor
 
 from benchmarks.ceilings import calls_per_sec, step_costs, synchronize
 from fastimagenet import cli
-from fastimagenet.assemble import make_trainer
 from fastimagenet.distributed.world import World
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
 from fastimagenet.training.clock import Stopwatch
 from fastimagenet.training.loaders import open_loader
-from fastimagenet.training.trainer import Trainer, warm_up
+from fastimagenet.training.trainer import Trainer
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 from pipelines.loader import Loader
@@ -98,7 +98,7 @@ def measure_phase(
     synchronize(trainer.device)
     first_batch_seconds = time.perf_counter() - start
     if trainer.plan.recipe.compile:
-        warm_up(trainer)
+        trainer.compile_all_sizes()
     images, labels = synthetic_batch(trainer, args, train)
     flops, moved = step_costs(trainer, images, labels)
     rates: dict[str, list[float]] = {"loader": [], "model": [], "both": [], "wait": []}

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from fastimagenet.assemble import check_output, chosen_recipe, read_data, with_copies
+
 from benchmarks.plan_results import check, table, write_results
 from benchmarks.planner import MIN_STEPS, candidates, with_fitting_batch
 from fastimagenet import cli
-from fastimagenet.assemble import check_output, chosen_recipe, read_data, with_copies
 from fastimagenet.distributed.world import World
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe

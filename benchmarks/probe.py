@@ -19,9 +19,10 @@ from fastimagenet.report.summary import hardware
 from fastimagenet.training import checkpoint
 from fastimagenet.training.checkpoint import CheckpointWriter
 from fastimagenet.training.clock import Stopwatch
-from fastimagenet.training.evaluation import precision_name
+from fastimagenet.training.evaluation import evaluate
+from fastimagenet.training.failures import out_of_memory_advice
 from fastimagenet.training.recorder import NullRecorder
-from fastimagenet.training.trainer import Trainer, counts_of, state_of
+from fastimagenet.training.trainer import Trainer
 from pipelines.datasets.split import Split
 
 ROUNDS = 5
@@ -71,7 +72,7 @@ def measure(
             if phase is recipe.phases[-1]:
                 _, tta_rate = eval_rate(trainer, size, recipe.tta, turn)
                 saving, writing = time_of_checkpoint(trainer)
-                facts = hardware(trainer), precision_name(trainer.dtype)
+                facts = hardware(trainer), trainer.precision
     probe = Probe(
         num_train=len(train),
         num_val=len(val),
@@ -99,8 +100,11 @@ def eval_rate(trainer: Trainer, image_size: int, tta: str, seconds: float) -> tu
         start = time.perf_counter()
         batches = limited(trainer.eval_loader, seconds / ROUNDS)
         model = trainer.evaluated_model
-        images = counts_of(trainer, model, batches, image_size, tta).images
-        rates.append(images / (time.perf_counter() - start))
+        with out_of_memory_advice(trainer.plan.smallest_phase, image_size):
+            counts = evaluate(
+                model, batches, world=trainer.world, autocast_dtype=trainer.dtype, tta=tta
+            )
+        rates.append(counts.images / (time.perf_counter() - start))
     return first, median(rates)
 
 
@@ -119,7 +123,7 @@ def time_of_checkpoint(trainer: Trainer) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         writer = CheckpointWriter(Path(folder), NullRecorder())
         start = time.perf_counter()
-        writer.save(state_of(trainer), (checkpoint.EPOCH, checkpoint.BEST))
+        writer.save(trainer.state_dict(), (checkpoint.EPOCH, checkpoint.BEST))
         begun = time.perf_counter()
         writer.finish()
         return begun - start, time.perf_counter() - begun

@@ -13,7 +13,6 @@ from fastimagenet.models import build_model
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
 from fastimagenet.training.loaders import open_loader
-from fastimagenet.training.recorder import NullRecorder
 from fastimagenet.training.trainer import Trainer
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split
@@ -50,4 +49,4 @@ def synthetic_trainer(recipe: Recipe, device: str, num_classes: int) -> Trainer:
 
     torch.manual_seed(0)
     model = build_model(recipe, num_classes)
-    return Trainer(plan, model, world, loader, NullRecorder())
+    return Trainer(plan, model, loader(True), loader(False), world=world)

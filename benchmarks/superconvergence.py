@@ -18,12 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from fastimagenet.assemble import with_copies
 
 from benchmarks.run_results import Data, read_results
 from benchmarks.run_table import table, write_results
 from benchmarks.trainings import Training, check_folder, train_all
 from fastimagenet import cli
-from fastimagenet.assemble import with_copies
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.plan import Plan

@@ -19,17 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from fastimagenet.assemble import chosen_recipe, read_data, with_copies
 
 from benchmarks.ceilings import copy_bytes_per_sec, matmul_flops_per_sec
 from benchmarks.intervals import Estimate, estimate, short, shown
 from benchmarks.phase_rates import PhaseRates, measure_phase, phase_trainer, this_process
 from benchmarks.run_table import markdown
 from fastimagenet import cli
-from fastimagenet.assemble import chosen_recipe, read_data, with_copies
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.summary import hardware
-from fastimagenet.training.evaluation import precision_name
 from fastimagenet.training.trainer import Trainer
 from pipelines.backends import chosen_backend
 from pipelines.cli import Parser, at_least, make_parser, output_folder, positive
@@ -138,7 +137,7 @@ def measure(
         with phase_trainer(args, recipe, phase, world, train, val) as trainer:
             if not index:
                 matmul, copy = ceilings(trainer, args)
-                facts = hardware(trainer), precision_name(trainer.dtype)
+                facts = hardware(trainer), trainer.precision
             print(f"phase {index}: {phase.image_size} px, batch {phase.batch_size}", flush=True)
             measured.append(measure_phase(trainer, args, train, args.rounds, args.seconds))
         yield Result(

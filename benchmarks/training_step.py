@@ -30,10 +30,9 @@ from benchmarks.step_floor import NUM_CLASSES, count_layers, floor_images_per_se
 from benchmarks.step_layers import Layer
 from benchmarks.step_variants import VARIANTS, synthetic_trainer, variant_recipe
 from fastimagenet import cli
-from fastimagenet.distributed.world import plan_launch
+from fastimagenet.distributed.world import Launch
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.recipe import MODELS, Recipe
-from fastimagenet.training.trainer import warm_up
 from pipelines.cli import Parser, at_least, make_parser, output_file, positive
 from pipelines.environment import processor, versions
 from pipelines.files import write_object
@@ -196,7 +195,7 @@ def measure(recipe: Recipe, device: str, seconds: float) -> tuple[list[float], i
     """Images per second, round by round, and the peak of the memory in bytes."""
     trainer = synthetic_trainer(recipe, device, NUM_CLASSES)
     if recipe.compile:
-        warm_up(trainer)
+        trainer.compile_all_sizes()
     images, labels = next(iter(trainer.train_loader))
     update(trainer, images, labels)  # cuDNN tries its algorithms, which takes memory
     if trainer.device.type == "cuda" and not recipe.cuda_graphs:
@@ -261,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_average = os.getloadavg()[0]
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    kind = plan_launch(1, 1, args.device, None).device
+    kind = Launch(1, 1, args.device).resolved().device
     recipe = named_recipe(args.recipe, 1)
     recipe = replace(recipe, model=args.model or recipe.model)
     rates = sweep(

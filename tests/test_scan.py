@@ -16,7 +16,6 @@ import pytest
 from odd_files import Odd, write_odd_files
 from PIL import Image
 
-from fastimagenet import train
 from pipelines.cli import exit_status
 from pipelines.datasets.checks import check_file
 from pipelines.datasets.images import ImageFile, whole_files

@@ -1,68 +1,112 @@
-"""`World`, who this process is, and `Launch`, what a command asks for.
+"""`World`, this process among all, and `Launch`, the processes that a command asks for.
 
-The only reader of RANK, WORLD_SIZE and SLURM_*.
+The only module that reads RANK, WORLD_SIZE and SLURM_*.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipelines.errors import UserError
 
 TIMEOUT_SECONDS = 600
-"""How long a process waits for the others, unless --timeout says so."""
+"""Default of --timeout, how long a process waits for the others."""
 LAUNCHER = "FASTIMAGENET_LAUNCHER"
-"""Variable with the process number of our own launcher."""
+"""Environment variable with the process ID of our own launcher."""
 STARTED = "FASTIMAGENET_STARTED"
-"""Variable with the time at which that was started, in seconds since 1970."""
+"""Environment variable with the time at which that was started, in seconds since 1970."""
 STOPPED = (130, 143)
-"""Exit status of a process that was asked to stop, and has saved."""
+"""Exit statuses of a process that was asked to stop and has saved."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run's."""
+    """Identifies this process among all processes of the run."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    """Processes on this machine."""
+    """Number of processes on this node."""
     device: str = "cpu"
     """ "cpu" or "cuda:LOCAL_RANK"."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes a command asks for."""
+    """The processes that a command asks for."""
 
-    nodes: int
-    nproc_per_node: int
-    device: str
-    """ "cpu" or "cuda"."""
+    nodes: int = 1
+    nproc_per_node: int | None = None
+    """None: one per GPU, one on a CPU."""
+    device: str = "auto"
+    """ "auto", "cuda" or "cpu"; "auto" is "cuda" where there is a GPU."""
     rdzv_endpoint: str | None = None
-    max_restarts: int = 0
-    """How often the agent of a node starts all processes again after one has died."""
+    """HOST:PORT where several nodes meet."""
+    max_restarts: int = 3
+    """How often the processes of a node are restarted after one has died."""
     min_nodes: int = 0
-    """Above 0: nodes may leave and come back while there are so many."""
+    """Above 0: elastic, nodes may leave and join while there are so many."""
+    timeout_seconds: float = TIMEOUT_SECONDS
+    """How long a process waits for the others in a collective."""
+
+    def resolved(self) -> Launch:
+        """Return a copy with device and processes per node settled for this node.
+
+        Raises UserError naming the flag.
+        """
+        gpus, device = gpu_count(), self.device
+        if device not in ("auto", "cuda", "cpu"):
+            raise UserError(f"--device must be one of auto, cuda, cpu, not {device!r}")
+        if device == "auto":
+            device = "cuda" if gpus else "cpu"
+        if device == "cuda" and not gpus:
+            raise UserError("--device cuda: no CUDA device is there; --device cpu runs without one")
+        if self.nodes < 1:
+            raise UserError(f"--nodes must be at least 1, not {self.nodes}")
+        if not 0 < self.timeout_seconds < math.inf:
+            raise UserError(f"--timeout must be above 0 seconds, not {self.timeout_seconds:g}")
+        if self.max_restarts < 0:
+            raise UserError(f"--max-restarts must be 0 or more, not {self.max_restarts}")
+        processes = self.nproc_per_node
+        if processes is None:
+            processes = gpus if device == "cuda" else 1
+        if processes < 1:
+            raise UserError(f"--nproc-per-node must be at least 1, not {processes}")
+        if device == "cuda" and processes > gpus:
+            raise UserError(f"--nproc-per-node {processes}: this machine has {gpus} CUDA devices")
+        return replace(self, nproc_per_node=processes, device=device)
+
+    @property
+    def processes(self) -> int:
+        """Number of processes per node, once `resolved`."""
+        assert self.nproc_per_node is not None, "resolved() comes first"
+        return self.nproc_per_node
 
     @property
     def world_size(self) -> int:
-        return self.nodes * self.nproc_per_node
+        """Number of processes on all nodes, once `resolved`."""
+        return self.nodes * self.processes
+
+    @property
+    def first_device(self) -> str:
+        """Device of a process that runs alone, once `resolved`: "cpu" or "cuda:0"."""
+        return "cpu" if self.device == "cpu" else "cuda:0"
 
 
 def gpu_count() -> int:
-    """CUDA devices that this process may use, asked of the driver without importing torch."""
+    """Count the CUDA devices that this process may use; asks the driver, without torch."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -73,36 +117,11 @@ def gpu_count() -> int:
     return count.value
 
 
-def plan_launch(
-    nodes: int,
-    nproc_per_node: int | None,
-    device: str,
-    endpoint: str | None,
-    min_nodes: int = 0,
-) -> Launch:
-    """Settle device and process count from the flags. Raises UserError naming the flag."""
-    gpus = gpu_count()
-    if device == "auto":
-        device = "cuda" if gpus else "cpu"
-    if device == "cuda" and not gpus:
-        raise UserError("--device cuda: no CUDA device is there; --device cpu runs without one")
-    if nodes < 1:
-        raise UserError(f"--nodes must be at least 1, not {nodes}")
-    processes = nproc_per_node
-    if processes is None:
-        processes = gpus if device == "cuda" else 1
-    if processes < 1:
-        raise UserError(f"--nproc-per-node must be at least 1, not {processes}")
-    if device == "cuda" and processes > gpus:
-        raise UserError(f"--nproc-per-node {processes}: this machine has {gpus} CUDA devices")
-    return Launch(nodes, processes, device, endpoint, min_nodes=min_nodes)
+def launched_world(launch: Launch) -> World | None:
+    """Read the World that torchrun, srun or our own launcher set; None if none has started us.
 
-
-def launched_world(launch: Launch, nproc_flag: int | None = None) -> World | None:
-    """The World that torchrun, srun or our own launcher has put this process in; None before that.
-
-    Raises UserError where what was launched differs from what the flags say, of which `nproc_flag`
-    is --nproc-per-node, and where a variable of the launcher is missing or no number.
+    Raises UserError where what was launched differs from what `launch` asks for, and where a
+    variable of the launcher is missing or no number.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -111,11 +130,11 @@ def launched_world(launch: Launch, nproc_flag: int | None = None) -> World | Non
         local_size = _number("LOCAL_WORLD_SIZE", "1", least=1)
         nodes = _number("GROUP_WORLD_SIZE", str(launch.nodes), least=1)
         starter = f"torchrun --nnodes {launch.nodes}"
-        if "LOCAL_WORLD_SIZE" in env and nproc_flag not in (None, local_size):
+        if "LOCAL_WORLD_SIZE" in env and launch.nproc_per_node not in (None, local_size):
             raise UserError(
-                f"--nproc-per-node {nproc_flag}, but {local_size} process(es) of this machine were "
-                f"launched: start it with torchrun --nproc-per-node {nproc_flag} or say "
-                f"--nproc-per-node {local_size}"
+                f"--nproc-per-node {launch.nproc_per_node}, but {local_size} process(es) of this "
+                f"node were launched: start it with torchrun --nproc-per-node "
+                f"{launch.nproc_per_node} or say --nproc-per-node {local_size}"
             )
     elif "SLURM_PROCID" in env and _number("SLURM_NTASKS", "1", least=1) > 1:
         rank, size = _number("SLURM_PROCID"), _number("SLURM_NTASKS", least=1)
@@ -132,7 +151,7 @@ def launched_world(launch: Launch, nproc_flag: int | None = None) -> World | Non
             f"--nodes {launch.nodes}, but {nodes} node(s) were launched: "
             f"start it with {starter} or say --nodes {nodes}"
         )
-    return World(rank, local_rank, size, local_size, _device(launch.device, local_rank))
+    return World(rank, local_rank, size, local_size, _device(launch.resolved().device, local_rank))
 
 
 def _variable(name: str, default: str | None = None) -> str:
@@ -155,42 +174,44 @@ def _device(kind: str, local_rank: int) -> str:
         return "cpu"
     gpus = gpu_count()
     if gpus > 1 and local_rank >= gpus:
-        raise UserError(f"process {local_rank} of this machine has no GPU: it has {gpus}")
+        raise UserError(f"process {local_rank} of this node has no GPU: it has {gpus}")
     # srun --gpus-per-task=1 shows each process its own GPU alone.
     return f"cuda:{local_rank if gpus > 1 else 0}"
 
 
 def _first_host(node_list: str) -> str:
-    """The first name of a SLURM node list, such as "gpu[03-06,9],login1" -> "gpu03"."""
+    """Return the first name of a SLURM node list: "gpu[03-06,9],login1" -> "gpu03"."""
     first = re.match(r"([^,\[]|\[[^]]*\])+", node_list)
     assert first is not None
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first.group())
 
 
 def started_by_us() -> bool:
-    """Whether our own launcher, which has checked flags and data, started this process."""
+    """Tell whether our own launcher, which has checked flags and data, started this process."""
     return LAUNCHER in os.environ and "RANK" in os.environ
 
 
 def restarted() -> bool:
-    """Whether torch's elastic agent has started the processes of this run before."""
+    """Tell whether torch's elastic agent has restarted this process."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def launched_before(moment: float) -> bool:
-    """Whether the run that this process belongs to was under way at `moment`, in seconds since
-    1970: what is from then is its own."""
+    """Tell whether this process's run had begun at `moment`, in seconds since 1970.
+
+    A checkpoint of that time is then the run's own.
+    """
     return float(os.environ[STARTED]) <= moment if started_by_us() else restarted()
 
 
 def seconds_since_launch() -> float:
-    """From the start of the command, which checked data and met other nodes, to that of this
-    process; 0 where our own launcher did not start it."""
+    """Return the seconds from the start of the command, which checked the data and met the other
+    nodes, to that of this process; 0 where our own launcher did not start it."""
     return max(0.0, time.time() - float(os.environ[STARTED])) if started_by_us() else 0.0
 
 
 def report_to_launcher(error: Exception) -> bool:
-    """Leave the error to our launcher, which says it once; False where there is none."""
+    """Hand the error to our launcher, which prints it once; False without a launcher."""
     if not started_by_us():
         return False
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -200,9 +221,9 @@ def report_to_launcher(error: Exception) -> bool:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this process when our launcher is gone: nobody else would stop it."""
+    """Have the kernel kill this process when our launcher dies, since nobody else would."""
     if not started_by_us():
         return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-    if str(os.getppid()) != os.environ[LAUNCHER]:  # it was gone before
+    if str(os.getppid()) != os.environ[LAUNCHER]:  # it died before the call
         os.kill(os.getpid(), signal.SIGKILL)

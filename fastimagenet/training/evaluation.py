@@ -1,22 +1,19 @@
-"""Exact top-1, top-5 and loss: counts are summed over batches and ranks, and divided once.
-
-Importing this module does not import torch, so that a recipe can be checked without it.
-"""
+"""Exact top-1, top-5 and loss: counts are summed over batches and ranks and divided once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
 
+from fastimagenet.distributed.collectives import all_reduce_sum, broadcast
+from fastimagenet.distributed.world import World
 from fastimagenet.recipes.recipe import TTA
 from pipelines.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 
 def check_tta(tta: str) -> None:
@@ -27,29 +24,22 @@ def check_tta(tta: str) -> None:
 
 @dataclass(frozen=True)
 class Counts:
-    """What an evaluation has counted; the fractions raise ZeroDivisionError without images."""
+    """The counts of an evaluation; the fractions raise ZeroDivisionError without images."""
 
     images: int
     correct1: int
     correct5: int
     loss_sum: float
-    """Of the cross-entropy, without label smoothing, in nats."""
+    """Sum of the cross-entropy, without label smoothing, in nats."""
     tta_correct1: int | None = None
     tta_correct5: int | None = None
 
-    def tensor(self) -> Tensor:
-        """The numbers as float64 on the CPU, (6,), or (4,) without TTA: adding those of all
-        ranks, in one all_reduce, adds the counts exactly (below 2^53)."""
-        import torch
-
-        values = [value for value in astuple(self) if value is not None]
-        return torch.tensor(values, dtype=torch.float64)
-
     @classmethod
-    def from_tensor(cls, tensor: Tensor) -> Counts:
-        """The counts that `tensor()`, or a sum of such tensors, holds."""
-        images, correct1, correct5, loss_sum, *tta = tensor.tolist()
-        return cls(int(images), int(correct1), int(correct5), loss_sum, *map(int, tta))
+    def from_totals(cls, totals: list[float], tta: str) -> Counts:
+        """Make counts of six numbers in the order of the fields; the last two count with a TTA."""
+        images, correct1, correct5, loss_sum, *tta_correct = totals
+        found = map(int, tta_correct if tta != "none" else ())
+        return cls(int(images), int(correct1), int(correct5), loss_sum, *found)
 
     @property
     def top1(self) -> float:
@@ -62,7 +52,7 @@ class Counts:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy an image."""
+        """Mean cross-entropy per image."""
         return self.loss_sum / self.images
 
     @property
@@ -74,7 +64,7 @@ class Counts:
         return None if self.tta_correct5 is None else self.tta_correct5 / self.images
 
     def accuracies(self) -> dict[str, float | None]:
-        """The four accuracies by the names that files and rows use."""
+        """Return the four accuracies by their names in files and rows."""
         return {
             "top1": self.top1,
             "top5": self.top5,
@@ -87,27 +77,28 @@ def evaluate(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
-    device: torch.device,
+    world: World,
     autocast_dtype: torch.dtype | None,
     tta: str = "none",
 ) -> Counts:
-    """Count over one pass of `loader`, which yields images (B, 3, H, W) and labels (B,) int64.
+    """Count over one pass of the loaders of all processes, on the device of `world`.
 
-    `autocast_dtype` None: the model runs in its own precision. Either way logits are compared in
-    float32. With `tta` the softmax is averaged over `views`; the plain figures are those of the
-    first view, from the same pass. With fewer than five classes top-5 is "any of them"; an image
-    with a NaN among its logits is wrong in every count. The model's modes are left as they were.
-    Raises `UserError` for an unknown `tta`.
+    Each process calls it with its own share of the images (B, 3, H, W) and labels (B,) int64, and
+    gets the sum over all; they take the buffers, which are the BN statistics, from the first
+    process. `autocast_dtype` None: the model runs in its own precision. Either way logits are
+    compared in float32. With `tta` the softmax is averaged over `views`; the plain figures are
+    those of the first view, from the same pass. With fewer than five classes top-5 is "any of
+    them"; an image with a NaN among its logits is wrong in every count. The model's modes are left
+    as they were. Raises UserError for an unknown `tta`.
     """
-    import torch
-    import torch.nn.functional as F
-
     check_tta(tta)
-    images = 0
+    device, images = torch.device(world.device), 0
     # Kept on the device: a sync in each batch would leave a GPU idle.
-    correct = torch.zeros(2, dtype=torch.int64, device=device)
-    tta_correct = torch.zeros(2, dtype=torch.int64, device=device)
+    correct = torch.zeros(2, dtype=torch.float64, device=device)
+    tta_correct = torch.zeros(2, dtype=torch.float64, device=device)
     loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
+    # Every process has statistics of its own; the first one's are saved, and so evaluated.
+    broadcast(model.buffers(), world, "the BN statistics")
     # Not inference_mode: torch.compile makes a second graph for tensors created under it.
     with eval_mode(model), torch.no_grad():
         for batch, labels in loader:
@@ -118,25 +109,22 @@ def evaluate(
             logits = outputs[0].float()
             images += len(labels)
             correct += count_correct(logits, labels)
-            loss_sum += F.cross_entropy(logits, labels, reduction="none").double().sum()
+            loss_sum += cross_entropy(logits, labels, reduction="none").double().sum()
             if tta != "none":
                 # Softmax first: averaged logits, or their exponentials, let one view outvote all.
                 mean = torch.stack(outputs).float().softmax(dim=-1).mean(dim=0)
                 tta_correct += count_correct(mean, labels)
-        totals = torch.cat([correct, loss_sum, tta_correct]).tolist()  # the only sync
-    correct1, correct5, loss, *tta_totals = totals
-    if tta == "none":
-        tta_totals = []
-    return Counts(images, int(correct1), int(correct5), loss, *map(int, tta_totals))
+        num_images = torch.tensor([images], dtype=torch.float64, device=device)
+        totals = torch.cat([num_images, correct, loss_sum, tta_correct])
+        all_reduce_sum(totals, world, "validation counts")  # in float64, exact below 2^53
+    return Counts.from_totals(totals.tolist(), tta)  # the only wait for the device
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
-    """Images whose label (B,) has the best, and one of the five best, of its scores (B, C).
+    """Count images whose label (B,) has the best, and one of the five best, scores (B, C).
 
     -> (2,) int64 on the same device. A row of scores with a NaN is wrong in both.
     """
-    import torch
-
     best = scores.topk(min(5, scores.shape[1]), dim=1).indices
     # topk takes NaN for the greatest of all numbers: it would be a hit at the label.
     hit = (best == labels[:, None]) & ~scores.isnan().any(dim=1, keepdim=True)
@@ -144,7 +132,7 @@ def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def views(images: Tensor, tta: str) -> Iterator[Tensor]:
-    """The versions of the images (B, C, H, W) that are averaged, the images themselves first.
+    """Yield the views of the images (B, C, H, W) to average, the images themselves first.
 
     "none": 1. "flip": 2, also the mirror image (left-right). "flip+crop": 6, also both of these
     for the images moved by (H // 16, W // 16) pixels down and right, and up and left, filled by
@@ -153,9 +141,6 @@ def views(images: Tensor, tta: str) -> Iterator[Tensor]:
     logits (arXiv:2404.00498). On one network trained here on JPEG copies (n = 1) that gave 90.20 %
     top-1, 2 px and equal weights on softmax 90.26 %: no difference, so the views stay equal.
     """
-    import torch
-    import torch.nn.functional as F
-
     check_tta(tta)
     yield images
     if tta == "none":
@@ -165,7 +150,7 @@ def views(images: Tensor, tta: str) -> Iterator[Tensor]:
         return
     height, width = images.shape[-2:]
     dy, dx = height // 16, width // 16
-    padded = F.pad(images, (dx, dx, dy, dy), mode="reflect")
+    padded = pad(images, (dx, dx, dy, dy), mode="reflect")
     for top, left in ((0, 0), (2 * dy, 2 * dx)):
         moved = padded[..., top : top + height, left : left + width]
         # One memory layout for all views: a compiled model would be compiled anew for another.
@@ -176,7 +161,7 @@ def views(images: Tensor, tta: str) -> Iterator[Tensor]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back to just the mode that each module was in, come what may."""
+    """Run the block in evaluation mode; then every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -187,19 +172,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def autocast_dtype(precision: str, device: str) -> torch.dtype | None:
-    """The dtype to autocast to, None for plain float32.
+    """Return the dtype to autocast to, None for plain float32.
 
     "auto" is bf16 on a GPU and fp32 on a CPU. Raises UserError for fp16 on a CPU.
     """
-    import torch
-
     if precision == "auto":
         precision = "fp32" if device == "cpu" else "bf16"
     if precision == "fp16" and device == "cpu":
         raise UserError("--precision fp16 needs a GPU; on a CPU take bf16 or fp32")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def precision_name(dtype: torch.dtype | None) -> str:
-    """As --precision has it."""
-    return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

@@ -1,47 +1,43 @@
-"""What goes wrong in a step, put into words that say what to set."""
+"""Failures of a training step, turned into messages that say what to set."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from fastimagenet.distributed.collectives import gather_objects
-from fastimagenet.distributed.world import World
-from fastimagenet.errors import NotWritten
-from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.plan import Plan, PlannedPhase
 from pipelines.errors import UserError
 
 SCALER_PATIENCE_STEPS = 16
-"""Non-finite losses in a row that the fp16 loss scaler, which halves itself at each, may cure."""
+"""Non-finite losses in a row from which the fp16 loss scaler, halved at each, may recover."""
 
 
-class LossWatch:
-    """Sums an epoch's losses and notes the step from which they are past cure, on the device.
+class LossMonitor:
+    """Sums an epoch's losses and records the step at which they diverged, on the device.
 
-    Nothing here waits for the device but `read`.
+    Only `read` waits for the device. `patience_steps`: non-finite losses in a row that count as
+    divergence.
     """
 
     def __init__(self, device: torch.device, patience_steps: int) -> None:
         self.total = torch.zeros((), dtype=torch.float64, device=device)
-        """Sum of the losses of the epoch so far."""
+        """Sum of the losses of the epoch so far, a float64 scalar on the device."""
         self._patience = patience_steps
         self._bad_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._failed_at = torch.full((), -1, dtype=torch.int64, device=device)
 
     def update(self, loss: Tensor, step: int) -> None:
-        """Take the loss, a scalar on the device, of update `step`."""
+        """Add the loss, a scalar on the device, of update `step`."""
         self.total += loss
         self._bad_steps = torch.where(torch.isfinite(loss), 0, self._bad_steps + 1)
         failed = (self._bad_steps == self._patience) & (self._failed_at < 0)
         self._failed_at = torch.where(failed, step, self._failed_at)
 
     def read(self, loss: Tensor, plan: Plan) -> float:
-        """The value of `loss`. Raises UserError with step and LR if the run has diverged."""
+        """Return the value of `loss`. Raises UserError with step and LR if the run has diverged."""
         # One transfer for both numbers: it waits for all work queued on the device.
         value, failed_at = torch.stack([loss.double(), self._failed_at.double()]).tolist()
         if failed_at >= 0:
@@ -54,20 +50,20 @@ class LossWatch:
 
 
 OUT_OF_MEMORY = ("out of memory", "unable to find an engine")
-"""Words of errors. With cudnn.benchmark torch tries every algorithm, takes the lack of memory for a
-reason to try the next one, and says at the end that none would run."""
+"""Words of torch errors. With cudnn.benchmark it tries every algorithm, takes lack of memory as a
+reason to try the next one, and says in the end that none would run."""
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a batch was too large for the GPU."""
+    """Tell whether the error says that the GPU is out of memory."""
     return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @contextmanager
-def out_of_memory_advice(batch_size: int, image_size: int, phase: int) -> Iterator[None]:
-    """Turn the GPU's out-of-memory error into one that says what was tried and what to set.
+def out_of_memory_advice(phase: PlannedPhase, image_size: int) -> Iterator[None]:
+    """Turn the GPU's out-of-memory error in the block into one that says what to set.
 
-    `phase` is the place in the recipe of the phase that the batch size comes from.
+    The block works on batches of `phase`, at `image_size` pixels.
     """
     try:
         yield
@@ -75,41 +71,6 @@ def out_of_memory_advice(batch_size: int, image_size: int, phase: int) -> Iterat
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"the GPU is out of memory with batch_size {batch_size} at {image_size} px: "
-            f"--set phases.{phase}.batch_size={max(1, batch_size // 2)}"
+            f"the GPU is out of memory with batch_size {phase.batch_size} at {image_size} px: "
+            f"--set phases.{phase.index}.batch_size={max(1, phase.batch_size // 2)}"
         ) from None
-
-
-class Unwritten:
-    """The names of what could not be written, each with the reason."""
-
-    def __init__(self) -> None:
-        self._reasons: dict[str, str] = {}
-
-    def attempt(self, name: str, write: Callable[[], object]) -> bool:
-        """Whether `write` did its work; an OSError is said on standard error, once for a name."""
-        try:
-            write()
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            if name not in self._reasons:
-                text = f"warning: {name} could not be written: {reason}; the training goes on"
-                print(text, file=sys.stderr, flush=True)  # noqa: T201
-            self._reasons[name] = reason
-            return False
-        self._reasons.pop(name, None)
-        return True
-
-    def __str__(self) -> str:
-        """One line, or nothing where all was written."""
-        lost = (f"{name} ({reason})" for name, reason in self._reasons.items())
-        return f"not written: {', '.join(lost)}" if self._reasons else ""
-
-    def share(self, world: World) -> None:
-        """Have all processes know what the first one could not write; every one has to ask."""
-        self._reasons = gather_objects(self._reasons, world, "the end of the training")[0]
-
-    def check(self) -> None:
-        """Raise NotWritten unless all was written."""
-        if self._reasons:
-            raise NotWritten(str(self))

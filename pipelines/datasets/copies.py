@@ -10,10 +10,10 @@ import numpy as np
 
 from pipelines.datasets.folders import class_names
 from pipelines.datasets.images import ImageFile
+from pipelines.datasets.known import ORIGINAL
 from pipelines.datasets.manifest import NAME, read_manifest
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
-from pipelines.loader import ORIGINAL
 
 MARGIN = 1.25
 """A copy serves an image size if its short side is at least this many times as long; in 2018

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from pipelines.datasets.checks import check_file
 from pipelines.datasets.images import ImageFile, Images, Listing
 from pipelines.errors import Damage
-from pipelines.files import cache_folder, written_beside
+from pipelines.files import atomic_write, cache_folder
 from pipelines.workers import in_processes, num_cores
 
 VERSION = 1
@@ -161,7 +161,7 @@ def save(path: Path, index: Index, stamps: list[int]) -> None:
     }
     arrays = {name: getattr(images, name) for name in ARRAYS if getattr(images, name) is not None}
     try:
-        with written_beside(path) as beside, beside.open("wb") as file:
+        with atomic_write(path) as beside, beside.open("wb") as file:
             np.savez(
                 file,
                 about=np.frombuffer(json.dumps(about).encode(), np.uint8),

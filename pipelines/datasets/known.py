@@ -18,3 +18,7 @@ def dataset_name(classes: tuple[str, ...]) -> str | None:
     if len(classes) == 1000 and classes[0] == "n01440764":
         return "ImageNet"
     return None
+
+
+AUTO, ORIGINAL = "auto", "original"
+"""`Stage.data` for the copy that serves best, and for the split itself."""

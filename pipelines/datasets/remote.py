@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pipelines.datasets.index import locked
 from pipelines.datasets.shards import MAX_BYTES, NAME, Manifest, parse_manifest
 from pipelines.errors import UserError
-from pipelines.files import cache_folder, written_beside
+from pipelines.files import atomic_write, cache_folder
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 NUM_PARALLEL = 4
@@ -67,7 +67,7 @@ def local_copy(url: str) -> Path:
     with locked(folder):
         if not (folder / NAME).exists():
             copy_files(store, folder, manifest)
-            with written_beside(folder / NAME) as beside:
+            with atomic_write(folder / NAME) as beside:
                 beside.write_bytes(data)
     return folder
 
@@ -160,7 +160,7 @@ def files_of(manifest: Manifest) -> Iterator[Wanted]:
 def copy_file(store: Store, folder: Path, file: Wanted) -> int:
     """Copy a file if it is what the manifest says; returns its bytes, 0 for an index."""
     digest = hashlib.sha256()
-    with written_beside(folder / file.name) as beside:
+    with atomic_write(folder / file.name) as beside:
         with beside.open("wb") as target:
             limit = MAX_BYTES if file.num_bytes is None else file.num_bytes
             for data in store.read(file.name, limit):

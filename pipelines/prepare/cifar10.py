@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pipelines.datasets.known import CIFAR10_CLASSES
 from pipelines.datasets.manifest import write_manifest
 from pipelines.errors import UserError
-from pipelines.files import scratch_folder, written_in
+from pipelines.files import atomic_write_in, scratch_folder
 from pipelines.prepare.archives import check_counts, open_gzip, read_bytes, read_members
 
 SHAPE = (3, 32, 32)
@@ -244,7 +244,7 @@ def write_batch(batch: Batch, dst: Path, classes: Counter[str], scratch: Path) -
         path = dst / batch.split / name / f"{classes.total():05}.png"
         classes[name] += 1
         if not (path.exists() and path.stat().st_size):
-            with written_in(scratch, path) as file:
+            with atomic_write_in(scratch, path) as file:
                 Image.fromarray(pixels).save(file, "PNG")
             written += 1
     return written

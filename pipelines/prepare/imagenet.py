@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pipelines.datasets.manifest import read_manifest, write_manifest
 from pipelines.errors import UserError
-from pipelines.files import scratch_folder, written_in
+from pipelines.files import atomic_write_in, scratch_folder
 from pipelines.prepare.archives import (
     Member,
     check_counts,
@@ -290,7 +290,7 @@ def extract(
             else:
                 target = folder / wnid / image.name
                 if not has_size(target, image.size):
-                    with written_in(scratch, target) as file:
+                    with atomic_write_in(scratch, target) as file:
                         file.writelines(read_bytes(archive, path.name, image))
                     found.written += 1
                 found.classes[wnid] += 1

@@ -34,7 +34,7 @@ from pipelines.datasets.folders import class_names, is_folder, visible
 from pipelines.datasets.images import ImageFile
 from pipelines.datasets.manifest import read_manifest, write_manifest
 from pipelines.errors import UserError
-from pipelines.files import scratch_folder, written_in
+from pipelines.files import atomic_write_in, scratch_folder
 from pipelines.workers import in_processes, num_cores
 
 SCALED_DECODE_MARGIN = 2
@@ -289,7 +289,7 @@ def copy_image(
     copies = []
     for target, size, copy in zip(targets, there, made, strict=True):
         if not size:
-            with written_in(scratch, target) as file:
+            with atomic_write_in(scratch, target) as file:
                 file.write(copy.content)
         what = "there" if size else "verbatim" if copy.verbatim else "written"
         copies.append((what, size or len(copy.content)))

@@ -42,7 +42,7 @@ from pipelines.datasets.shards import (
 )
 from pipelines.datasets.split import ON_BAD_IMAGE, Split, check_classes, left_out_note, read_split
 from pipelines.errors import Damage, UserError
-from pipelines.files import scratch_folder, written_in
+from pipelines.files import atomic_write_in, scratch_folder
 from pipelines.sampling import Stream
 from pipelines.workers import in_processes, num_cores
 
@@ -85,12 +85,12 @@ def pack(dst: Path, scratch: Path, plan: Plan) -> Packed:
     found = checksum_if_whole(path, plan)
     if found is not None and found == (plan.sha256 or found):
         return Packed(plan.file, found, written=False)
-    with written_in(scratch, path) as file:
+    with atomic_write_in(scratch, path) as file:
         write_tar(file, plan)
         file.flush()
         os.fsync(file.fileno())
         written = checksum(Path(file.name))
-    with written_in(scratch, path.with_name(index_name(plan.file))) as file:
+    with atomic_write_in(scratch, path.with_name(index_name(plan.file))) as file:
         file.write(plan.index())
     return Packed(plan.file, written, written=True)
 
