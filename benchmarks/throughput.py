@@ -20,10 +20,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ceilings import copy_bytes_per_sec, matmul_flops_per_sec
-from benchmarks.intervals import Estimate, estimate, short, shown
-from benchmarks.phase_rates import PhaseRates, measure_phase, phase_trainer, this_process
-from benchmarks.run_table import markdown
+from benchmarks.common.measuring import markdown
+from benchmarks.common.rates import (
+    PhaseRates,
+    copy_bytes_per_sec,
+    matmul_flops_per_sec,
+    measure_phase,
+    phase_trainer,
+    this_process,
+)
+from benchmarks.common.statistics import Estimate, estimate, short, shown
 from fastimagenet import cli
 from fastimagenet.assemble import chosen_recipe, read_data, with_copies
 from fastimagenet.recipes.plan import Plan

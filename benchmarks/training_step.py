@@ -6,7 +6,7 @@ The step is the Trainer's own, in bf16 and channels_last with the fused optimize
 batch that stays on the device; learning rate 0, so that nothing diverges. The variants are fields
 of the recipe, so users can have each of them. For each size and variant the batch grows until
 memory ends. The floor is what the ceilings measured on this device allow for what
-`benchmarks.step_layers` counts.
+`benchmarks.common.floor` counts.
 """
 
 from __future__ import annotations
@@ -19,24 +19,36 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 
-from benchmarks.ceilings import calls_per_sec, copy_bytes_per_sec, matmul_flops_per_sec
-from benchmarks.intervals import Estimate, estimate
-from benchmarks.phase_rates import memory_bytes, update
-from benchmarks.run_table import markdown
-from benchmarks.step_floor import NUM_CLASSES, count_layers, floor_images_per_sec
-from benchmarks.step_layers import Layer
-from benchmarks.step_variants import VARIANTS, synthetic_trainer, variant_recipe
+from benchmarks.common.floor import NUM_CLASSES, Layer, count_layers, floor_images_per_sec
+from benchmarks.common.measuring import markdown
+from benchmarks.common.rates import (
+    calls_per_sec,
+    copy_bytes_per_sec,
+    matmul_flops_per_sec,
+    memory_bytes,
+    one_phase,
+    update,
+)
+from benchmarks.common.statistics import Estimate, estimate
 from fastimagenet import cli
-from fastimagenet.distributed.world import plan_launch
+from fastimagenet.distributed.world import World, plan_launch
+from fastimagenet.models import build_model
 from fastimagenet.recipes import named_recipe
-from fastimagenet.recipes.recipe import MODELS, Recipe
-from fastimagenet.training.trainer import warm_up
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import MODELS, Phase, Recipe
+from fastimagenet.training.loaders import open_loader
+from fastimagenet.training.recorder import NullRecorder
+from fastimagenet.training.trainer import Trainer, warm_up
 from pipelines.cli import Parser, at_least, make_parser, output_file, positive
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split
 from pipelines.environment import processor, versions
 from pipelines.files import write_object
+from pipelines.loader import Loader
 
 SIZES = (128, 160, 192, 224, 288)
 BATCHES = {"cuda": (64, 128, 256, 512, 1024), "cpu": (8, 16)}
@@ -290,6 +302,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is not None:
         write_object(args.json, asdict(result))
     return 0
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "eager": {"compile": False, "cuda_graphs": False},
+    "compiled": {"compile": True, "cuda_graphs": False},
+    "graphs": {"compile": True, "cuda_graphs": True},
+}
+VARIANTS = tuple(FIELDS)
+
+
+def variant_recipe(recipe: Recipe, variant: str, image_size: int, batch_size: int) -> Recipe:
+    """The recipe as one epoch at this size, in bf16, with the fields of the variant."""
+    phase = Phase(epochs=1, image_size=image_size, batch_size=batch_size)
+    return replace(one_phase(recipe, phase), precision="bf16", **FIELDS[variant])
+
+
+def synthetic_trainer(recipe: Recipe, device: str, num_classes: int) -> Trainer:
+    """The Trainer of one process with a fresh network, always the same, and batches of noise.
+
+    `device` is "cpu" or "cuda:INDEX". Raises UserError for what the device cannot do.
+    """
+    count = 2 * max(phase.batch_size for phase in recipe.phases)
+    labels = [index % num_classes for index in range(count)]
+    split = Split(whole_files([""]) * count, labels, tuple(map(str, range(num_classes))))
+    plan, world = Plan.of(recipe, 1, count), World(device=device)
+
+    def loader(training: bool) -> Loader:
+        stages = plan.phases if training else plan.eval_stages()
+        half = recipe.precision != "fp32"
+        return open_loader("synthetic", recipe, split, stages, world, training=training, half=half)
+
+    torch.manual_seed(0)
+    model = build_model(recipe, num_classes)
+    return Trainer(plan, model, world, loader, NullRecorder())
 
 
 if __name__ == "__main__":

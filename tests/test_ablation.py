@@ -9,10 +9,9 @@ from statistics import fmean, stdev
 
 import pytest
 
-from benchmarks.ablation import main
-from benchmarks.ablation_results import read_ablation, table
-from benchmarks.run_results import Data
-from benchmarks.trainings import Training
+from benchmarks.ablation import main, read_ablation, table
+from benchmarks.common.matrix import Training
+from benchmarks.superconvergence import Data
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from pipelines.errors import UserError

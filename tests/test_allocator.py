@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = """
 from resource import RUSAGE_SELF, getrusage
-from benchmarks.phase_rates import update
-from benchmarks.step_variants import synthetic_trainer, variant_recipe
+from benchmarks.common.rates import update
+from benchmarks.training_step import synthetic_trainer, variant_recipe
 from fastimagenet.allocator import keep_freed_memory
 from fastimagenet.recipe_book import named_recipe
 

@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 
 from benchmarks import loader_memory, start_up
-from benchmarks.hosts import permitted
-from benchmarks.intervals import Estimate, estimate, ratio, shown
-from benchmarks.loader_rivals import Task, by_pillow, by_torchvision, spdl
-from benchmarks.loaders import LOADERS
+from benchmarks.common.statistics import Estimate, estimate, ratio, shown
+from benchmarks.loaders.__main__ import LOADERS
+from benchmarks.loaders.contestants import Task, by_pillow, by_torchvision, spdl
 from pipelines.datasets.digits import digits_folder
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main as prepare
+from tests.faults.hosts import permitted
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 from test_dawnbench import epoch_rows, write_run
 
-from benchmarks.dawnbench import main
-from benchmarks.dawnbench_results import ENERGY, Result, read_results, table
-from benchmarks.energy import gpu_joules
-from benchmarks.intervals import estimate
-from benchmarks.trainings import Training
+from benchmarks.common.matrix import Training
+from benchmarks.common.statistics import estimate
+from benchmarks.dawnbench import ENERGY, Result, gpu_joules, main, read_results, table
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.report.dawnbench import clocks_at_target, result_hours, write_entry

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from benchmarks import decode_sweep, gpu_suite, suite_steps
-from benchmarks.decode_sweep import DecodeRate, Task
-from benchmarks.intervals import Estimate
-from benchmarks.suite_parts import PARTS, TESTS, Part, Setup, read_tests
+from benchmarks.common.statistics import Estimate
+from benchmarks.gpu_suite.parts import PARTS, TESTS, Part, Setup, read_tests
+from benchmarks.research.decode_sweep import DecodeRate, Task
 from benchmarks.training_step import StepRate
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from benchmarks.checkpoint_cost import main as checkpoint_cost
-from benchmarks.fault_runs import KINDS, Outcome
-from benchmarks.faults import LAST_STEP, START_UP_SECONDS, drawn, table
+from benchmarks.research.checkpoint_cost import main as checkpoint_cost
 from pipelines.files import read_object
+from tests.faults.__main__ import LAST_STEP, START_UP_SECONDS, drawn, table
+from tests.faults.runs import KINDS, Outcome
 
 
 def test_the_same_seed_draws_the_same_faults() -> None:

@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import training_step
-from benchmarks.step_floor import count_layers, floor_images_per_sec
-from benchmarks.step_layers import WEIGHT_BYTES, Layer, count_model
-from benchmarks.step_variants import synthetic_trainer, variant_recipe
-from benchmarks.training_step import StepRate, best, main, sweep
+from benchmarks.common.floor import (
+    WEIGHT_BYTES,
+    Layer,
+    count_layers,
+    count_model,
+    floor_images_per_sec,
+)
+from benchmarks.training_step import StepRate, best, main, sweep, synthetic_trainer, variant_recipe
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.training import trainer as trainer_module

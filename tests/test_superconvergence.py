@@ -13,9 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import compare
-from benchmarks.run_results import Data, Result, SeedResult, run_result
-from benchmarks.run_table import table
-from benchmarks.superconvergence import main
+from benchmarks.superconvergence import Data, Result, SeedResult, main, run_result, table
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.superconvergence import STUDY, study_recipe
 from fastimagenet.report.run import rows_of

@@ -8,9 +8,8 @@ import pytest
 import torch
 from test_trainer import make_trainer
 
-from benchmarks.ceilings import ByteCounter, step_costs
-from benchmarks.intervals import estimate
-from benchmarks.phase_rates import PhaseRates
+from benchmarks.common.rates import ByteCounter, PhaseRates, step_costs
+from benchmarks.common.statistics import estimate
 from benchmarks.throughput import main, phase_result
 from pipelines.errors import UserError
 from pipelines.files import read_object

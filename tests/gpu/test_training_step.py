@@ -9,8 +9,7 @@ import pytest
 import torch
 from test_step_variants import CLASSES, IMAGENET, LR, MOMENTUM, batches, check_losses, small_recipe
 
-from benchmarks.step_variants import VARIANTS, synthetic_trainer, variant_recipe
-from benchmarks.training_step import sweep
+from benchmarks.training_step import VARIANTS, sweep, synthetic_trainer, variant_recipe
 from fastimagenet.recipes.recipe import Phase
 from fastimagenet.training.trainer import Trainer, warm_up
 

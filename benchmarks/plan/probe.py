@@ -1,0 +1,124 @@
+"""About a minute of measuring, from which a whole run's time is predicted."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+from benchmarks.common.rates import measure_phase, phase_trainer, synchronize
+from benchmarks.plan.prediction import Probe, SizeRates
+from fastimagenet.distributed.world import World
+from fastimagenet.recipes.recipe import Recipe
+from fastimagenet.report.summary import hardware
+from fastimagenet.training import checkpoint
+from fastimagenet.training.checkpoint import CheckpointWriter
+from fastimagenet.training.clock import Stopwatch
+from fastimagenet.training.evaluation import precision_name
+from fastimagenet.training.recorder import NullRecorder
+from fastimagenet.training.trainer import Trainer, counts_of, state_of
+from pipelines.datasets.split import Split
+
+ROUNDS = 5
+TURNS = 3 * ROUNDS + 2
+"""Of each size: loader, model and both in each round, and at most two evaluations."""
+
+Item = TypeVar("Item")
+
+
+def measure(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    world: World,
+    train: Split,
+    val: Split,
+    clock: Stopwatch,
+    seconds: float,
+) -> tuple[Probe, str, str]:
+    """The probe in about `seconds`, and the hardware and precision; `clock` began with the command.
+
+    Every phase is measured: rates of training and evaluation, the first batches, compiling.
+    """
+    turn = seconds / (TURNS * len(recipe.phases))
+    start_up, first_batches, compiled = 0.0, [], 0.0
+    train_rates: list[SizeRates] = []
+    eval_rates: dict[int, float] = {}
+    for phase in recipe.phases:
+        with phase_trainer(args, recipe, phase, world, train, val) as trainer:
+            start_up = start_up or sum(clock.read().values())
+            print(f"probing {phase.image_size} px, batch {phase.batch_size}", flush=True)
+            rates = measure_phase(trainer, args, train, ROUNDS, turn)
+            compiled += rates.compile_seconds
+            size = trainer.plan.phases[0].eval_size
+            first, eval_rates[size] = eval_rate(trainer, size, "none", turn)
+            first_batches.append(rates.first_batch_seconds + first)
+            train_rates.append(
+                SizeRates(
+                    image_size=rates.image_size,
+                    batch_size=rates.batch_size,
+                    loader=median(rates.loader),
+                    model=median(rates.model),
+                    both=median(rates.both),
+                    data_wait_share=median(rates.data_wait_share),
+                    spread=(max(rates.both) - min(rates.both)) / median(rates.both),
+                )
+            )
+            if phase is recipe.phases[-1]:
+                _, tta_rate = eval_rate(trainer, size, recipe.tta, turn)
+                saving, writing = time_of_checkpoint(trainer)
+                facts = hardware(trainer), precision_name(trainer.dtype)
+    probe = Probe(
+        num_train=len(train),
+        num_val=len(val),
+        start_up_seconds=start_up,
+        first_batch_seconds=first_batches[0],
+        compile_seconds=compiled,
+        checkpoint_seconds=saving,
+        last_checkpoint_seconds=writing,
+        train=train_rates,
+        eval_images_per_sec=eval_rates,
+        tta_images_per_sec=tta_rate,
+    )
+    return probe, *facts
+
+
+def eval_rate(trainer: Trainer, image_size: int, tta: str, seconds: float) -> tuple[float, float]:
+    """Seconds to a first batch of validation, and images per second: the median of ROUNDS parts
+    of `seconds`, or of whole passes that are shorter."""
+    start = time.perf_counter()
+    for _ in limited(trainer.eval_loader, 0.0):
+        synchronize(trainer.device)
+    first = time.perf_counter() - start
+    rates = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        batches = limited(trainer.eval_loader, seconds / ROUNDS)
+        model = trainer.evaluated_model
+        images = counts_of(trainer, model, batches, image_size, tta).images
+        rates.append(images / (time.perf_counter() - start))
+    return first, median(rates)
+
+
+def limited(items: Iterable[Item], seconds: float) -> Iterator[Item]:
+    """One item at least, and no more once the time is over."""
+    start = time.perf_counter()
+    for item in items:
+        yield item
+        if time.perf_counter() - start >= seconds:
+            return
+
+
+def time_of_checkpoint(trainer: Trainer) -> tuple[float, float]:
+    """Seconds that an epoch's end waits for its checkpoint, and that the run's end waits until it
+    is on the disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CheckpointWriter(Path(folder), NullRecorder())
+        start = time.perf_counter()
+        writer.save(state_of(trainer), (checkpoint.EPOCH, checkpoint.BEST))
+        begun = time.perf_counter()
+        writer.finish()
+        return begun - start, time.perf_counter() - begun

@@ -1,0 +1,214 @@
+"""What saving costs the training: blocks of steps with a checkpoint and without, in turns.
+
+    python -m benchmarks.research.checkpoint_cost --data DIR --recipe imagenet --device cuda
+
+Updates of the recipe's first phase on a synthetic batch that stays on the device, so that no loader
+hides a wait. A block with a checkpoint begins with saving as the training does, beside the steps,
+and ends when it is on the disk; "in line" waits for the disk first. One process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from benchmarks.common.measuring import markdown
+from benchmarks.common.rates import (
+    phase_trainer,
+    synchronize,
+    synthetic_batch,
+    this_process,
+    update,
+)
+from benchmarks.common.statistics import Estimate, estimate, ratio, shown
+from fastimagenet import cli
+from fastimagenet.assemble import chosen_recipe, read_data, with_copies
+from fastimagenet.report.summary import hardware
+from fastimagenet.training import checkpoint
+from fastimagenet.training.checkpoint import CheckpointWriter, copied
+from fastimagenet.training.evaluation import precision_name
+from fastimagenet.training.recorder import NullRecorder
+from fastimagenet.training.trainer import Trainer, state_of, warm_up
+from pipelines.cli import Parser, at_least, make_parser, output_folder
+from pipelines.environment import versions
+from pipelines.files import Row, write_object, write_text
+
+WAYS = ("without", "beside", "in line")
+PARTS = ("state", "copy", "write", "checksum", "fsync")
+
+
+def parser() -> Parser:
+    """All flags of the command."""
+    result = make_parser(
+        "benchmarks.research.checkpoint_cost",
+        "Measure what a checkpoint every --interval steps costs the training.",
+        "python -m benchmarks.research.checkpoint_cost --data imagenet --recipe imagenet",
+    )
+    cli.add_machine_flags(result)
+    default = "runs/checkpoint-cost-RECIPE-TIME; its disk is the one measured"
+    cli.add_run_flags(result, default, output_folder)
+    add = result.add_argument
+    add("--interval", type=at_least(1), default=100, help="steps of a block; default 100")
+    add("--rounds", type=at_least(2), default=5, help="at least 2, for intervals; default 5")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    load_average = os.getloadavg()[0]
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(argv)
+    recipe = with_copies(chosen_recipe(args), cli.data_folder(args))
+    if args.output is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        args.output = Path("runs") / f"checkpoint-cost-{recipe.name}-{stamp}"
+    args.output.mkdir(parents=True, exist_ok=True)
+    world = this_process(args)
+    train, val = read_data(args, world)
+    with (
+        tempfile.TemporaryDirectory(dir=args.output) as folder,
+        phase_trainer(args, recipe, recipe.phases[0], world, train, val) as trainer,
+    ):
+        images, labels = synthetic_batch(trainer, args, train)
+        if recipe.compile:
+            warm_up(trainer)
+        measured = measure(trainer, lambda: update(trainer, images, labels), args, Path(folder))
+        facts = {
+            "command": shlex.join(["python", "-m", "benchmarks.research.checkpoint_cost", *argv]),
+            "date": time.strftime("%Y-%m-%d"),
+            "hardware": hardware(trainer),
+            "precision": precision_name(trainer.dtype),
+            "versions": versions(),
+            "load_average": load_average,
+            "recipe": recipe.name,
+            "image_size": recipe.phases[0].image_size,
+            "batch_size": len(images),
+            "interval": args.interval,
+            "rounds": args.rounds,
+        }
+    result = facts | measured
+    write_object(args.output / "checkpoint_cost.json", result)
+    write_text(args.output / "table.md", table(result))
+    print(f"{table(result)}\nall of it: {args.output}", flush=True)
+    return 0
+
+
+def measure(
+    trainer: Trainer, step: Callable[[], None], args: argparse.Namespace, folder: Path
+) -> Row:
+    """Seconds a step in each way and the parts of a save, after a round not counted."""
+    writer = CheckpointWriter(folder, NullRecorder())
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    parts: dict[str, list[float]] = {part: [] for part in PARTS}
+    for number in range(args.rounds + 1):
+        steps = args.interval if number else 2  # round 0: buffers to size
+        order = WAYS if number % 2 else WAYS[::-1]
+        for way in order:
+            spent = block(trainer, step, steps, writer, way)
+            seconds[way] += [spent / steps] if number else []
+        for part, spent in save_parts(trainer, folder / "parts.pt").items():
+            parts[part] += [spent] if number else []
+    base = seconds["without"]
+    return {
+        "bytes": (folder / checkpoint.LAST).stat().st_size,
+        "step_seconds": {way: asdict(estimate(values)) for way, values in seconds.items()},
+        "added": {way: asdict(added(seconds[way], base)) for way in WAYS[1:]},
+        "save_seconds": {part: asdict(estimate(values)) for part, values in parts.items()},
+        "rounds_step_seconds": seconds,
+        "rounds_save_seconds": parts,
+    }
+
+
+def added(seconds: list[float], base: list[float]) -> Estimate:
+    """The share by which they are above those of the same rounds."""
+    over = ratio(seconds, base)
+    return Estimate(over.mean - 1, over.low - 1, over.high - 1)
+
+
+def block(
+    trainer: Trainer,
+    step: Callable[[], None],
+    steps: int,
+    writer: CheckpointWriter,
+    way: str,
+) -> float:
+    """Seconds of so many steps, with a checkpoint at their start or without."""
+    synchronize(trainer.device)
+    start = time.perf_counter()
+    if way != "without":
+        writer.save(state_of(trainer))
+    if way == "in line":
+        writer.finish()
+    for number in range(steps):
+        step()
+        if number % 10 == 9:  # as a training's log step does
+            synchronize(trainer.device)
+    synchronize(trainer.device)
+    writer.finish()
+    return time.perf_counter() - start
+
+
+def save_parts(trainer: Trainer, path: Path) -> dict[str, float]:
+    """Seconds of what a save is made of, one after the other, nothing beside them."""
+    times = [time.perf_counter()]
+
+    def mark() -> None:
+        times.append(time.perf_counter())
+
+    state = state_of(trainer)
+    mark()
+    state = copied(state)
+    synchronize(trainer.device)
+    mark()
+    with path.open("w+b") as file:
+        torch.save(state, file)
+        file.flush()
+        mark()
+        checkpoint.seal(file)
+        file.flush()
+        mark()
+        os.fsync(file.fileno())
+        mark()
+    path.unlink()
+    spans = (end - start for start, end in pairwise(times))
+    return dict(zip(PARTS, spans, strict=True))
+
+
+def table(result: Row) -> str:
+    """Markdown."""
+    rows = [("checkpoint", "ms a step", "added")]
+    for way, value in result["step_seconds"].items():
+        share = shown(result["added"][way], 100, " %") if way in result["added"] else "-"
+        rows.append((way, shown(value, 1e3), share))
+    parts = [PARTS, [shown(result["save_seconds"][part], 1e3) for part in PARTS]]
+    return "\n".join(
+        [
+            f"# {result['recipe']}: a checkpoint every {result['interval']} steps",
+            "",
+            f"{result['hardware']}; {result['precision']}; {result['image_size']} px, batch "
+            f"{result['batch_size']}; torch {result['versions']['torch']}; {result['date']}; load "
+            f"average {result['load_average']:.1f} before; {result['rounds']} rounds, mean (95 % "
+            "interval).",
+            "",
+            markdown(rows),
+            "",
+            f"A save by itself, ms, {result['bytes'] / 1e6:.1f} MB:",
+            "",
+            markdown(parts),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.exit_status(main, None))
