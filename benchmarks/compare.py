@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = {str(folder): read_run(folder) for folder in args.runs}
     for name, run in runs.items():
         if not run.summary:
-            raise UserError(f"{name} is not finished: go on with it by train --resume auto")
+            raise UserError(f"{name} is not finished: resume it by train --resume auto")
     rows = [row(name, run) for name, run in runs.items()]
     shown = [HEADER.index(name) for name in TERMINAL]
     print(markdown([[cells[index] for index in shown] for cells in (HEADER, *rows)]))

@@ -15,8 +15,11 @@ from pipelines.errors import UserError
 from pipelines.files import read_object
 
 
-@pytest.mark.slow
-def test_every_phase_of_a_recipe_is_measured(tmp_path: Path) -> None:
+def test_every_phase_of_a_recipe_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.common.rates.MATRIX", {"cpu": 64})
+    monkeypatch.setattr("benchmarks.common.rates.COPY_BYTES", {"cpu": 1 << 16})
     flags = ["--device", "cpu", "--rounds", "2", "--seconds", "0.1", "--output", str(tmp_path)]
     assert main(flags) == 0
     result = read_object(tmp_path / "throughput.json")

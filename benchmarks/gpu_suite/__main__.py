@@ -5,7 +5,7 @@
 Ceilings of the device, the tests of tests/gpu, CIFAR-10 time to accuracy, the LR finder, stall of
 the recipe `imagenet` phase by phase, DALI's decoding with its settings swept, the training step of
 ResNet-50 by size, variant and batch, peak memory. Each part is a process of its own with a time
-limit; one that fails is reported, the rest goes on, and the exit status is 1. DIR gets a dated
+limit; one that fails is reported, the others follow, and the exit status is 1. DIR gets a dated
 JSON, a table in Markdown and a page of plots, rewritten after every part, and a folder for each.
 
 On a CPU the same commands run at tiny sizes. That is a rehearsal, and marked as one everywhere.

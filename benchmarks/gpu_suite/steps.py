@@ -3,7 +3,7 @@
 The first size in every variant, then the others: eager, the batch doubled for as long as that pays;
 then, size by size, compiled and with CUDA graphs at the best of these batches, as compiling takes
 most of the time. The file is written after each measurement. A CUDA error leaves a process
-unusable: another one takes its place and goes on behind what the file has.
+unusable: another one takes its place and resumes after what the file has.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=output_file,
         required=True,
         metavar="FILE",
-        help="gone on from where it exists",
+        help="resumed from where it exists",
     )
     args = parser.parse_args(argv)
     if args.json.exists():  # a second process: the limit is that of the first

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.measuring import markdown
+from benchmarks.common.measuring import facts, markdown
 from benchmarks.common.rates import (
     phase_trainer,
     synchronize,
@@ -40,7 +39,6 @@ from fastimagenet.training.evaluation import precision_name
 from fastimagenet.training.recorder import NullRecorder
 from fastimagenet.training.trainer import Trainer, state_of, warm_up
 from pipelines.cli import Parser, at_least, make_parser, output_folder
-from pipelines.environment import versions
 from pipelines.files import Row, write_object, write_text
 
 WAYS = ("without", "beside", "in line")
@@ -65,9 +63,9 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    load_average = os.getloadavg()[0]
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
+    about = facts("research.checkpoint_cost", argv)
     recipe = with_copies(chosen_recipe(args), cli.data_folder(args))
     if args.output is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -83,20 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if recipe.compile:
             warm_up(trainer)
         measured = measure(trainer, lambda: update(trainer, images, labels), args, Path(folder))
-        facts = {
-            "command": shlex.join(["python", "-m", "benchmarks.research.checkpoint_cost", *argv]),
-            "date": time.strftime("%Y-%m-%d"),
+        about |= {
             "hardware": hardware(trainer),
             "precision": precision_name(trainer.dtype),
-            "versions": versions(),
-            "load_average": load_average,
             "recipe": recipe.name,
             "image_size": recipe.phases[0].image_size,
             "batch_size": len(images),
             "interval": args.interval,
             "rounds": args.rounds,
         }
-    result = facts | measured
+    result = about | measured
     write_object(args.output / "checkpoint_cost.json", result)
     write_text(args.output / "table.md", table(result))
     print(f"{table(result)}\nall of it: {args.output}", flush=True)

@@ -6,7 +6,7 @@ The training transform, mixed decoding on a GPU, from files that the page cache 
 images of DIR, named again and again up to --entries. First the default settings at every size; then
 at one size the shares of the hardware decoder with all numbers of threads, prefetch depths and
 preallocation with the best of them; at last the best settings at every size. FILE is written after
-each measurement; one that fails is in it with its error, and the rest goes on.
+each measurement; one that fails is in it with its error, and the others follow.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 Two hosts, which are network namespaces joined by a bridge, train a small recipe over gloo by the
 plain command, into a file system in memory. Each run meets one fault; a command that has ended
-because of it is typed again on its host with --resume auto, as a cluster's scheduler would. The
-run has to end with the weights, losses and figures of an undisturbed one, bit for bit, and may
+because of it is restarted on its host with --resume auto, as a cluster's scheduler would. The run
+has to end with the weights, losses and figures of an undisturbed one, bit for bit, and may
 repeat no step that the last intact checkpoint had. Kinds, hosts and times follow from --seed (where
 exactly a time falls in the training does not). Needs the rights to make network namespaces and to
 mount. Exit status 1: a run ended otherwise.
@@ -43,7 +43,7 @@ START_UP_SECONDS = 10
 
 
 def fingerprint(output: Path) -> str:
-    """Of the final weights, the losses of all steps and the figures of all epochs."""
+    """Hash the final weights, the losses of all steps and the figures of all epochs."""
     state = checkpoint.load(output / "checkpoints" / checkpoint.LAST)
     digest = hashlib.sha256()
     for name, value in sorted(state["model"].items()):
@@ -56,7 +56,7 @@ def fingerprint(output: Path) -> str:
 
 
 def disturbed(outcome: Outcome, data: Path, expected: str, generator: random.Random) -> None:
-    """A run with the fault; fills in how it ended."""
+    """Run with the fault, and fill in how the run ended."""
     with hosts(2) as network, disk() as folder:
         began = time.monotonic()
         run = Run(network, data, folder / "run")
@@ -75,16 +75,16 @@ def disturbed(outcome: Outcome, data: Path, expected: str, generator: random.Ran
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """As Markdown, one row a fault."""
+    """Format as Markdown, one row a fault."""
     lines = [
-        "| # | fault | host | steps done | last checkpoint | went on at | repeated "
+        "| # | fault | host | steps done | last checkpoint | resumed at | repeated "
         "| exit statuses, host 0; host 1 | took | bit for bit |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for number, o in enumerate(outcomes, 1):
         statuses = "; ".join(", ".join(map(str, one)) for one in o.commands)
         steps = ", ".join(map(str, o.resumed_at)) or ("0" if o.starts > 1 else "-")
-        repeated = f"{o.repeated}{'' if o.went_on_at >= o.saved else ' TOO MANY'}"
+        repeated = f"{o.repeated}{'' if o.first_step >= o.saved else ' TOO MANY'}"
         lines.append(
             f"| {number} | {o.kind} | {o.host} | {o.done} | {o.saved} | {steps} | {repeated} "
             f"| {statuses} | {o.seconds:.0f} s | {'yes' if o.identical else 'NO'} |"
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def drawn(kind: str, generator: random.Random) -> Outcome:
-    """One fault in eight meets the start-up, but for those that need two checkpoints there."""
+    """Draw a fault; one in eight meets the start-up, except those that need two checkpoints."""
     host, early = generator.randrange(2), generator.random() < 1 / 8
     if early and not kind.startswith(("checkpoint", "disk")):
         return Outcome(kind, host, 0, generator.uniform(0, START_UP_SECONDS))
@@ -128,7 +128,7 @@ def drawn(kind: str, generator: random.Random) -> Outcome:
 
 
 def measured(data: Path) -> tuple[float, str]:
-    """Seconds and fingerprint of the undisturbed run. Raises UserError where even that fails."""
+    """Return seconds and fingerprint of the undisturbed run. Raises UserError where it fails."""
     with hosts(2) as network, disk() as folder:
         began = time.monotonic()
         run = Run(network, data, folder / "run")
@@ -141,7 +141,7 @@ def measured(data: Path) -> tuple[float, str]:
 def report(
     args: argparse.Namespace, undisturbed: float, outcomes: Sequence[Outcome]
 ) -> dict[str, Any]:
-    """The campaign as plain values."""
+    """Return the campaign as plain values."""
     return {
         "seed": args.seed,
         "undisturbed_seconds": undisturbed,

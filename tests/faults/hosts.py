@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def ip(*arguments: object, check: bool = True) -> bool:
-    """Run the ip command; whether it worked."""
+    """Run the ip command; returns whether it worked."""
     command = ["ip", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert not check or result.returncode == 0, f"{command}: {result.stderr}"
@@ -29,6 +29,7 @@ class Hosts:
         self.names = [f"fi{os.getpid()}h{index}" for index in range(count)]
 
     def build(self) -> None:
+        """Make the namespaces and the links between them."""
         for name in (self.switch, *self.names):
             ip("netns", "add", name)
         ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
@@ -42,6 +43,7 @@ class Hosts:
                 ip("-n", name, "link", "set", device, "up")
 
     def address(self, index: int) -> str:
+        """Return the IP address of a host."""
         return f"10.77.0.{index + 1}"
 
     def link(self, index: int, state: str) -> None:
@@ -49,13 +51,14 @@ class Hosts:
         ip("-n", self.switch, "link", "set", f"port{index}", state)
 
     def remove(self) -> None:
+        """Remove the namespaces, and with them the links."""
         for name in (*self.names, self.switch):
             ip("netns", "del", name, check=False)
 
     def start(
         self, index: int, module: str, *arguments: object, log: TextIO | None = None
     ) -> subprocess.Popen[str]:
-        """`python -m module` on a host; its output goes to pipes, or to `log`."""
+        """Start `python -m module` on a host; its output goes to pipes, or to `log`."""
         command = ["ip", "netns", "exec", self.names[index], sys.executable, "-m", module]
         return subprocess.Popen(
             [*command, *map(str, arguments)],
@@ -71,7 +74,7 @@ class Hosts:
 
 @contextmanager
 def hosts(count: int) -> Iterator[Hosts]:
-    """Hosts that are gone at the end."""
+    """Make hosts that are removed at the end."""
     network = Hosts(count)
     try:
         network.build()
@@ -81,7 +84,7 @@ def hosts(count: int) -> Iterator[Hosts]:
 
 
 def permitted() -> bool:
-    """Whether this user may make network namespaces."""
+    """Return whether this user may make network namespaces."""
     name = f"fi{os.getpid()}p"
     try:
         return ip("netns", "add", name, check=False)

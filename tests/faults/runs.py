@@ -55,29 +55,29 @@ class Outcome:
     saved: int = 0
     """Step of the newest intact checkpoint when it came about, 0 without one."""
     done: int = 0
-    """Updates done until then: the last one that a row or a process that lost the other names."""
+    """Steps done until then: the last one that a row or a process that lost the other names."""
     starts: int = 1
     """How often the processes began to train."""
     resumed_at: list[int] = field(default_factory=list)
-    """Steps at which the training went on."""
+    """Steps at which the training resumed."""
     identical: bool = False
 
     @property
-    def went_on_at(self) -> int:
-        """The step from which there was work after the fault: 0 where it began anew."""
+    def first_step(self) -> int:
+        """The step from which the run continued after the fault: 0 where it began anew."""
         if self.resumed_at:
             return self.resumed_at[0]
         return 0 if self.starts > 1 else self.done
 
     @property
     def repeated(self) -> int:
-        """Updates that were done twice."""
-        return max(0, self.done - self.went_on_at)
+        """Steps that were done twice."""
+        return max(0, self.done - self.first_step)
 
     @property
     def harmless(self) -> bool:
-        """The undisturbed run's result, nothing repeated that the last checkpoint had."""
-        return self.identical and self.went_on_at >= self.saved
+        """Whether the result is the undisturbed one, with no step repeated that was saved."""
+        return self.identical and self.first_step >= self.saved
 
 
 class Run:
@@ -124,7 +124,7 @@ class Run:
 
     @property
     def resumed_at(self) -> list[int]:
-        """Steps at which the training went on, as the events have them."""
+        """Steps at which the training resumed, as the events have them."""
         events = rows_of("event", read_rows(self.output))
         return [row["step"] for row in events if row["message"].startswith("resumed")]
 
@@ -134,13 +134,13 @@ class Run:
         return self.said.count("training images, world size")
 
     def watch(self) -> None:
-        """Note the updates that are done, until processes begin again."""
+        """Record the steps that are done, until processes begin again."""
         if self.starts < 2:
             named = re.findall(r"error: rank \d, in .* step (\d+):", self.said)
             self.done = max([self.done, self.step, *map(int, named)])
 
     def finish(self) -> None:
-        """Until the training is over, typing again what has ended before; then note the rest."""
+        """Wait for the training's end; a command that ends before it is started again."""
         deadline = time.monotonic() + LIMIT_SECONDS
         over = False
         while not over and time.monotonic() < deadline:
@@ -164,7 +164,7 @@ class Run:
 
 
 def wait(condition: Callable[[], object], seconds: float = 120) -> None:
-    """Until it holds, or the time is over."""
+    """Wait until it holds, or the time is over."""
     until = time.monotonic() + seconds
     while not condition() and time.monotonic() < until:
         time.sleep(0.01)
@@ -197,11 +197,12 @@ def strike(outcome: Outcome, run: Run, generator: random.Random) -> None:
 
 
 def step_of(path: Path) -> int:
-    """Of a checkpoint; 0 where there is none."""
+    """Return the step of a checkpoint; 0 where there is none."""
     return int(checkpoint.load(path)["step"]) if path.exists() else 0
 
 
 def kill(process: int) -> None:
+    """Kill a process, which may have ended before."""
     subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(process)], capture_output=True)
 
 
@@ -219,7 +220,7 @@ def damage(path: Path, kind: str, generator: random.Random) -> None:
 
 
 def fill_for_a_while(run: Run) -> None:
-    """Leave no space until a checkpoint could not be written, or the run has ended."""
+    """Fill the disk until a checkpoint could not be written, or the run has ended."""
     filler = run.output.parent / "filler"
     with filler.open("ab", buffering=0) as file:
 
@@ -237,7 +238,7 @@ def fill_for_a_while(run: Run) -> None:
 
 @contextmanager
 def disk() -> Iterator[Path]:
-    """A folder that is a file system of its own, in memory."""
+    """Mount a file system of its own, in memory."""
     with tempfile.TemporaryDirectory() as folder:
         mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", folder]
         result = subprocess.run(mount, capture_output=True, text=True)
