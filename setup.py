@@ -20,8 +20,20 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["fastimagenet", "pipelines", "pipelines.parity", "pipelines.prepare"],
-    package_data={"": ["*.jinja"]},
+    # By name, so that nothing else of the clone is shipped.
+    packages=[
+        "fastimagenet",
+        *(f"fastimagenet.{name}" for name in ("distributed", "lr_finder", "models", "recipes")),
+        *(f"fastimagenet.{name}" for name in ("report", "training")),
+        "pipelines",
+        *(f"pipelines.{name}" for name in ("augment", "backends", "backends.dali", "datasets")),
+        *(f"pipelines.{name}" for name in ("parity", "prepare")),
+    ],
+    # An editable install is then a path of Python's, behind which no folder called pipelines in the
+    # working directory hides ours.
+    package_dir={"": "."},
+    package_data={"": ["*.jinja", "py.typed"]},
+    entry_points={"console_scripts": ["fastimagenet=fastimagenet.__main__:main"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -44,6 +56,9 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "types-tqdm",
+            # Runs the notebook in examples/.
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
             "scikit-learn>=1.4",
             # A server of the S3 protocol.
             "moto[s3]>=5.0",

@@ -28,7 +28,7 @@ from benchmarks.common.plots import (
 )
 from benchmarks.common.published import Published, published
 from fastimagenet import cli
-from fastimagenet.report.dawnbench import TRAIN_CLOCK, time_to_target
+from fastimagenet.report.dawnbench import TRAIN_CLOCK
 from fastimagenet.report.figures import (
     LEGEND,
     SMALL,
@@ -39,7 +39,7 @@ from fastimagenet.report.figures import (
     write_files,
 )
 from fastimagenet.report.plots import TIME_COLOURS
-from fastimagenet.report.run import Run, read_run
+from fastimagenet.report.run import Run
 from pipelines import pages
 from pipelines.cli import make_parser, output_folder
 from pipelines.errors import UserError
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("runs", metavar="RUN", nargs="+", type=Path, help="a run's --output folder")
     add("--output", metavar="DIR", type=output_folder, default=Path(), help="default: here")
     args = parser.parse_args(argv)
-    runs = {str(folder): read_run(folder) for folder in args.runs}
+    runs = {str(folder): Run.open(folder) for folder in args.runs}
     for name, run in runs.items():
         if not run.summary:
             raise UserError(f"{name} is not finished: resume it by train --resume auto")
@@ -127,7 +127,7 @@ def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
 def row(name: str, run: Run) -> tuple[str, ...]:
     """The cells of one run."""
     recipe, summary = run.plan["recipe"], run.summary
-    reached = time_to_target(run.epochs, *run.target) if run.target else None
+    reached = run.seconds_to_target
     return (
         name,
         summary["hardware"],

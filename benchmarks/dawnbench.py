@@ -25,10 +25,9 @@ from benchmarks.common.matrix import Matrix, Measured, Training, Variant, measur
 from benchmarks.common.measuring import markdown
 from benchmarks.common.statistics import interval, interval_text
 from fastimagenet import cli
-from fastimagenet.assemble import chosen_recipe
+from fastimagenet.config import EntryFacts, RunConfig
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.dawnbench import CLOCKS, clocks_at_target, result_hours, write_entry
-from fastimagenet.train import check_entry_flags
 from pipelines.cli import Parser, at_least, make_parser, output_folder
 from pipelines.datasets.known import dataset_name
 from pipelines.datasets.split import read_split
@@ -124,18 +123,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    check_entry_flags(args)
+    EntryFacts(
+        author=args.author,
+        author_email=args.author_email,
+        hardware=args.hardware,
+        cost_per_hour=args.cost_per_hour,
+    )
     if args.nodes != (0, 1):
         raise UserError("--nodes: the runs are started on this machine alone, as --nodes 1")
-    recipe = target_recipe(args)
+    config = cli.run_config(args)
+    recipe = target_recipe(config.recipe, args.target)
     if args.output is None:
         args.output = Path("runs") / f"dawnbench-{recipe.name}"
     matrix = Matrix.of(
-        [variant(args, recipe)],
+        [variant(args, config, recipe)],
         range(args.seed, args.seed + args.runs),
         args.output,
-        cli.data_folder(args),
-        world_size=cli.launch_of(args).world_size,
+        config.data.root,
+        world_size=config.launch.resolved().world_size,
         folder=lambda _, seed: f"seed{seed}",
     )
     status = matrix.run(around=measured_energy, keep_going=True)
@@ -153,24 +158,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status or int(result.success_rate < 1)
 
 
-def target_recipe(args: argparse.Namespace) -> Recipe:
-    """Return the recipe of all runs. Raises UserError without a target."""
-    recipe = chosen_recipe(args)
-    if args.target is not None:
-        recipe = replace(recipe, target=args.target)
-    if args.epochs is not None:
-        recipe = recipe.stretched(args.epochs)
+def target_recipe(recipe: Recipe, target: str | None) -> Recipe:
+    """Return the recipe with this target. Raises UserError without one."""
+    if target is not None:
+        recipe = replace(recipe, target=target)
     if not recipe.target:
         raise UserError(f"--target: recipe {recipe.name} has none; name one, such as top1=0.94")
     return recipe
 
 
-def variant(args: argparse.Namespace, recipe: Recipe) -> Variant:
+def variant(args: argparse.Namespace, config: RunConfig, recipe: Recipe) -> Variant:
     """Return what every seed trains. Raises UserError where data or target cannot be taken."""
-    skips = args.on_bad_image == "skip"
-    split = read_split(
-        cli.data_folder(args), "train", args.skip_list, skips, on_bad_image=args.on_bad_image
-    )
+    data = config.data
+    skips = data.on_bad_image == "skip"
+    split = read_split(data.root, "train", data.skip_list, skips, on_bad_image=data.on_bad_image)
     if dataset_name(split.classes) == "CIFAR10" and recipe.target.startswith("top5"):
         raise UserError("--target: the entries of CIFAR-10 hold top-1 only; name top1=VALUE")
     flags = ["--stop-at-target"] if args.stop_at_target else []

@@ -9,12 +9,9 @@ on one device; with --nproc-per-node K its loader has the K-th part of the cores
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
@@ -24,15 +21,15 @@ from benchmarks.common.rates import (
     ceilings,
     measure_phase,
     phase_trainer,
+    run_config,
     this_process,
 )
 from benchmarks.common.statistics import Estimate, estimate, short, shown
 from fastimagenet import cli
-from fastimagenet.assemble import chosen_recipe, read_data, with_copies
+from fastimagenet.config import RunConfig
 from fastimagenet.recipes.plan import Plan
-from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.summary import hardware
-from fastimagenet.training.evaluation import precision_name
+from fastimagenet.run import read_data
 from pipelines.backends import chosen_backend
 from pipelines.cli import Parser, make_parser, output_folder
 from pipelines.files import Row, write_object, write_text
@@ -88,43 +85,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     about = facts("throughput", argv)
-    recipe = with_copies(chosen_recipe(args), cli.data_folder(args))
-    if args.output is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        args.output = Path("runs") / f"throughput-{recipe.name}-{stamp}"
-    for measured in measure(args, recipe):
+    config = run_config(args, "throughput-")
+    for measured in measure(config, args.rounds, args.seconds):
         result = about | measured
-        write_object(args.output / "throughput.json", result)
-        write_text(args.output / "table.md", table(result))
-    print(f"\n{table(result)}\nall of it: {args.output}", flush=True)
+        write_object(config.folder / "throughput.json", result)
+        write_text(config.folder / "table.md", table(result))
+    print(f"\n{table(result)}\nall of it: {config.folder}", flush=True)
     return 0
 
 
-def measure(args: argparse.Namespace, recipe: Recipe) -> Iterator[Row]:
+def measure(config: RunConfig, rounds: int, seconds: float) -> Iterator[Row]:
     """Measure the ceilings, then phase by phase; yields what is known after each."""
-    world = this_process(args)
-    train, val = read_data(args, world)
+    world, recipe = this_process(config), config.recipe
+    train, val = read_data(config.data, say_notes=True)
     Plan.of(recipe, 1, len(train))  # names a batch that is too large before anything is measured
     found = {
-        "backend": chosen_backend(args.backend),
+        "backend": chosen_backend(config.data.backend),
         "recipe": recipe.name,
-        "data": cli.data_name(args),
+        "data": config.data.name,
         "images": len(train),
-        "rounds": args.rounds,
-        "seconds": args.seconds,  # of each turn
+        "rounds": rounds,
+        "seconds": seconds,  # of each turn
         "definitions": DEFINITIONS,
     }
     phases: list[Row] = []
     for index, phase in enumerate(recipe.phases):
-        with phase_trainer(args, recipe, phase, world, train, val) as trainer:
+        with phase_trainer(config, phase, world, train, val) as trainer:
             if not index:
-                dtype, turn = trainer.dtype or torch.float32, args.seconds / 2
-                matmul, copy = ceilings(trainer.device, dtype, args.rounds, turn)
+                dtype, turn = trainer.dtype or torch.float32, seconds / 2
+                matmul, copy = ceilings(trainer.device, dtype, rounds, turn)
                 found |= {"matmul_flops_per_sec": asdict(matmul)}
                 found |= {"copy_bytes_per_sec": asdict(copy), "hardware": hardware(trainer)}
-                found |= {"precision": precision_name(trainer.dtype)}
+                found |= {"precision": trainer.precision}
             print(f"phase {index}: {phase.image_size} px, batch {phase.batch_size}", flush=True)
-            rates = measure_phase(trainer, args, train, args.rounds, args.seconds)
+            rates = measure_phase(trainer, train, config.seed, rounds, seconds)
         phases.append(asdict(phase_result(rates, matmul.mean, copy.mean)))
         yield found | {"phases": phases}
 

@@ -32,14 +32,13 @@ from benchmarks.common.rates import (
 )
 from benchmarks.common.statistics import Estimate, estimate
 from fastimagenet import cli
-from fastimagenet.distributed.world import World, plan_launch
+from fastimagenet.distributed.world import Launch, World
 from fastimagenet.models import build_model
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import MODELS, Phase, Recipe
 from fastimagenet.training.loaders import open_loader
-from fastimagenet.training.recorder import NullRecorder
-from fastimagenet.training.trainer import Trainer, warm_up
+from fastimagenet.training.trainer import Trainer
 from pipelines.cli import Parser, at_least, make_parser, positive
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split
@@ -85,7 +84,7 @@ def synthetic_trainer(recipe: Recipe, device: str, num_classes: int) -> Trainer:
 
     torch.manual_seed(0)
     model = build_model(recipe, num_classes)
-    return Trainer(plan, model, world, loader, NullRecorder())
+    return Trainer(plan, model, loader(True), loader(False), world=world)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +207,7 @@ def measure(recipe: Recipe, device: str, seconds: float) -> tuple[list[float], i
     """Images per second, round by round, and the peak of the memory in bytes."""
     trainer = synthetic_trainer(recipe, device, NUM_CLASSES)
     if recipe.compile:
-        warm_up(trainer)
+        trainer.compile_all_sizes()
     images, labels = next(iter(trainer.train_loader))
     update(trainer, images, labels)  # cuDNN tries its algorithms, which takes memory
     if trainer.device.type == "cuda" and not recipe.cuda_graphs:
@@ -273,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     about = facts("training_step", argv)
-    kind = plan_launch(1, 1, args.device, None).device
+    kind = Launch(1, 1, args.device).resolved().device
     recipe = named_recipe(args.recipe, 1)
     recipe = replace(recipe, model=args.model or recipe.model)
     rates = sweep(

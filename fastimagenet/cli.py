@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fastimagenet.config import DataConfig, RunConfig, changed_recipe, chosen_recipe
 from fastimagenet.distributed.world import (
     TIMEOUT_SECONDS,
     Launch,
     World,
     end_with_launcher,
-    plan_launch,
     report_to_launcher,
 )
 from fastimagenet.errors import NotWritten, PeerLost
-from fastimagenet.machine import keep_freed_memory
+from fastimagenet.machine import keep_freed_memory, wait_passively
 from fastimagenet.recipes.recipe import PRECISIONS
 from pipelines import cli
 from pipelines.backends import BACKENDS
@@ -41,45 +42,49 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=data_argument,
         metavar="DIR",
-        help="image folder DIR/train/CLASS/*, DIR/val/CLASS/*, or shards, which s3://BUCKET/PREFIX "
-        "copies to the user's cache first; default: the embedded digits",
+        help="image folder DIR/train/CLASS/*, DIR/val/CLASS/*, or shards; s3://BUCKET/PREFIX is "
+        "copied to the user's cache first; default: the embedded digits",
     )
-    add("--skip-list", type=Path, metavar="FILE", help="paths of images to leave out, one a line")
+    add("--skip-list", type=Path, metavar="FILE", help="paths of images to leave out, one per line")
     add(
         "--on-bad-image",
         choices=ON_BAD_IMAGE,
         default="error",
-        help="files that cannot be read: stop at the start (the default), or leave them out",
+        help="what to do with files that cannot be read: stop at the start (default) or skip them",
     )
     add(
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="who decodes; auto: dali where installed, else torchvision",
+        help="loader back end; auto: dali if installed, else torchvision",
     )
     add_device_flag(parser)
-    add("--precision", choices=PRECISIONS, help="in place of the recipe's")
+    add("--precision", choices=PRECISIONS, help="override the recipe's precision")
     add(
         "--nodes",
         type=node_range,
         default=(0, 1),
         metavar="N|MIN:MAX",
-        help="machines; MIN:MAX: go on with those that are left, and take others in; default 1",
+        help="number of nodes; MIN:MAX enables elastic training; default 1",
     )
     add(
         "--nproc-per-node",
         type=int,
         metavar="K",
-        help="processes on this machine; default: one per GPU, one on a CPU",
+        help="processes per node; default: one per GPU, one on a CPU",
     )
     add(
         "--timeout",
         type=float,
         default=TIMEOUT_SECONDS,
         metavar="SECONDS",
-        help=f"to wait for the other processes before giving up; default {TIMEOUT_SECONDS}",
+        help=f"how long to wait for the other processes; default {TIMEOUT_SECONDS}",
     )
-    add("--rdzv-endpoint", metavar="HOST:PORT", help="where nodes meet, the same on every node")
+    add(
+        "--rdzv-endpoint",
+        metavar="HOST:PORT",
+        help="where nodes meet, the same on every node",
+    )
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +104,7 @@ def node_range(text: str) -> tuple[int, int]:
     """--nodes: (MIN, MAX), or (0, N) for a fixed number. Raises ArgumentTypeError."""
     least, colon, most = text.rpartition(":")
     if not most.isdecimal() or (colon and not least.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be a number of machines or MIN:MAX, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a number of nodes or MIN:MAX, not {text}")
     if colon and not 1 <= int(least) <= int(most):
         raise argparse.ArgumentTypeError(f"{text}: 1 <= MIN <= MAX must hold")
     if int(most) < 1:
@@ -127,46 +132,66 @@ def add_run_flags(
         "--global-batch",
         type=int,
         metavar="N",
-        help="images an update in the first phase, the others in proportion: fewer processes add "
-        "up the gradients of several batches",
+        help="images per update in the first phase, other phases in proportion: fewer processes "
+        "accumulate the gradients of several micro-batches",
     )
     add("--seed", type=int, default=0)
     add("--output", type=folder, metavar="DIR", help=f"default: {output}")
 
 
 def launch_of(args: argparse.Namespace, *, elastic: bool = False) -> Launch:
-    """Processes and device as the flags have it; `elastic`: the command can change them as it runs.
+    """The processes that the flags ask for; `elastic`: the command takes --nodes MIN:MAX.
 
     Raises UserError naming the flag.
     """
-    if not 0 < args.timeout < math.inf:
-        raise UserError(f"--timeout must be above 0 seconds, not {args.timeout:g}")
     min_nodes, nodes = args.nodes
     if min_nodes and not elastic:
         raise UserError(f"--nodes {min_nodes}:{nodes} is for fastimagenet.train: --nodes {nodes}")
-    return plan_launch(nodes, args.nproc_per_node, args.device, args.rdzv_endpoint, min_nodes)
+    return Launch(
+        nodes=nodes,
+        nproc_per_node=args.nproc_per_node,
+        device=args.device,
+        rdzv_endpoint=args.rdzv_endpoint,
+        max_restarts=getattr(args, "max_restarts", 0),
+        min_nodes=min_nodes,
+        timeout_seconds=args.timeout,
+    )
+
+
+def data_config(args: argparse.Namespace) -> DataConfig:
+    """What `add_machine_flags` asks to be read."""
+    return DataConfig(
+        folder=args.data,
+        skip_list=args.skip_list,
+        on_bad_image=args.on_bad_image,
+        backend=args.backend,
+    )
+
+
+def run_config(args: argparse.Namespace, *, elastic: bool = False, **more: Any) -> RunConfig:
+    """What `add_machine_flags` and `add_run_flags` ask for, and `more` fields.
+
+    Raises UserError naming the flag or the recipe's field.
+    """
+    recipe = chosen_recipe(args.recipe, args.data, args.nodes[1])
+    settings = [*args.set, *([f"precision={args.precision}"] if args.precision else [])]
+    recipe = changed_recipe(recipe, settings, getattr(args, "epochs", None))
+    fields: dict[str, Any] = {
+        "recipe": recipe,
+        "data": data_config(args),
+        "launch": launch_of(args, elastic=elastic),
+        "output": args.output,
+        "seed": args.seed,
+        "global_batch": args.global_batch,
+    }
+    return RunConfig(**fields | more)
 
 
 def one_device(device: str) -> torch.device:
     """That of a command of a single process. Raises UserError where --device is not there."""
     import torch
 
-    launch = plan_launch(1, 1, device, None)
-    return torch.device("cpu" if launch.device == "cpu" else "cuda:0")
-
-
-def data_folder(args: argparse.Namespace) -> Path:
-    """--data, or the embedded digits."""
-    if args.data is not None:
-        return Path(args.data)
-    from pipelines.datasets.digits import digits_folder
-
-    return digits_folder()
-
-
-def data_name(args: argparse.Namespace) -> str:
-    """What the data are called where no more is known of them."""
-    return "the embedded digits" if args.data is None else data_folder(args).resolve().name
+    return torch.device(Launch(1, 1, device).resolved().first_device)
 
 
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
@@ -178,6 +203,7 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
     def told(argv: Sequence[str] | None) -> int:
         end_with_launcher()
         keep_freed_memory()
+        wait_passively()
         try:
             return command(argv)
         except UserError as error:
@@ -197,17 +223,27 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
     return cli.exit_status(told, argv)
 
 
-def stop_on_signals(trainer: Trainer) -> list[int]:
-    """From here on SIGTERM and Ctrl-C ask the trainer to stop; the list gets their numbers."""
+@contextmanager
+def stopping_on_signals(trainer: Trainer) -> Iterator[list[int]]:
+    """In the block SIGTERM and Ctrl-C ask the trainer to stop; the list gets their numbers.
+
+    Outside of the main thread, where Python takes no signals, nothing changes.
+    """
     numbers: list[int] = []
 
     def ask_to_stop(number: int, _frame: object) -> None:
         trainer.stop_requested = True
         numbers.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask_to_stop)
-    return numbers
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, ask_to_stop)
+    try:
+        yield numbers
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stopped_status(numbers: list[int]) -> int:

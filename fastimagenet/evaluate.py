@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -10,20 +9,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastimagenet import cli
-from fastimagenet.distributed.collectives import all_reduce_sum, process_group
-from fastimagenet.distributed.launch import run_processes
-from fastimagenet.distributed.world import World, launched_world
-from fastimagenet.recipes import toml as recipe_toml
+from fastimagenet.distributed.processes import Processes
+from fastimagenet.distributed.world import World
+from fastimagenet.recipes import toml
 from fastimagenet.recipes.recipe import TTA, Recipe
-from fastimagenet.training.evaluation import Counts, evaluate
 from pipelines.backends import start_workers
 from pipelines.cli import Parser, make_parser
 from pipelines.datasets.split import Split, left_out_note, read_split, skip_list_note
 from pipelines.errors import UserError
 from pipelines.loader import Stage
+
+if TYPE_CHECKING:
+    from fastimagenet.training.evaluation import Counts
 
 MAX_IMAGE_SIZE = 65535
 """That of a JPEG."""
@@ -51,72 +51,88 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    launch = cli.launch_of(args)
+    processes = Processes.of(cli.launch_of(args))
+    data = cli.data_config(args)
     if args.image_size is not None and not 8 <= args.image_size <= MAX_IMAGE_SIZE:
         rule = f"from 8 to {MAX_IMAGE_SIZE} pixels"
         raise UserError(f"--image-size must be {rule}, not {args.image_size}")
-    start_workers(args.backend)
-    val = read_split(cli.data_folder(args), "val", args.skip_list, on_bad_image=args.on_bad_image)
-    world = launched_world(launch, args.nproc_per_node)
-    if world is None and launch.world_size > 1:
-        return run_processes(launch, "fastimagenet.evaluate", argv)
-    world = world or World(device="cpu" if launch.device == "cpu" else "cuda:0")
-    for note in (left_out_note(val), skip_list_note(args.skip_list, val)):
-        if note and world.is_main:
+    start_workers(data.backend)
+    val = read_split(data.root, "val", data.skip_list, on_bad_image=data.on_bad_image)
+    for note in (left_out_note(val), skip_list_note(data.skip_list, val)):
+        if note and processes.is_first:
             print(note, file=sys.stderr)  # noqa: T201
-    with process_group(world, args.timeout):
+
+    def work(world: World) -> int:
         started = time.perf_counter()
-        counts, *rect = evaluate_checkpoint(args, val, world)
+        counts, *rect = evaluate_checkpoint(
+            args.checkpoint,
+            val,
+            world,
+            backend=data.backend,
+            precision=args.precision,
+            tta=args.tta,
+            image_size=args.image_size,
+            rect=args.rect,
+        )
         seconds = time.perf_counter() - started
         result = {"images": counts.images, **counts.accuracies(), "loss": counts.loss}
         for other in rect:
             result |= {f"rect_{name}": value for name, value in other.accuracies().items()}
         result["seconds"] = seconds
-    cli.say(world, json.dumps(result) if args.json else describe(result))
-    return 0
+        cli.say(world, json.dumps(result) if args.json else describe(result))
+        return 0
+
+    return processes.run("fastimagenet.evaluate", argv, work)
 
 
-def evaluate_checkpoint(args: argparse.Namespace, val: Split, world: World) -> list[Counts]:
-    """Counts over all processes: of squares and, with --rect, of rectangles.
+def evaluate_checkpoint(
+    path: Path,
+    val: Split,
+    world: World,
+    *,
+    backend: str = "auto",
+    precision: str | None = None,
+    tta: str = "none",
+    image_size: int | None = None,
+    rect: bool = False,
+) -> list[Counts]:
+    """Count over all processes: on squares and, with `rect`, on rectangles.
 
+    `precision` and `image_size`: in place of the recipe's.
     Raises UserError naming the checkpoint, flag or folder.
     """
     import torch
 
     from fastimagenet.training import checkpoint
-    from fastimagenet.training.evaluation import autocast_dtype
+    from fastimagenet.training.evaluation import autocast_dtype, evaluate
     from fastimagenet.training.failures import is_out_of_memory
     from fastimagenet.training.loaders import open_loader
 
-    state = checkpoint.load(args.checkpoint, "recipe", "classes", "model", "ema")
-    recipe = recipe_toml.loads(state["recipe"], f"the recipe in {args.checkpoint}")
+    state = checkpoint.load(path, "recipe", "classes", "model", "ema")
+    recipe = toml.loads(state["recipe"], f"the recipe in {path}")
     if tuple(state["classes"]) != val.classes:
         pairs = zip_longest(state["classes"], val.classes, fillvalue="none")
         known, there = next((a, b) for a, b in pairs if a != b)
         raise UserError(
-            f"{args.checkpoint} knows {len(state['classes'])} classes, --data has "
+            f"{path} knows {len(state['classes'])} classes, --data has "
             f"{len(val.classes)}, and the first that differ are {known} and {there}: name the data "
             "that it was trained on"
         )
-    dtype = autocast_dtype(args.precision or recipe.precision, world.device.partition(":")[0])
+    dtype = autocast_dtype(precision or recipe.precision, world.device.partition(":")[0])
     last = recipe.phases[-1]
     stage = Stage(
         epochs=1,
-        image_size=args.image_size or last.eval_size or last.image_size,
+        image_size=image_size or last.eval_size or last.image_size,
         batch_size=min(phase.batch_size for phase in recipe.phases),
     )
-    stages = (stage, replace(stage, rect=True)) if args.rect else (stage,)
+    stages = (stage, replace(stage, rect=True)) if rect else (stage,)
     model = trained_model(recipe, state, len(val.classes))
     model = model.to(world.device, memory_format=torch.channels_last)
     loader = open_loader(
-        args.backend, recipe, val, stages, world, training=False, half=dtype is not None
+        backend, recipe, val, stages, world, training=False, half=dtype is not None
     )
     try:
-        device = torch.device(world.device)
-        passes = [
-            evaluate(model, loader, device=device, autocast_dtype=dtype, tta=args.tta)
-            for _ in stages
-        ]
+        return [evaluate(model, loader, world=world, autocast_dtype=dtype, tta=tta) for _ in stages]
     except (MemoryError, RuntimeError) as error:
         # Of numpy, of torch on a CPU, of torch on a GPU.
         if (
@@ -131,10 +147,6 @@ def evaluate_checkpoint(args: argparse.Namespace, val: Split, world: World) -> l
         raise
     finally:
         loader.close()
-    return [
-        Counts.from_tensor(all_reduce_sum(counts.tensor().to(device), world, "the counts"))
-        for counts in passes
-    ]
 
 
 def trained_model(recipe: Recipe, state: dict[str, Any], num_classes: int) -> Any:

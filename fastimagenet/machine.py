@@ -1,8 +1,9 @@
-"""Memory that is freed stays with the process."""
+"""What a command sets for its process before torch is imported: memory and threads."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """As <malloc.h> has them."""
@@ -19,3 +20,13 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def wait_passively() -> None:
+    """Have OpenMP's threads, torch's on a CPU, sleep while they wait for one another.
+
+    By default they wait busily, which on a loaded machine takes the cores from those that they wait
+    for. Does nothing where the user has set how they wait; has to come before torch is imported.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

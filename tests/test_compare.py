@@ -13,7 +13,7 @@ from benchmarks.common.published import published
 from benchmarks.compare import comparison, main, short_names
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
-from fastimagenet.report.run import read_run
+from fastimagenet.report.run import Run
 from pipelines.errors import UserError
 
 
@@ -50,7 +50,7 @@ def test_other_data_have_no_entries_beside_them(tmp_path: Path) -> None:
 def test_imagenet_runs_to_top5_are_compared_in_top5(tmp_path: Path) -> None:
     target = {"metric": "top5", "value": 0.93}
     run = finished_run(tmp_path / "one", dataset="ImageNet", target=target)
-    what = comparison({"one": read_run(run)})
+    what = comparison({"one": Run.open(run)})
     assert what.metric == "top5"
     assert "fast.ai 2018" in {entry.name for entry in what.entries}
     assert what.points(what.runs["one"], "epoch") == [

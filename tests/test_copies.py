@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastimagenet.assemble import with_copies
 
 from fastimagenet import train
-from fastimagenet.assemble import with_copies
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase

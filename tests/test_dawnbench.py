@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from fastimagenet.report.dawnbench import check_entry, time_to_target, write_entry
+from fastimagenet.report.dawnbench import check_entry, write_entry
+from fastimagenet.report.run import time_to_target
 from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
 from pipelines.files import Row

@@ -15,7 +15,6 @@ from fastimagenet.distributed.world import (
     World,
     launched_before,
     launched_world,
-    plan_launch,
     seconds_since_launch,
 )
 from pipelines.errors import UserError
@@ -33,8 +32,8 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flags_settle_device_and_processes() -> None:
-    assert plan_launch(1, None, "cpu", None) == Launch(1, 1, "cpu", None)
-    assert plan_launch(2, 3, "cpu", "host:1").world_size == 6
+    assert Launch(1, None, "cpu", None).resolved() == Launch(1, 1, "cpu", None)
+    assert Launch(2, 3, "cpu", "host:1").resolved().world_size == 6
 
 
 @pytest.mark.parametrize(
@@ -49,21 +48,21 @@ def test_bad_flags_are_named(
     arguments: tuple[int, int | None, str, str | None], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        plan_launch(*arguments)
+        Launch(*arguments).resolved()
 
 
 def test_a_cuda_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastimagenet.distributed.world.gpu_count", lambda: 0)
     with pytest.raises(UserError, match="--device cuda: no CUDA device is there"):
-        plan_launch(1, None, "cuda", None)
-    assert plan_launch(1, None, "auto", None).device == "cpu"
+        Launch(1, None, "cuda", None).resolved()
+    assert Launch(1, None, "auto", None).resolved().device == "cpu"
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastimagenet.distributed.world.gpu_count", lambda: 2)
-    assert plan_launch(1, None, "auto", None) == Launch(1, 2, "cuda", None)
+    assert Launch(1, None, "auto", None).resolved() == Launch(1, 2, "cuda", None)
     with pytest.raises(UserError, match="--nproc-per-node 3: this machine has 2 CUDA devices"):
-        plan_launch(1, 3, "cuda", None)
+        Launch(1, 3, "cuda", None).resolved()
 
 
 def test_torchruns_environment_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,21 +71,21 @@ def test_torchruns_environment_is_recognised(monkeypatch: pytest.MonkeyPatch) ->
     for name, value in (torchrun | {"LOCAL_WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("fastimagenet.distributed.world.gpu_count", lambda: 2)
-    assert launched_world(Launch(2, 8, "cuda")) == World(3, 1, 4, 2, "cuda:1")
+    assert launched_world(Launch(2, None, "cuda")) == World(3, 1, 4, 2, "cuda:1")
     monkeypatch.setattr("fastimagenet.distributed.world.gpu_count", lambda: 1)
-    world = launched_world(Launch(2, 1, "cuda"))
+    world = launched_world(Launch(2, None, "cuda"))
     assert world is not None and world.device == "cuda:0"
     with pytest.raises(UserError, match=r"--nodes 1, but 2 node\(s\) were launched: .*torchrun"):
-        launched_world(Launch(1, 2, "cpu"))
+        launched_world(Launch(1, None, "cpu"))
 
 
 def test_torchruns_processes_are_those_of_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
-    assert launched_world(Launch(1, 2, "cpu"), 2) == launched_world(Launch(1, 1, "cpu"))
+    assert launched_world(Launch(1, 2, "cpu")) == launched_world(Launch(1, None, "cpu"))
     with pytest.raises(UserError, match=r"--nproc-per-node 4, but 2 process.*torchrun --nproc-per"):
-        launched_world(Launch(1, 4, "cpu"), 4)
+        launched_world(Launch(1, 4, "cpu"))
 
 
 @pytest.mark.parametrize(

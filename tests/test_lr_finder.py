@@ -20,12 +20,10 @@ from test_trainer import RECIPE, SPLIT, loaders, make_trainer, tiny_model
 from torch import Tensor, nn
 
 from fastimagenet import lr_find2
-from fastimagenet.distributed.world import World
 from fastimagenet.lr_finder.analysis import SweepRecord, smoothed
 from fastimagenet.lr_finder.finder import check_validation
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
-from fastimagenet.training.recorder import NullRecorder
 from fastimagenet.training.trainer import Trainer
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
@@ -377,8 +375,8 @@ def test_training_goes_on_as_without_a_sweep(backend: str, optimizer: str, cifar
     def losses(sweeps_at: set[int]) -> tuple[Trainer, list[float]]:
         model = tiny_model()
         model[-1] = nn.Linear(8, 10)  # type: ignore[operator]
-        make = loaders(recipe, backend, train, val)
-        trainer = Trainer(Plan.of(recipe, 1, len(train)), model, World(), make, NullRecorder())
+        plan = Plan.of(recipe, 1, len(train))
+        trainer = Trainer(plan, model, *loaders(recipe, backend, train, val))
         found: list[float] = []
         step = trainer.train_step
 
@@ -450,8 +448,7 @@ def test_arguments_out_of_range_are_named(arguments: dict[str, Any], message: st
 def test_a_validation_set_smaller_than_a_batch_is_refused() -> None:
     val = Split(whole_files([""]) * 7, [index % 7 for index in range(7)], tuple("abcdefg"))
     plan = Plan.of(RECIPE, 1, len(SPLIT))
-    make = loaders(RECIPE, "synthetic", SPLIT, val)
-    trainer = Trainer(plan, tiny_model(), World(), make, NullRecorder())
+    trainer = Trainer(plan, tiny_model(), *loaders(RECIPE, "synthetic", SPLIT, val))
     before = state(trainer)
     message = (
         "a validation set of 7 images is smaller than one batch of 8: "
@@ -485,9 +482,9 @@ rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 world = World(rank, rank, 2, 2)
 
 def trainer(val=SPLIT):
-    make = lambda training: shard(training, rank, val)
+    loaders = shard(True, rank, val), shard(False, rank, val)
     model = tiny_model()
-    return Trainer(Plan.of(TWO_RECIPE, 2, len(SPLIT)), model, world, make, NullRecorder())
+    return Trainer(Plan.of(TWO_RECIPE, 2, len(SPLIT)), model, *loaders, world=world)
 
 def stop(record):
     if record.iteration == 3 and rank == 1:

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from benchmarks.plan.report import check, write_results
 from test_dawnbench import write_run
 
 from benchmarks.plan.__main__ import batch_note, main, parser, train_flags
@@ -20,7 +21,6 @@ from benchmarks.plan.prediction import (
     sizes_of,
     with_fitting_batch,
 )
-from benchmarks.plan.report import check, write_results
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.plan import Plan

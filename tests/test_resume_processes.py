@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,7 @@ from fastimagenet.distributed.world import World
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
 from fastimagenet.training import checkpoint
-from fastimagenet.training.recorder import NullRecorder
-from fastimagenet.training.trainer import Trainer, restore
+from fastimagenet.training.trainer import Trainer
 from pipelines.backends import make_loader
 from pipelines.datasets.split import Split, read_split
 from pipelines.loader import Loader, LoaderSpec
@@ -62,7 +60,10 @@ def make(scenario: str, world: World, data: Path, folder: Path, every: int = 0) 
     model[-1] = nn.Linear(8, 10)  # type: ignore[operator]
     backend = scenario.partition(",")[0]
     return Trainer(
-        *(plan, model, world, partial(loader, backend, plan, world, train, val), NullRecorder()),
+        plan,
+        model,
+        *(loader(backend, plan, world, train, val, training) for training in (True, False)),
+        world=world,
         folder=folder,
         checkpoint_steps=every,
     )
@@ -109,7 +110,7 @@ def check(
     torch.distributed.barrier()
     second = make(scenario, world, data, folder)
     torch.manual_seed(99)
-    restore(second, checkpoint.load(folder / "checkpoints" / "last.pt"))
+    second.load_state_dict(checkpoint.load(folder / "checkpoints" / "last.pt"))
     assert second.step == killed_at
     second.fit()
     (weights, figures), (expected, expected_figures) = end_of(second), end_of(whole)

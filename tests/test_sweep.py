@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
@@ -13,13 +14,10 @@ from fastimagenet.lr_finder.analysis import (
     DivergenceRule,
     Plateau,
     Sweep,
+    SweepConfig,
     SweepRecord,
     best_sweep,
-    plateau,
-    shown,
     smoothed,
-    suggest,
-    sweep_lr,
     valley_index,
 )
 
@@ -49,10 +47,11 @@ def sweep_of(losses: Sequence[float], weight_decay: float = 1e-4, **changes: flo
 
 
 def test_the_rates_of_a_sweep() -> None:
-    rates = [sweep_lr(k, 1e-5, 10, 100, linear=False) for k in range(100)]
+    rates = [SweepConfig().lr(k) for k in range(100)]
     golden = {0: 1e-5, 1: 1.148154e-5, 20: 1.584893e-4, 50: 0.01, 75: 0.3162278, 99: 8.709636}
     assert {k: rates[k] for k in golden} == pytest.approx(golden)
-    rates = [sweep_lr(k, 1, 11, 5, linear=True) for k in range(5)]
+    linear = SweepConfig(start_lr=1, end_lr=11, num_it=5, linear=True)
+    rates = [linear.lr(k) for k in range(5)]
     assert rates == pytest.approx([1, 3, 5, 7, 9])
 
 
@@ -87,24 +86,26 @@ def test_a_loss_that_is_not_finite_ends_it_at_once() -> None:
 
 
 def test_what_is_shown() -> None:
-    assert [r.iteration for r in shown(sweep_of([1.0] * 100))] == list(range(10, 95))
-    assert [r.iteration for r in shown(sweep_of([1.0] * 20))] == list(range(10, 15))
-    assert len(shown(sweep_of([1.0] * 19))) == 19
+    assert [r.iteration for r in sweep_of([1.0] * 100).shown()] == list(range(10, 95))
+    assert [r.iteration for r in sweep_of([1.0] * 20).shown()] == list(range(10, 15))
+    assert len(sweep_of([1.0] * 19).shown()) == 19
     broken = [1.0, math.nan, 2.0, math.inf, 3.0]
-    assert [r.iteration for r in shown(sweep_of(broken))] == [0, 2, 4]
-    assert [r.iteration for r in shown(sweep_of([math.nan] * 12 + [1.0] * 8))] == [12, 13, 14]
-    assert shown(sweep_of([])) == ()
+    assert [r.iteration for r in sweep_of(broken).shown()] == [0, 2, 4]
+    assert [r.iteration for r in sweep_of([math.nan] * 12 + [1.0] * 8).shown()] == [12, 13, 14]
+    assert sweep_of([]).shown() == ()
+    assert [r.iteration for r in sweep_of([1.0] * 12).shown(4, 0)] == list(range(4, 12))
+    assert [r.iteration for r in sweep_of([1.0] * 9).shown(4, 1)] == list(range(9))
 
 
 def brute_valley(losses: Sequence[float]) -> int:
-    """Over all subsequences: the place as fastai counts it."""
+    """Over all subsequences: the index as fastai counts it."""
     found: dict[int, int] = {}
     for length in range(1, len(losses) + 1):
-        for places in combinations(range(len(losses)), length):
-            chosen = [losses[place] for place in places]
+        for indices in combinations(range(len(losses)), length):
+            chosen = [losses[index] for index in indices]
             if all(a > b for a, b in pairwise(chosen)):
-                found.setdefault(length, places[-1])
-                found[length] = min(found[length], places[-1])
+                found.setdefault(length, indices[-1])
+                found[length] = min(found[length], indices[-1])
     length = max(found)
     start = found[length] - length
     return max(0, start + math.floor(length / 3) + math.floor(length / 3 / 2))
@@ -119,7 +120,7 @@ def test_the_valley_against_all_subsequences() -> None:
 
 def test_valleys_by_hand() -> None:
     assert valley_index(list(range(20, 0, -1))) == -1 + 6 + 3
-    # The long fall of 12, from place 5 to 16, between two short ones.
+    # The long fall of 12, from index 5 to 16, between two short ones.
     curve = [50, 51, 50, 49, 52, *range(48, 36, -1), 60, 55, 53]
     # 51, 50, 49 come before it: a subsequence may leave out losses (52).
     assert valley_index(curve) == 16 - 15 + 5 + 2
@@ -129,9 +130,9 @@ def test_valleys_by_hand() -> None:
 
 def test_suggestions_by_hand() -> None:
     losses = [10, 9.9, 9, 8, 4, 3, 2, 3, 5]
-    found = suggest(sweep_of(losses))
+    found = sweep_of(losses).suggestions
     assert found is not None
-    # Seven losses fall, up to place 6: 6 - 7 + 2 + 1 = 2.
+    # Seven losses fall, up to index 6: 6 - 7 + 2 + 1 = 2.
     assert found.valley == 0.004
     assert found.steepest == 0.008  # from 8 to 4
     assert found.minimum_10 == pytest.approx(0.0064)
@@ -140,11 +141,8 @@ def test_suggestions_by_hand() -> None:
 def test_the_slope_is_that_over_the_logarithm() -> None:
     sweep = sweep_of([10, 9, 6, 5, 4])
     rates = [0.1, 0.2, 1.0, 1.1, 3.0]  # of the falls by 1, 3, 1, 1 the third is over the least
-    changed = [
-        SweepRecord(**{**vars(record), "lr": lr})
-        for record, lr in zip(sweep.records, rates, strict=True)
-    ]
-    found = suggest(Sweep(**{**vars(sweep), "records": tuple(changed)}))
+    changed = [replace(record, lr=lr) for record, lr in zip(sweep.records, rates, strict=True)]
+    found = replace(sweep, records=tuple(changed)).suggestions
     assert found is not None
     assert found.steepest == 1.0
 
@@ -155,14 +153,14 @@ def test_the_slope_is_that_over_the_logarithm() -> None:
 def test_nothing_is_read_off_too_short_a_curve_or_one_that_never_falls(
     losses: list[float],
 ) -> None:
-    assert suggest(sweep_of(losses)) is None
-    assert plateau(sweep_of(losses)) is None
+    assert sweep_of(losses).suggestions is None
+    assert sweep_of(losses).plateau is None
     assert best_sweep([sweep_of(losses)]) is None
 
 
 def test_the_plateau_by_hand() -> None:
     # A fall of 10: up to 1 above the lowest, 5.9 is in, 6.1 is out on both sides.
-    found = plateau(sweep_of([15, 12, 5.5, 6.1, 5.9, 5, 5.2, 6.0, 6.1, 5.1, 40]))
+    found = sweep_of([15, 12, 5.5, 6.1, 5.9, 5, 5.2, 6.0, 6.1, 5.1, 40]).plateau
     assert found == Plateau(
         best_loss=5,
         best_lr=pytest.approx(0.032),
@@ -172,21 +170,21 @@ def test_the_plateau_by_hand() -> None:
 
 
 def test_a_plateau_may_reach_the_end_of_the_curve() -> None:
-    found = plateau(sweep_of([15, 14, 9, 5.5, 5]))
+    found = sweep_of([15, 14, 9, 5.5, 5]).plateau
     assert found is not None
     assert (found.low_lr, found.best_lr, found.high_lr) == pytest.approx((0.008, 0.016, 0.016))
 
 
 def falling_to(lowest: int, length: int = 12, best_loss: float = 1.0) -> list[float]:
-    """Losses that fall from 5 to best_loss at place `lowest` and leap up behind it."""
-    fall = [5 - (5 - best_loss) * place / lowest for place in range(lowest + 1)]
+    """Losses that fall from 5 to best_loss at index `lowest` and leap up behind it."""
+    fall = [5 - (5 - best_loss) * index / lowest for index in range(lowest + 1)]
     return fall + [20.0] * (length - lowest - 1)
 
 
 def test_the_largest_weight_decay_that_tolerates_a_high_lr_wins() -> None:
     small, middle = sweep_of(falling_to(8), 1e-4), sweep_of(falling_to(7), 1e-3)
     large, flat = sweep_of(falling_to(6), 1e-2), sweep_of([1.0] * 12, 1)
-    # LRs double from place to place: place 7 has just half of place 8.
+    # LRs double from one index to the next: 7 has just half of 8.
     assert best_sweep([small, middle, large, flat]) is middle
     assert best_sweep([flat, large, middle, small]) is middle
     assert best_sweep([small, large]) is small

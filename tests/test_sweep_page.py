@@ -15,7 +15,7 @@ from PIL import Image
 from test_report import HOSTILE, ROOT, check_page
 
 from fastimagenet.lr_finder import plots as sweep_plots
-from fastimagenet.lr_finder.analysis import Sweep, SweepRecord, best_sweep, labels, plateau, suggest
+from fastimagenet.lr_finder.analysis import Sweep, SweepRecord, best_sweep, labels
 from fastimagenet.lr_finder.results import HEADER, sweep_table, table, write_page
 
 NAMES = ["loss_against_lr", "stacked", "rates", "loss_against_iterations"]
@@ -98,7 +98,7 @@ def test_the_suggestions_of_the_best_sweep_lie_on_its_curve() -> None:
     sweeps = [make_sweep(1e-4), make_sweep(1e-3), make_sweep(1)]
     best = best_sweep(sweeps)
     assert best is not None
-    found = suggest(best)
+    found = best.suggestions
     assert found is not None
     axes = sweep_plots.loss_against_lr(sweeps).axes[0]
     marks = {str(line.get_label()): line for line in axes.lines if line.get_linestyle() == "None"}
@@ -122,7 +122,7 @@ def test_a_single_record_is_a_dot() -> None:
 
 def test_plateaus_are_thick_stretches() -> None:
     sweep = make_sweep()
-    found = plateau(sweep)
+    found = sweep.plateau
     assert found is not None
     axes = sweep_plots.loss_against_lr([sweep]).axes[0]
     (band,) = [line for line in axes.lines if line.get_linewidth() > 5]
@@ -225,7 +225,7 @@ def test_the_page_says_the_result_and_what_it_was_measured_with(tmp_path: Path) 
     sweeps = [make_sweep(1e-4), make_sweep(1e-3), make_sweep(1)]
     best = best_sweep(sweeps)
     assert best is not None
-    found = suggest(best)
+    found = best.suggestions
     assert found is not None
     text = page_of(tmp_path, sweeps, ["--set max_lr=0.1 --set weight_decay=0.001"])
     assert f"Learning rate {found.steepest:.3g} with weight decay {best.weight_decay:g} " in text
@@ -245,7 +245,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
 
 def test_the_table_as_text(tmp_path: Path) -> None:
     sweeps = [make_sweep(1e-4), replace(make_sweep(1e-5, count=3), ended="diverged")]
-    low, found = plateau(sweeps[0]), suggest(sweeps[0])
+    low, found = sweeps[0].plateau, sweeps[0].suggestions
     assert low is not None and found is not None
     above, below, first, second = sweep_table(sweeps).split("\n")
     assert len(above) == len(below) == len(first) == len(second) <= 105

@@ -14,15 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastimagenet.distributed.world import World
 from fastimagenet.errors import Stopped
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
 from fastimagenet.training import checkpoint
 from fastimagenet.training.clock import Stopwatch
-from fastimagenet.training.failures import LossWatch, out_of_memory_advice
-from fastimagenet.training.recorder import NullRecorder
-from fastimagenet.training.trainer import Trainer, restore, resume, state_of, warm_up
+from fastimagenet.training.failures import LossMonitor, out_of_memory_advice
+from fastimagenet.training.trainer import Trainer
 from pipelines.backends import make_loader
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
@@ -43,6 +41,8 @@ RECIPE = Recipe(
 )
 SPLIT = Split(whole_files([""]) * 50, [index % 7 for index in range(50)], tuple("abcdefg"))
 
+PLAN = Plan.of(RECIPE, 1, len(SPLIT))
+
 
 def tiny_model() -> nn.Module:
     torch.manual_seed(1)
@@ -56,7 +56,8 @@ def tiny_model() -> nn.Module:
     )
 
 
-def loaders(recipe: Recipe, backend: str, train: Split, val: Split) -> Callable[[bool], Loader]:
+def loaders(recipe: Recipe, backend: str, train: Split, val: Split) -> tuple[Loader, Loader]:
+    """Those of training and validation."""
     plan = Plan.of(recipe, 1, len(train))
 
     def make(training: bool) -> Loader:
@@ -70,7 +71,7 @@ def loaders(recipe: Recipe, backend: str, train: Split, val: Split) -> Callable[
             ),
         )
 
-    return make
+    return make(True), make(False)
 
 
 def make_trainer(
@@ -79,9 +80,7 @@ def make_trainer(
     return Trainer(
         Plan.of(recipe, 1, len(SPLIT)),
         model or tiny_model(),
-        World(),
-        loaders(recipe, "synthetic", SPLIT, SPLIT),
-        NullRecorder(),
+        *loaders(recipe, "synthetic", SPLIT, SPLIT),
         folder=folder,
     )
 
@@ -95,7 +94,7 @@ def test_it_does_what_a_plain_loop_does() -> None:
     optimizer = torch.optim.SGD(
         [{"params": decayed, "weight_decay": 1e-3}, {"params": others}], lr=1.0, momentum=0.9
     )
-    loader = loaders(RECIPE, "synthetic", SPLIT, SPLIT)(True)
+    loader, _ = loaders(RECIPE, "synthetic", SPLIT, SPLIT)
     for step, (images, labels) in enumerate(b for _ in range(3) for b in loader):
         for group in optimizer.param_groups:
             group.update(lr=plan.lr(step), momentum=plan.momentum(step), nesterov=True)
@@ -153,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_lr() -> None:
 
 def test_the_loss_scaler_gets_its_chance() -> None:
     plan, bad, good = Plan.of(RECIPE, 1, 50), torch.tensor(math.inf), torch.tensor(1.0)
-    watch = LossWatch(torch.device("cpu"), patience_steps=3)
+    watch = LossMonitor(torch.device("cpu"), patience_steps=3)
     for step, loss in enumerate([bad, bad, good, bad, bad]):
         watch.update(loss, step)
     assert watch.read(good, plan) == 1.0
@@ -172,19 +171,19 @@ def test_the_loss_scaler_gets_its_chance() -> None:
 )
 def test_out_of_memory_says_what_was_tried_and_what_to_set(error: RuntimeError) -> None:
     advice = r"batch_size 8 at 16 px: --set phases\.1\.batch_size=4"
-    with pytest.raises(UserError, match=advice), out_of_memory_advice(8, 16, 1):
+    with pytest.raises(UserError, match=advice), out_of_memory_advice(PLAN.phases[1], 16):
         raise error
 
 
 def test_other_errors_are_no_matter_of_memory() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_advice(8, 16, 1):
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_advice(PLAN.phases[1], 16):
         raise RuntimeError("shapes do not match")
 
 
 def test_warm_up_leaves_the_model_as_it_was() -> None:
     trainer = make_trainer()
     before = copy.deepcopy(trainer.model.state_dict())
-    warm_up(trainer)
+    trainer.compile_all_sizes()
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
@@ -212,8 +211,9 @@ def make_cifar10_trainer(cifar10: Path) -> Callable[..., Trainer]:
         model = tiny_model()
         model[-1] = nn.Linear(8, 10)  # type: ignore[operator]
         return Trainer(
-            *(Plan.of(recipe, 1, len(train)), model, World(), loaders(recipe, backend, train, val)),
-            NullRecorder(),
+            Plan.of(recipe, 1, len(train)),
+            model,
+            *loaders(recipe, backend, train, val),
             folder=folder,
             checkpoint_steps=checkpoint_steps,
         )
@@ -236,7 +236,7 @@ def whole(
 
 def check_the_rest(whole: Trainer, resumed: Trainer, folder: Path) -> None:
     """Train on from the checkpoint in the folder, to the weights and figures of `whole`."""
-    restore(resumed, checkpoint.load(folder / "checkpoints" / "last.pt"))
+    resumed.load_state_dict(checkpoint.load(folder / "checkpoints" / "last.pt"))
     resumed.fit()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
@@ -340,7 +340,7 @@ def test_a_resumed_run_takes_the_clock_and_both_loaders_with_it(tmp_path: Path) 
         trainer.about = {"recipe": "test", "classes": [], "num_train": 50, "seed": 3}
     first.fit()
     saved = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
-    resume(second, tmp_path, "auto")
+    second.resume("auto")
     assert second.clock.read()["compute"] == saved["clock"]["compute"] > 0
     assert second.train_loader.state_dict() == first.train_loader.state_dict()
     assert second.eval_loader.state_dict() == {"epoch": 3, "step": 0}
@@ -352,8 +352,8 @@ def test_another_folder_gets_the_checkpoints_that_its_rows_speak_of(tmp_path: Pa
     first, second = make_trainer(folder=old.parent), make_trainer(folder=new.parent)
     first.about = second.about = about
     first.fit()
-    resume(second, new.parent, str(old / "epoch.pt"))
-    assert second.over
+    second.resume(str(old / "epoch.pt"))
+    assert second.finished
     for name in ("last.pt", "best.pt"):
         step = checkpoint.load(old / name)["step"]
         assert checkpoint.load(new / name)["step"] == step
@@ -372,16 +372,16 @@ def test_another_run_is_refused(other: dict[str, Any], message: str, tmp_path: P
     about = {"recipe": "test", "classes": [], "num_train": 50, "seed": 3}
     first, second = make_trainer(folder=tmp_path), make_trainer(folder=tmp_path)
     first.about, second.about = about, about | other
-    checkpoint.save_last(tmp_path / "checkpoints", state_of(first))
+    checkpoint.save_last(tmp_path / "checkpoints", first.state_dict())
     with pytest.raises(UserError, match=message):
-        resume(second, tmp_path, "auto")
+        second.resume("auto")
 
 
 def test_another_model_is_refused() -> None:
     trainer = make_trainer()
     trainer.fit()
     with pytest.raises(UserError, match="the checkpoint is of another recipe"):
-        restore(make_trainer(model=nn.Linear(3, 3)), state_of(trainer))
+        make_trainer(model=nn.Linear(3, 3)).load_state_dict(trainer.state_dict())
 
 
 def test_another_number_of_processes_goes_on_at_the_end_of_an_epoch_only() -> None:
@@ -389,20 +389,20 @@ def test_another_number_of_processes_goes_on_at_the_end_of_an_epoch_only() -> No
     recipe = replace(RECIPE, lr_reference_batch=16)
     trainer = make_trainer(recipe)
     trainer.train_epoch()
-    state = state_of(trainer)
+    state = trainer.state_dict()
     two = state | {"ranks": state["ranks"] * 2, "step": 1}
     resumed = make_trainer(recipe)
-    restore(resumed, two)
+    resumed.load_state_dict(two)
     assert (resumed.epoch, resumed.step) == (1, 3)
     lr = [Plan.of(recipe, 2, 50).lr(1), Plan.of(recipe, 1, 50).lr(3)]
     changed = f", processes 2 -> 1, global batch 32 -> 16, lr {lr[0]:g} -> {lr[1]:g}"
-    assert resumed.changed == changed
+    assert resumed.plan_changes == changed
     for _ in zip(range(2), resumed.train_loader, strict=False):
         resumed.step += 1
-    middle = state_of(resumed)
+    middle = resumed.state_dict()
     middle["ranks"] *= 2
     with pytest.raises(UserError, match=r"saved in mid-epoch, processes 2 -> 1, .*epoch\.pt"):
-        restore(make_trainer(recipe), middle)
+        make_trainer(recipe).load_state_dict(middle)
 
 
 def test_synchronised_batch_norm_needs_a_gpu() -> None:

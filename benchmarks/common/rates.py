@@ -19,13 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common.statistics import Estimate, estimate
 from fastimagenet import cli
-from fastimagenet.assemble import make_trainer
+from fastimagenet.config import RunConfig
 from fastimagenet.distributed.world import World
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
+from fastimagenet.run import build_trainer, with_copies
 from fastimagenet.training.clock import Stopwatch
 from fastimagenet.training.loaders import open_loader
-from fastimagenet.training.trainer import Trainer, warm_up
+from fastimagenet.training.trainer import Trainer
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 from pipelines.loader import Loader
@@ -154,11 +155,11 @@ def one_phase(recipe: Recipe, phase: Phase) -> Recipe:
 
 @contextmanager
 def phase_trainer(
-    args: argparse.Namespace, recipe: Recipe, phase: Phase, world: World, train: Split, val: Split
+    config: RunConfig, phase: Phase, world: World, train: Split, val: Split
 ) -> Iterator[Trainer]:
-    """A trainer that reads this phase's batches; its loaders are closed at the end."""
-    plan = Plan.of(one_phase(recipe, phase), world.world_size, len(train))
-    trainer = make_trainer(args, plan, world, train, val, Stopwatch())
+    """Build a trainer that reads this phase's batches; its loaders are closed at the end."""
+    plan = Plan.of(one_phase(config.recipe, phase), world.world_size, len(train))
+    trainer = build_trainer(config, plan, world, train, val, Stopwatch())
     try:
         yield trainer
     finally:
@@ -166,22 +167,27 @@ def phase_trainer(
         trainer.eval_loader.close()
 
 
-def this_process(args: argparse.Namespace) -> World:
-    """One process and device; the loader has its share of the cores, as one of several.
+def run_config(args: argparse.Namespace, prefix: str) -> RunConfig:
+    """Return what the flags ask for, with the copies that are there and a folder named `prefix`."""
+    config = cli.run_config(args).with_output(prefix)
+    return replace(config, recipe=with_copies(config.recipe, config.data.root))
+
+
+def this_process(config: RunConfig) -> World:
+    """Return one process and device; its loader has a share of the cores, as one of several.
 
     Raises UserError for flags that it cannot follow.
     """
-    if args.global_batch is not None:
+    if config.global_batch is not None:
         raise UserError("--global-batch: the rates are of one process and its own batches")
-    launch = cli.launch_of(args)
-    device = "cpu" if launch.device == "cpu" else "cuda:0"
-    return World(local_world_size=launch.nproc_per_node, device=device)
+    launch = config.launch.resolved()
+    return World(local_world_size=launch.processes, device=launch.first_device)
 
 
 def measure_phase(
-    trainer: Trainer, args: argparse.Namespace, train: Split, rounds: int, seconds: float
+    trainer: Trainer, train: Split, seed: int, rounds: int, seconds: float
 ) -> PhaseRates:
-    """Each of the three for `seconds`, `rounds` times in turn, after a round not counted."""
+    """Measure each of the three for `seconds`, `rounds` times in turn, after one not counted."""
     phase = trainer.plan.phases[0]
     start = time.perf_counter()
     batches = endless(trainer.train_loader)
@@ -189,8 +195,8 @@ def measure_phase(
     synchronize(trainer.device)
     first_batch_seconds = time.perf_counter() - start
     if trainer.plan.recipe.compile:
-        warm_up(trainer)
-    images, labels = synthetic_batch(trainer, args, train)
+        trainer.compile_all_sizes()
+    images, labels = synthetic_batch(trainer, train, seed)
     flops, moved = step_costs(trainer, images, labels)
     rates: dict[str, list[float]] = {"loader": [], "model": [], "both": [], "wait": []}
     for number in range(rounds + 1):
@@ -224,10 +230,8 @@ def endless(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
         yield from loader
 
 
-def synthetic_batch(
-    trainer: Trainer, args: argparse.Namespace, train: Split
-) -> tuple[Tensor, Tensor]:
-    """Noise and labels on the device, in the shapes and types of the recipe's batches."""
+def synthetic_batch(trainer: Trainer, train: Split, seed: int) -> tuple[Tensor, Tensor]:
+    """Make noise and labels on the device, in the shapes and types of the recipe's batches."""
     plan = trainer.plan
     loader = open_loader(
         "synthetic",
@@ -237,7 +241,7 @@ def synthetic_batch(
         trainer.world,
         training=True,
         half=trainer.dtype is not None,
-        seed=args.seed,
+        seed=seed,
     )
     try:
         return next(iter(loader))

@@ -29,7 +29,7 @@ from typing import NoReturn
 from benchmarks.gpu_suite.parts import PARTS, Part, Setup
 from benchmarks.gpu_suite.report import REHEARSAL, PartResult, Result, write_results
 from fastimagenet import cli
-from fastimagenet.distributed.world import plan_launch
+from fastimagenet.distributed.world import Launch
 from pipelines.cli import Parser, make_parser, output_folder
 from pipelines.datasets.folders import find_split
 from pipelines.environment import processor, versions
@@ -110,7 +110,7 @@ def make_setup(args: argparse.Namespace) -> Setup:
         for split in ("train", "val"):
             find_split(root, split)
     data, cifar10 = (path and path.resolve() for path in (args.data, args.cifar10))
-    return Setup(device=plan_launch(1, 1, args.device, None).device, data=data, cifar10=cifar10)
+    return Setup(device=Launch(1, 1, args.device).resolved().device, data=data, cifar10=cifar10)
 
 
 def begin(setup: Setup, command: str) -> Result:

@@ -12,27 +12,25 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.common.measuring import markdown
+from benchmarks.common.measuring import facts, markdown
 from benchmarks.plan.prediction import MIN_STEPS, Candidate, candidates, with_fitting_batch
 from fastimagenet import cli
-from fastimagenet.assemble import check_output, chosen_recipe, read_data, with_copies
 from fastimagenet.distributed.world import World
 from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.figures import new_figure, with_legend, write_files
 from fastimagenet.report.plots import TIME_COLOURS
+from fastimagenet.run import check_output, read_data, with_copies
 from fastimagenet.training.clock import Stopwatch
 from pipelines.cli import Parser, at_least, make_parser, output_folder, positive
 from pipelines.datasets.known import dataset_name
-from pipelines.environment import versions
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object, write_object, write_text
 from pipelines.formats import NO_BREAK, duration, percent, time_unit
@@ -78,51 +76,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(check(args.output, args.check))
         return 0
     check_numbers(args)
-    recipe = chosen_recipe(args)
+    about = facts("plan", argv)
+    config = cli.run_config(args).with_output("plan-")
+    args.output = config.folder
     if args.target is not None:
-        recipe = replace(recipe, target=args.target)
-    nodes = args.nodes[1]
+        config = replace(config, recipe=replace(config.recipe, target=args.target))
+    asked, nodes = config.recipe, config.launch.nodes
     # Only this machine is probed, and it meets no other.
-    launch = cli.launch_of(argparse.Namespace(**vars(args) | {"nodes": (0, 1)}))
-    gpus = args.gpus or launch.nproc_per_node
-    world_size = nodes * gpus
-    if args.output is None:
-        args.output = Path("runs") / f"plan-{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    check_output(args.output)
-    world = World(local_world_size=gpus, device="cpu" if launch.device == "cpu" else "cuda:0")
-    train, val = read_data(args, world)
-    asked, recipe = recipe, with_fitting_batch(recipe, world_size, len(train))
-    Plan.of(recipe, world_size, len(train))
+    launch = replace(config.launch, nodes=1, rdzv_endpoint=None).resolved()
+    gpus = args.gpus or launch.processes
+    check_output(config.folder)
+    world = World(local_world_size=gpus, device=launch.first_device)
+    train, val = read_data(config.data, say_notes=True)
+    recipe = with_fitting_batch(asked, nodes * gpus, len(train))
+    Plan.of(recipe, nodes * gpus, len(train))
 
     from benchmarks.plan.probe import measure
 
-    probed = with_copies(recipe, cli.data_folder(args))
-    probe, hardware, precision = measure(args, probed, world, train, val, clock, args.probe_seconds)
+    probed = replace(config, recipe=with_copies(recipe, config.data.root))
+    probe, hardware, precision = measure(probed, world, train, val, clock, args.probe_seconds)
     dataset = dataset_name(train.classes)
     found = candidates(
         recipe,
         probe,
         dataset=dataset,
         nodes=nodes,
-        world_size=world_size,
+        world_size=nodes * gpus,
         budget_seconds=60 * args.minutes,
         node_price=args.price,
     )
-    result = {
-        "command": shlex.join(["python", "-m", "benchmarks.plan", *argv]),
-        "date": time.strftime("%Y-%m-%d"),
+    result = about | {
         "hardware_probed": hardware,
         "precision": precision,
-        "versions": versions(),
-        "data": dataset or cli.data_name(args),
+        "data": dataset or config.data.name,
         "nodes": nodes,
         "gpus_per_node": gpus,
         "minutes": args.minutes,
         "node_usd_per_hour": args.price,
         "probe": asdict(probe),
     }
-    write_results(result, found, args.output)
-    print(f"\n{table(result, found)}\nall of it: {args.output}", flush=True)
+    write_results(result, found, config.folder)
+    print(f"\n{table(result, found)}\nall of it: {config.folder}", flush=True)
     if note := batch_note(asked, recipe):
         print(note)
     command = ["python", "-m", "fastimagenet.train", *train_flags(args)]

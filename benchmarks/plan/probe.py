@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -12,15 +11,16 @@ from typing import TypeVar
 
 from benchmarks.common.rates import measure_phase, phase_trainer, synchronize
 from benchmarks.plan.prediction import Probe, SizeRates
+from fastimagenet.config import RunConfig
 from fastimagenet.distributed.world import World
-from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.summary import hardware
 from fastimagenet.training import checkpoint
 from fastimagenet.training.checkpoint import CheckpointWriter
 from fastimagenet.training.clock import Stopwatch
-from fastimagenet.training.evaluation import precision_name
+from fastimagenet.training.evaluation import evaluate
+from fastimagenet.training.failures import out_of_memory_advice
 from fastimagenet.training.recorder import NullRecorder
-from fastimagenet.training.trainer import Trainer, counts_of, state_of
+from fastimagenet.training.trainer import Trainer
 from pipelines.datasets.split import Split
 
 ROUNDS = 5
@@ -31,8 +31,7 @@ Item = TypeVar("Item")
 
 
 def measure(
-    args: argparse.Namespace,
-    recipe: Recipe,
+    config: RunConfig,
     world: World,
     train: Split,
     val: Split,
@@ -43,15 +42,16 @@ def measure(
 
     Every phase is measured: rates of training and evaluation, the first batches, compiling.
     """
+    recipe = config.recipe
     turn = seconds / (TURNS * len(recipe.phases))
     start_up, first_batches, compiled = 0.0, [], 0.0
     train_rates: list[SizeRates] = []
     eval_rates: dict[int, float] = {}
     for phase in recipe.phases:
-        with phase_trainer(args, recipe, phase, world, train, val) as trainer:
+        with phase_trainer(config, phase, world, train, val) as trainer:
             start_up = start_up or sum(clock.read().values())
             print(f"probing {phase.image_size} px, batch {phase.batch_size}", flush=True)
-            rates = measure_phase(trainer, args, train, ROUNDS, turn)
+            rates = measure_phase(trainer, train, config.seed, ROUNDS, turn)
             compiled += rates.compile_seconds
             size = trainer.plan.phases[0].eval_size
             first, eval_rates[size] = eval_rate(trainer, size, "none", turn)
@@ -70,7 +70,7 @@ def measure(
             if phase is recipe.phases[-1]:
                 _, tta_rate = eval_rate(trainer, size, recipe.tta, turn)
                 saving, writing = time_of_checkpoint(trainer)
-                facts = hardware(trainer), precision_name(trainer.dtype)
+                facts = hardware(trainer), trainer.precision
     probe = Probe(
         num_train=len(train),
         num_val=len(val),
@@ -98,8 +98,11 @@ def eval_rate(trainer: Trainer, image_size: int, tta: str, seconds: float) -> tu
         start = time.perf_counter()
         batches = limited(trainer.eval_loader, seconds / ROUNDS)
         model = trainer.evaluated_model
-        images = counts_of(trainer, model, batches, image_size, tta).images
-        rates.append(images / (time.perf_counter() - start))
+        with out_of_memory_advice(trainer.plan.smallest_phase, image_size):
+            counts = evaluate(
+                model, batches, world=trainer.world, autocast_dtype=trainer.dtype, tta=tta
+            )
+        rates.append(counts.images / (time.perf_counter() - start))
     return first, median(rates)
 
 
@@ -118,7 +121,7 @@ def time_of_checkpoint(trainer: Trainer) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         writer = CheckpointWriter(Path(folder), NullRecorder())
         start = time.perf_counter()
-        writer.save(state_of(trainer), (checkpoint.EPOCH, checkpoint.BEST))
+        writer.save(trainer.state_dict(), (checkpoint.EPOCH, checkpoint.BEST))
         begun = time.perf_counter()
         writer.finish()
         return begun - start, time.perf_counter() - begun

@@ -24,6 +24,7 @@ import torch
 from benchmarks.common.measuring import facts, markdown
 from benchmarks.common.rates import (
     phase_trainer,
+    run_config,
     synchronize,
     synthetic_batch,
     this_process,
@@ -31,13 +32,12 @@ from benchmarks.common.rates import (
 )
 from benchmarks.common.statistics import Estimate, estimate, ratio, shown
 from fastimagenet import cli
-from fastimagenet.assemble import chosen_recipe, read_data, with_copies
 from fastimagenet.report.summary import hardware
+from fastimagenet.run import read_data
 from fastimagenet.training import checkpoint
 from fastimagenet.training.checkpoint import CheckpointWriter, copied
-from fastimagenet.training.evaluation import precision_name
 from fastimagenet.training.recorder import NullRecorder
-from fastimagenet.training.trainer import Trainer, state_of, warm_up
+from fastimagenet.training.trainer import Trainer
 from pipelines.cli import Parser, at_least, make_parser, output_folder
 from pipelines.files import Row, write_object, write_text
 
@@ -66,24 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     about = facts("research.checkpoint_cost", argv)
-    recipe = with_copies(chosen_recipe(args), cli.data_folder(args))
-    if args.output is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        args.output = Path("runs") / f"checkpoint-cost-{recipe.name}-{stamp}"
-    args.output.mkdir(parents=True, exist_ok=True)
-    world = this_process(args)
-    train, val = read_data(args, world)
+    config = run_config(args, "checkpoint-cost-")
+    recipe, output = config.recipe, config.folder
+    output.mkdir(parents=True, exist_ok=True)
+    world = this_process(config)
+    train, val = read_data(config.data, say_notes=True)
     with (
-        tempfile.TemporaryDirectory(dir=args.output) as folder,
-        phase_trainer(args, recipe, recipe.phases[0], world, train, val) as trainer,
+        tempfile.TemporaryDirectory(dir=output) as folder,
+        phase_trainer(config, recipe.phases[0], world, train, val) as trainer,
     ):
-        images, labels = synthetic_batch(trainer, args, train)
+        images, labels = synthetic_batch(trainer, train, config.seed)
         if recipe.compile:
-            warm_up(trainer)
+            trainer.compile_all_sizes()
         measured = measure(trainer, lambda: update(trainer, images, labels), args, Path(folder))
         about |= {
             "hardware": hardware(trainer),
-            "precision": precision_name(trainer.dtype),
+            "precision": trainer.precision,
             "recipe": recipe.name,
             "image_size": recipe.phases[0].image_size,
             "batch_size": len(images),
@@ -91,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rounds": args.rounds,
         }
     result = about | measured
-    write_object(args.output / "checkpoint_cost.json", result)
-    write_text(args.output / "table.md", table(result))
-    print(f"{table(result)}\nall of it: {args.output}", flush=True)
+    write_object(output / "checkpoint_cost.json", result)
+    write_text(output / "table.md", table(result))
+    print(f"{table(result)}\nall of it: {output}", flush=True)
     return 0
 
 
@@ -140,7 +138,7 @@ def block(
     synchronize(trainer.device)
     start = time.perf_counter()
     if way != "without":
-        writer.save(state_of(trainer))
+        writer.save(trainer.state_dict())
     if way == "in line":
         writer.finish()
     for number in range(steps):
@@ -159,7 +157,7 @@ def save_parts(trainer: Trainer, path: Path) -> dict[str, float]:
     def mark() -> None:
         times.append(time.perf_counter())
 
-    state = state_of(trainer)
+    state = trainer.state_dict()
     mark()
     state = copied(state)
     synchronize(trainer.device)

@@ -23,7 +23,7 @@ COMMUNICATION = re.compile(r"gloo|NCCL|[Cc]onnection|[Tt]imed out|Timeout|Broken
 
 
 @contextmanager
-def exchanging(what: str, world: World) -> Iterator[None]:
+def collective(what: str, world: World) -> Iterator[None]:
     """Turn what torch.distributed raises in the block, named `what`, into PeerLost."""
     try:
         yield
@@ -74,7 +74,7 @@ def process_group(world: World, timeout_seconds: float = TIMEOUT_SECONDS) -> Ite
         return
     backend = "gloo" if world.device == "cpu" else "nccl"
     timeout = timedelta(seconds=timeout_seconds)
-    with exchanging("the start", world):
+    with collective("the start", world):
         torch.distributed.init_process_group(
             backend, rank=world.rank, world_size=world.world_size, timeout=timeout
         )
@@ -88,7 +88,7 @@ def all_reduce_sum(tensor: Tensor, world: World, what: str) -> Tensor:
     if world.world_size > 1:
         import torch
 
-        with exchanging(what, world):
+        with collective(what, world):
             torch.distributed.all_reduce(tensor)
     return tensor
 
@@ -98,7 +98,7 @@ def broadcast(tensors: Iterable[Tensor], world: World, what: str) -> None:
     if world.world_size > 1:
         import torch
 
-        with exchanging(what, world):
+        with collective(what, world):
             for tensor in tensors:
                 torch.distributed.broadcast(tensor, src=0)
 
@@ -120,6 +120,6 @@ def gather_objects(value: Any, world: World, what: str) -> list[Any]:
     import torch
 
     values: list[Any] = [None] * world.world_size
-    with exchanging(what, world):
+    with collective(what, world):
         torch.distributed.all_gather_object(values, value)
     return values

@@ -124,7 +124,7 @@ def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
         handler = registry.get_rendezvous_handler(meeting)
         spec = WorkerSpec(
             role="",
-            local_world_size=launch.nproc_per_node,
+            local_world_size=launch.processes,
             entrypoint=sys.executable,
             args=("-u", "-m", module, *argv),
             rdzv_handler=handler,
@@ -223,7 +223,11 @@ def run_processes(launch: Launch, module: str, argv: list[str], seconds_before: 
         )
 
     before = dict(os.environ)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.nproc_per_node)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.processes)))
+    # The same packages as here, whatever the working directory has.
+    ours = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONPATH"] = os.pathsep.join([ours, *filter(None, [before.get("PYTHONPATH")])])
+    os.environ["PYTHONSAFEPATH"] = "1"
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ[STARTED] = str(time.time() - seconds_before)
     try:

@@ -6,11 +6,12 @@ The only reader of RANK, WORLD_SIZE and SLURM_*.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipelines.errors import UserError
 
@@ -44,21 +45,64 @@ class World:
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes a command asks for."""
+    """The processes that a command asks for."""
 
-    nodes: int
-    nproc_per_node: int
-    device: str
-    """ "cpu" or "cuda"."""
+    nodes: int = 1
+    nproc_per_node: int | None = None
+    """None: one per GPU, one on a CPU."""
+    device: str = "auto"
+    """ "auto", "cuda" or "cpu"; "auto" is "cuda" where there is a GPU."""
     rdzv_endpoint: str | None = None
-    max_restarts: int = 0
-    """How often the agent of a node starts all processes again after one has died."""
+    """HOST:PORT where several nodes meet."""
+    max_restarts: int = 3
+    """How often the processes of a node are restarted after one has died."""
     min_nodes: int = 0
-    """Above 0: nodes may leave and come back while there are so many."""
+    """Above 0: elastic, nodes may leave and join while there are so many."""
+    timeout_seconds: float = TIMEOUT_SECONDS
+    """How long a process waits for the others."""
+
+    def resolved(self) -> Launch:
+        """Settle device and processes per node for this machine.
+
+        Raises UserError naming the flag.
+        """
+        gpus, device = gpu_count(), self.device
+        if device not in ("auto", "cuda", "cpu"):
+            raise UserError(f"--device must be one of auto, cuda, cpu, not {device!r}")
+        if device == "auto":
+            device = "cuda" if gpus else "cpu"
+        if device == "cuda" and not gpus:
+            raise UserError("--device cuda: no CUDA device is there; --device cpu runs without one")
+        if self.nodes < 1:
+            raise UserError(f"--nodes must be at least 1, not {self.nodes}")
+        if not 0 < self.timeout_seconds < math.inf:
+            raise UserError(f"--timeout must be above 0 seconds, not {self.timeout_seconds:g}")
+        if self.max_restarts < 0:
+            raise UserError(f"--max-restarts must be 0 or more, not {self.max_restarts}")
+        processes = self.nproc_per_node
+        if processes is None:
+            processes = gpus if device == "cuda" else 1
+        if processes < 1:
+            raise UserError(f"--nproc-per-node must be at least 1, not {processes}")
+        if device == "cuda" and processes > gpus:
+            raise UserError(f"--nproc-per-node {processes}: this machine has {gpus} CUDA devices")
+        return replace(self, nproc_per_node=processes, device=device)
+
+    @property
+    def processes(self) -> int:
+        """Processes per node, once it is `resolved`."""
+        assert self.nproc_per_node is not None, "resolved() comes first"
+        return self.nproc_per_node
 
     @property
     def world_size(self) -> int:
-        return self.nodes * self.nproc_per_node
+        """Processes on all nodes, once it is `resolved`."""
+        return self.nodes * self.processes
+
+    @property
+    def first_device(self) -> str:
+        """The device of a process that is alone, once it is `resolved`: "cpu" or "cuda:0"."""
+        return "cpu" if self.device == "cpu" else "cuda:0"
 
 
 def gpu_count() -> int:
@@ -73,36 +117,11 @@ def gpu_count() -> int:
     return count.value
 
 
-def plan_launch(
-    nodes: int,
-    nproc_per_node: int | None,
-    device: str,
-    endpoint: str | None,
-    min_nodes: int = 0,
-) -> Launch:
-    """Settle device and process count from the flags. Raises UserError naming the flag."""
-    gpus = gpu_count()
-    if device == "auto":
-        device = "cuda" if gpus else "cpu"
-    if device == "cuda" and not gpus:
-        raise UserError("--device cuda: no CUDA device is there; --device cpu runs without one")
-    if nodes < 1:
-        raise UserError(f"--nodes must be at least 1, not {nodes}")
-    processes = nproc_per_node
-    if processes is None:
-        processes = gpus if device == "cuda" else 1
-    if processes < 1:
-        raise UserError(f"--nproc-per-node must be at least 1, not {processes}")
-    if device == "cuda" and processes > gpus:
-        raise UserError(f"--nproc-per-node {processes}: this machine has {gpus} CUDA devices")
-    return Launch(nodes, processes, device, endpoint, min_nodes=min_nodes)
-
-
-def launched_world(launch: Launch, nproc_flag: int | None = None) -> World | None:
+def launched_world(launch: Launch) -> World | None:
     """The World that torchrun, srun or our own launcher has put this process in; None before that.
 
-    Raises UserError where what was launched differs from what the flags say, of which `nproc_flag`
-    is --nproc-per-node, and where a variable of the launcher is missing or no number.
+    Raises UserError where what was launched differs from what `launch` asks for, and where a
+    variable of the launcher is missing or no number.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -111,11 +130,11 @@ def launched_world(launch: Launch, nproc_flag: int | None = None) -> World | Non
         local_size = _number("LOCAL_WORLD_SIZE", "1", least=1)
         nodes = _number("GROUP_WORLD_SIZE", str(launch.nodes), least=1)
         starter = f"torchrun --nnodes {launch.nodes}"
-        if "LOCAL_WORLD_SIZE" in env and nproc_flag not in (None, local_size):
+        if "LOCAL_WORLD_SIZE" in env and launch.nproc_per_node not in (None, local_size):
             raise UserError(
-                f"--nproc-per-node {nproc_flag}, but {local_size} process(es) of this machine were "
-                f"launched: start it with torchrun --nproc-per-node {nproc_flag} or say "
-                f"--nproc-per-node {local_size}"
+                f"--nproc-per-node {launch.nproc_per_node}, but {local_size} process(es) of this "
+                f"machine were launched: start it with torchrun --nproc-per-node "
+                f"{launch.nproc_per_node} or say --nproc-per-node {local_size}"
             )
     elif "SLURM_PROCID" in env and _number("SLURM_NTASKS", "1", least=1) > 1:
         rank, size = _number("SLURM_PROCID"), _number("SLURM_NTASKS", least=1)
@@ -132,7 +151,7 @@ def launched_world(launch: Launch, nproc_flag: int | None = None) -> World | Non
             f"--nodes {launch.nodes}, but {nodes} node(s) were launched: "
             f"start it with {starter} or say --nodes {nodes}"
         )
-    return World(rank, local_rank, size, local_size, _device(launch.device, local_rank))
+    return World(rank, local_rank, size, local_size, _device(launch.resolved().device, local_rank))
 
 
 def _variable(name: str, default: str | None = None) -> str:

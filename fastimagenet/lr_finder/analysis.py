@@ -1,29 +1,130 @@
-"""A learning-rate sweep and what is read off it: no torch, no drawing."""
+"""A learning-rate sweep: its settings, its records and what is read off them, without torch."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import shlex
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Recipe
+from pipelines.errors import UserError
 from pipelines.formats import plain
 
 Ended = Literal["finished", "diverged", "not finite", "stopped"]
 MEMORY = 0.98
 """Weight of the past in the smoothed losses."""
 DIVERGED = 4.0
-"""Times the best loss: there a sweep has diverged."""
-SKIPPED_FIRST, SKIPPED_LAST, ENOUGH = 10, 5, 20
-"""Records left out of drawing and analysis, and how many there must be for that."""
+"""A sweep has diverged at this multiple of its best loss."""
+SKIP_FIRST, SKIP_LAST = 10, 5
+"""Records left out of plots and analysis by default."""
 FEWEST = 5
 """Records that a suggestion or a plateau needs."""
 TOLERANCE = 0.1
-"""Share of a curve's fall by which a loss may lie above the lowest and is still near it."""
+"""Share of a curve's fall by which a loss may lie above the lowest and still be near it."""
 HIGH_ENOUGH = 0.5
-"""Share of the highest LR tolerated that a sweep has to tolerate to be the best one."""
+"""Share of the highest LR tolerated by any sweep that the best sweep has to tolerate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """The settings of a sweep, or of several: one for each weight decay and momentum.
+
+    Raises UserError for a value out of range, named as the command's flag.
+    """
+
+    start_lr: float = 1e-5
+    """LR of the first update, as the optimizer gets it."""
+    end_lr: float = 10
+    num_it: int = 100
+    """Updates of each sweep."""
+    weight_decays: tuple[float, ...] = ()
+    """Empty: the recipe's."""
+    momenta: tuple[float, ...] = ()
+    """Empty: what the recipe has where its LR peaks."""
+    linear: bool = False
+    """Raise the LR linearly, not exponentially."""
+    stop_dv: bool = True
+    """End a sweep whose loss diverges or is not finite."""
+    recipe_out: Path | None = None
+    """New TOML file for the recipe with the values found."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start_lr < math.inf:
+            raise UserError(f"--start-lr must be above 0, not {self.start_lr:g}")
+        if not self.start_lr < self.end_lr < math.inf:
+            raise UserError(
+                f"--end-lr must be above --start-lr, {self.start_lr:g}, not {self.end_lr:g}"
+            )
+        if self.num_it < 1:
+            raise UserError(f"--num-it must be at least 1, not {self.num_it}")
+        for weight_decay in self.weight_decays:
+            if not 0 <= weight_decay < math.inf:
+                raise UserError(f"--wd must be 0 or more, not {weight_decay:g}")
+        for momentum in self.momenta:
+            if not 0 <= momentum < 1:
+                raise UserError(f"--momentum must be in [0, 1), not {momentum:g}")
+
+    def lr(self, iteration: int) -> float:
+        """Return the LR of an iteration (from 0): a geometric or, if `linear`, arithmetic series.
+
+        The series starts at start_lr; end_lr would be that of iteration num_it, one past the last.
+        """
+        fraction = iteration / self.num_it
+        if self.linear:
+            return self.start_lr + (self.end_lr - self.start_lr) * fraction
+        return self.start_lr * (self.end_lr / self.start_lr) ** fraction
+
+    def flags(self) -> list[str]:
+        """Return the flags of `fastimagenet.lr_find` that ask for the same."""
+        words = ["--start-lr", repr(self.start_lr), "--end-lr", repr(self.end_lr)]
+        words += ["--num-it", str(self.num_it)]
+        for flag, values in (("--wd", self.weight_decays), ("--momentum", self.momenta)):
+            words += [flag, *map(repr, values)] if values else []
+        words += ["--linear"] if self.linear else []
+        words += [] if self.stop_dv else ["--no-stop-dv"]
+        return words + (["--recipe-out", str(self.recipe_out)] if self.recipe_out else [])
+
+    def check_recipe_out(self) -> None:
+        """Raise UserError if the recipe found could not be written to `recipe_out`."""
+        path = self.recipe_out
+        if path is None:
+            return
+        if path.suffix != ".toml":
+            raise UserError(f"--recipe-out {path} must end with .toml, as --recipe takes it")
+        if path.is_dir():
+            raise UserError(f"--recipe-out {path} is a folder: name a file")
+        if path.exists():
+            raise UserError(f"--recipe-out {path} exists and is left alone: name a new file")
+        if not path.parent.is_dir():
+            raise UserError(f"--recipe-out {path}: there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise UserError(f"--recipe-out {path}: the folder {path.parent} cannot be written to")
+
+    def describe(self, plan: Plan) -> str:
+        """Say what will be swept."""
+        first = plan.phases[0]
+        return (
+            f"sweep: recipe {plan.recipe.name}, {plan.recipe.model}, its first phase: "
+            f"{first.image_size} px, batch {first.batch_size}, global batch {first.global_batch}, "
+            f"{plan.num_train:,} training images, world size {plan.world_size}\n"
+            f"  lr {self.start_lr:g} -> {self.end_lr:g} in {self.num_it} iterations, "
+            f"{'linear' if self.linear else 'exponential'}"
+        )
+
+    def combinations(self, plan: Plan) -> list[tuple[float, float]]:
+        """List the weight decay and momentum of each sweep, without repetitions."""
+        weight_decays = self.weight_decays or (plan.recipe.weight_decay,)
+        momenta = self.momenta or (plan.momentum(plan.peak_step),)
+        return list(itertools.product(dict.fromkeys(weight_decays), dict.fromkeys(momenta)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +138,34 @@ class SweepRecord:
     loss: float
     """Training loss over all processes: the debiased average with weight 0.98 on the past."""
     val_loss: float
-    """Mean over one validation batch (a process), not smoothed, as are the two below."""
+    """Mean over one validation batch per process, not smoothed; so are the two below."""
     top1: float
     top5: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestions:
+    """Learning rates that the usual rules read off a curve."""
+
+    valley: float
+    steepest: float
+    minimum_10: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plateau:
+    """The learning rates at which the smoothed loss is near its lowest.
+
+    The smoothed loss lags: it still falls where the batches' losses are already flat, so low_lr
+    is late. high_lr hardly is, since a diverging loss soon outweighs the past.
+    """
+
+    best_loss: float
+    """The lowest smoothed training loss."""
+    best_lr: float
+    low_lr: float
+    high_lr: float
+    """First and last LR of the stretch; the last may be where the sweep ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,48 +181,118 @@ class Sweep:
     """finished: all iterations; diverged: smoothed loss above 4 x the best; not finite: it was
     NaN or infinite (without stop_dv: all of it); stopped: by the user."""
 
+    def shown(
+        self, skip_first: int = SKIP_FIRST, skip_last: int = SKIP_LAST
+    ) -> tuple[SweepRecord, ...]:
+        """Return the records to draw and analyse: of finite loss, without the first and last few.
 
-def sweep_lr(iteration: int, start_lr: float, end_lr: float, num_it: int, linear: bool) -> float:
-    """LR of an iteration (from 0): a geometric series or, `linear`, an arithmetic one.
+        Where fewer than FEWEST would be left, none is skipped.
+        """
+        records = self.records
+        if len(records) >= skip_first + skip_last + FEWEST:
+            records = records[skip_first : len(records) - skip_last]
+        return tuple(record for record in records if math.isfinite(record.loss))
 
-    start_lr comes first; end_lr would be that of iteration num_it, one past the last.
-    """
-    fraction = iteration / num_it
-    if linear:
-        return start_lr + (end_lr - start_lr) * fraction
-    return start_lr * (end_lr / start_lr) ** fraction
+    @property
+    def still_falls(self) -> bool:
+        """Whether the sweep finished with its lowest loss at the end."""
+        losses = [record.loss for record in self.shown()]
+        return self.ended == "finished" and bool(losses) and losses[-1] == min(losses)
+
+    @property
+    def readable(self) -> bool:
+        """Whether anything can be read off the curve.
+
+        Not with fewer than FEWEST records, with a loss that never falls, or with one that still
+        fell when the sweep was stopped: its lowest and steepest points are yet to come.
+        """
+        losses = [record.loss for record in self.shown()]
+        if len(losses) < FEWEST or min(losses) == losses[0]:
+            return False
+        return self.ended != "stopped" or losses[-1] > min(losses)
+
+    @property
+    def outcome(self) -> str:
+        """How the sweep ended: "diverged after 85 of 100 iterations, at lr 1.26"."""
+        done = len(self.records)
+        at = f" lr {plain(self.records[-1].lr, 3)}" if done else ""
+        if self.ended == "finished":
+            return f"{done} iterations, up to{at}"
+        ended = {"not finite": "the loss was not finite"}.get(self.ended, self.ended)
+        return f"{ended} after {done} of {self.num_it} iterations" + (f", at{at}" if done else "")
+
+    @cached_property
+    def suggestions(self) -> Suggestions | None:
+        """LRs by the three rules of fastai v2 (callback/schedule.py); None if not readable.
+
+        valley, its default, due to ESRI: see `valley_index`. steepest: where d loss / d log(lr) to
+        the next record is most negative. minimum_10: a tenth of the LR of the lowest loss.
+        """
+        if not self.readable:
+            return None
+        records = self.shown()
+        losses = [record.loss for record in records]
+        slopes = [
+            (after.loss - before.loss) / math.log(after.lr / before.lr)
+            for before, after in pairwise(records)
+        ]
+        return Suggestions(
+            valley=records[valley_index(losses)].lr,
+            steepest=records[slopes.index(min(slopes))].lr,
+            minimum_10=records[losses.index(min(losses))].lr / 10,
+        )
+
+    @cached_property
+    def plateau(self) -> Plateau | None:
+        """The stretch around the lowest loss that `near_lowest` allows; None if not readable."""
+        if not self.readable:
+            return None
+        records = self.shown()
+        losses = [record.loss for record in records]
+        low = high = best = losses.index(min(losses))
+        limit = near_lowest(losses)
+        while losses[low - 1] <= limit:  # the first loss is above
+            low -= 1
+        while high + 1 < len(losses) and losses[high + 1] <= limit:
+            high += 1
+        return Plateau(
+            best_loss=losses[best],
+            best_lr=records[best].lr,
+            low_lr=records[low].lr,
+            high_lr=records[high].lr,
+        )
 
 
 class DebiasedAverage:
-    """Exponential moving average that does not lean towards the 0 it starts from."""
+    """Exponential moving average, corrected for its start at 0."""
 
     def __init__(self) -> None:
         self._average, self._count = 0.0, 0
 
     def update(self, value: float) -> float:
-        """The average with one more value; NaN for ever after a NaN."""
+        """Add a value and return the average; NaN from the first NaN on."""
         self._count += 1
         self._average = MEMORY * self._average + (1 - MEMORY) * value
         return self._average / (1 - MEMORY**self._count)
 
 
 def smoothed(values: Iterable[float]) -> list[float]:
-    """The debiased average after each value, as the training loss of a sweep has it."""
+    """Return the debiased average after each value."""
     average = DebiasedAverage()
     return [average.update(value) for value in values]
 
 
 class DivergenceRule:
-    """Ends a sweep whose loss has run away, as fastai 0.7 did: asked at each iteration in turn.
+    """Decide when a sweep has diverged, as fastai 0.7 did; asked at each iteration in turn.
 
-    A loss only counts as the best from the twelfth on: the first few are mostly chance.
+    A loss counts as the best from the twelfth iteration on: the first few are mostly chance.
     """
 
     def __init__(self) -> None:
         self._best = 1e9
 
     def verdict(self, iteration: int, loss: float) -> Ended | None:
-        """How the sweep ends at this smoothed loss, which is not to be recorded; None: it goes on.
+        """Return how the sweep ends at this smoothed loss, unrecorded, or None to continue.
 
         `iteration` counts from 0.
         """
@@ -109,147 +305,149 @@ class DivergenceRule:
         return None
 
 
-def shown(sweep: Sweep) -> tuple[SweepRecord, ...]:
-    """The records that are drawn and analysed: those of finite loss but the first 10 and last 5.
-
-    Of fewer than 20 records all of finite loss.
-    """
-    records = sweep.records
-    if len(records) >= ENOUGH:
-        records = records[SKIPPED_FIRST:-SKIPPED_LAST]
-    return tuple(record for record in records if math.isfinite(record.loss))
-
-
-def still_falls(sweep: Sweep) -> bool:
-    """Whether a sweep that went to its end has its lowest loss there."""
-    losses = [record.loss for record in shown(sweep)]
-    return sweep.ended == "finished" and bool(losses) and losses[-1] == min(losses)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Suggestions:
-    """Learning rates that other tools would read off the curve."""
-
-    valley: float
-    steepest: float
-    minimum_10: float
-
-
-def judged(sweep: Sweep, losses: Sequence[float]) -> bool:
-    """Whether anything can be read off the losses shown.
-
-    Not off fewer than 5, off losses that never fall, and off a sweep that was stopped while its
-    loss still fell: its lowest and steepest points are yet to come.
-    """
-    if len(losses) < FEWEST or min(losses) == losses[0]:
-        return False
-    return sweep.ended != "stopped" or losses[-1] > min(losses)
-
-
-def suggest(sweep: Sweep) -> Suggestions | None:
-    """LRs by the three rules that fastai v2 has (callback/schedule.py), on the records shown.
-
-    valley, its default, due to ESRI: see `valley_index`. steepest: where d loss / d log(lr) to
-    the next record is most negative. minimum_10: a tenth of the LR of the lowest loss.
-    None where `judged` says no.
-    """
-    records = shown(sweep)
-    losses = [record.loss for record in records]
-    if not judged(sweep, losses):
-        return None
-    lowest = losses.index(min(losses))
-    slopes = [
-        (after.loss - before.loss) / math.log(after.lr / before.lr)
-        for before, after in pairwise(records)
-    ]
-    return Suggestions(
-        valley=records[valley_index(losses)].lr,
-        steepest=records[slopes.index(min(slopes))].lr,
-        minimum_10=records[lowest].lr / 10,
-    )
+def check_validation(plan: Plan, num_val: int) -> None:
+    """Raise UserError if the validation images do not fill a batch of every process."""
+    smallest = plan.smallest_phase
+    batch_size = smallest.batch_size
+    if num_val < batch_size * plan.world_size:
+        processes = f" on each of {plan.world_size} processes" if plan.world_size > 1 else ""
+        raise UserError(
+            f"a validation set of {num_val} images is smaller than one batch of "
+            f"{batch_size}{processes}: --set phases.{smallest.index}.batch_size="
+            f"{max(1, num_val // plan.world_size)} or less"
+        )
 
 
 def valley_index(losses: Sequence[float]) -> int:
-    """The middle of the valley, by fastai's count of indices.
+    """Return the index of the middle of the valley, counted as fastai does.
 
-    The valley ends where the longest strictly decreasing subsequence, of n losses, does (the
-    first such place), and begins n places before. Its middle third is entered at int(n / 3), and
-    half of a third further, int(n / 6), is the place. Raises ValueError without losses.
+    The valley ends where the longest strictly decreasing subsequence, of n losses, ends (the
+    first such index), and begins n before. Its middle third is entered at int(n / 3), and the
+    result lies half of a third further, int(n / 6). Raises ValueError without losses.
     """
     lengths: list[int] = []
     # By length, minus the highest loss that a decreasing subsequence of that length ends with.
     ends: list[float] = []
     for loss in losses:
-        place = bisect_left(ends, -loss)
-        ends[place : place + 1] = [-loss]
-        lengths.append(place + 1)
+        index = bisect_left(ends, -loss)
+        ends[index : index + 1] = [-loss]
+        lengths.append(index + 1)
     longest = max(lengths)
-    # A curve that only falls begins one place before its first loss.
+    # A curve that only falls begins one before its first loss.
     return max(0, lengths.index(longest) - longest + int(longest / 3) + int(longest / 6))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plateau:
-    """The learning rates at which the smoothed loss is near its lowest.
-
-    That loss lags: it goes on falling while the batches' losses are already flat, so low_lr is
-    late. high_lr hardly is, since a loss that runs away soon outweighs the past.
-    """
-
-    best_loss: float
-    """The lowest smoothed training loss."""
-    best_lr: float
-    low_lr: float
-    high_lr: float
-    """The first and the last LR of the stretch; the last may be where the sweep ended."""
-
-
-def plateau(sweep: Sweep) -> Plateau | None:
-    """The stretch of LRs around the lowest loss where it is at most a tenth of the fall above.
-
-    The fall is from the first loss shown to the lowest. None where fewer than 5 records are shown
-    or the first has the lowest loss.
-    """
-    records = shown(sweep)
-    losses = [record.loss for record in records]
-    if not judged(sweep, losses):
-        return None
-    low = high = best = losses.index(min(losses))
-    limit = nearness(losses)
-    while losses[low - 1] <= limit:  # the first loss is above
-        low -= 1
-    while high + 1 < len(losses) and losses[high + 1] <= limit:
-        high += 1
-    return Plateau(
-        best_loss=losses[best],
-        best_lr=records[best].lr,
-        low_lr=records[low].lr,
-        high_lr=records[high].lr,
-    )
-
-
-def nearness(losses: Sequence[float]) -> float:
-    """The highest loss that is near the lowest."""
+def near_lowest(losses: Sequence[float]) -> float:
+    """Return the highest loss near the lowest: above it by a tenth of the fall from the first."""
     return min(losses) + TOLERANCE * (losses[0] - min(losses))
 
 
 def best_sweep(sweeps: Sequence[Sweep]) -> Sweep | None:
-    """The sweep of the largest weight decay that still tolerates a high LR, the study's rule.
+    """Return the sweep of the largest weight decay that still tolerates a high LR.
 
-    Only sweeps whose lowest loss is near the lowest of all are compared: with a weight decay far
-    too large a network learns little at a high LR, but does not diverge. Of these, high is at
-    least half the highest `high_lr`. Among sweeps of the same weight decay, such as of several
-    momenta, the one of the lowest loss. None without a plateau.
+    The rule of the super-convergence study. Only sweeps whose lowest loss is near the lowest of
+    all are compared: with far too large a weight decay a network learns little at a high LR, but
+    does not diverge. Of these, a high LR is at least half the highest `high_lr`. Among sweeps of
+    the same weight decay, the one of the lowest loss wins. None without a plateau.
     """
-    found = [(sweep, flat) for sweep in sweeps if (flat := plateau(sweep)) is not None]
+    found = [(sweep, flat) for sweep in sweeps if (flat := sweep.plateau) is not None]
     if not found:
         return None
     lowest, _ = min(found, key=lambda pair: pair[1].best_loss)
-    limit = nearness([record.loss for record in shown(lowest)])
+    limit = near_lowest([record.loss for record in lowest.shown()])
     found = [(sweep, flat) for sweep, flat in found if flat.best_loss <= limit]
     high = HIGH_ENOUGH * max(flat.high_lr for _, flat in found)
     found = [(sweep, flat) for sweep, flat in found if flat.high_lr >= high]
     return max(found, key=lambda pair: (pair[0].weight_decay, -pair[1].best_loss))[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The best sweep, the LR taken from it, and the recipe settings that follow."""
+
+    index: int
+    """Of the sweep, from 0."""
+    suggestions: Suggestions
+    lr: float
+    """What the optimizer is given."""
+    max_lr: float
+    """The same in the recipe's units."""
+    settings: tuple[str, ...]
+    """For --set: "max_lr=0.24"."""
+
+    @property
+    def flags(self) -> str:
+        """The settings as they are typed after `python -m fastimagenet.train`."""
+        return " ".join(f"--set {shlex.quote(setting)}" for setting in self.settings)
+
+
+def choose(plan: Plan, sweeps: Sequence[Sweep], config: SweepConfig) -> Choice | None:
+    """Choose among the sweeps of a plan; None where nothing can be read off them.
+
+    The LR is where the smoothed loss falls fastest: a tenth of the minimum depends on where the
+    sweep ends if the loss still falls there; valley, the default of fastai v2, is low for training
+    in few epochs. Weight decay and momentum are set if they were swept.
+    """
+    sweep = best_sweep(sweeps)
+    if sweep is None:
+        return None
+    suggestions = sweep.suggestions
+    assert suggestions is not None, "a sweep with a plateau has suggestions"
+    lr = suggestions.steepest
+    max_lr = recipe_max_lr(plan, lr)
+    settings = [f"max_lr={max_lr}"]
+    if config.weight_decays:
+        settings.append(f"weight_decay={sweep.weight_decay}")
+    if config.momenta:
+        settings.append(momentum_setting(plan.recipe, sweep.momentum))
+    return Choice(
+        index=list(sweeps).index(sweep),
+        suggestions=suggestions,
+        lr=lr,
+        max_lr=max_lr,
+        settings=tuple(settings),
+    )
+
+
+def recipe_max_lr(plan: Plan, lr: float) -> float:
+    """Return the max_lr with which the plan's LR peaks at `lr`, to 3 significant digits.
+
+    max_lr is not always the peak: lr_reference_batch multiplies it by the global batch, and
+    lr_spans hold multiples of it. All of that is linear in max_lr, so the plan gives the factor.
+    The peak is that of all phases, not of the one swept: where a later phase has a larger batch
+    and so a higher LR, no step of the run exceeds the LR that the sweep has found.
+    """
+    peak = plan.lr(plan.peak_step)
+    return float(f"{lr * plan.recipe.max_lr / peak:.3g}")
+
+
+def momentum_setting(recipe: Recipe, momentum: float) -> str:
+    """Return the setting with which the recipe has this momentum where its LR peaks.
+
+    A schedule that cycles the momentum has its lower end there; the upper end is raised only if
+    it would be below.
+    """
+    if recipe.schedule == "use_clr_beta" and len(recipe.use_clr_beta) == 4:
+        div, pct, high, _ = recipe.use_clr_beta
+        return f"use_clr_beta={[div, pct, max(high, momentum), momentum]}"
+    if recipe.schedule == "one_cycle":
+        pct_start, div, final_div, high, _ = recipe.one_cycle
+        return f"one_cycle={[pct_start, div, final_div, max(high, momentum), momentum]}"
+    return f"momentum={momentum}"
+
+
+def why_nothing(sweeps: Sequence[Sweep]) -> str:
+    """Say why `choose` returned None, and what to try."""
+    if not sweeps:
+        return "no sweep was made"
+    endings = {sweep.ended for sweep in sweeps}
+    if "stopped" in endings:
+        return "the sweep was stopped too early"
+    if max(len(sweep.shown()) for sweep in sweeps) >= FEWEST:
+        return "the loss never fell: try a lower --start-lr, or a higher --num-it"
+    if "finished" in endings:
+        return "there are too few iterations: try a higher --num-it"
+    return "the loss is not finite, or diverges, in the first iterations: try a lower --start-lr"
 
 
 FIELDS = {"weight decay": "weight_decay", "momentum": "momentum"}
@@ -257,7 +455,7 @@ FIELDS = {"weight decay": "weight_decay", "momentum": "momentum"}
 
 
 def labels(sweeps: Sequence[Sweep]) -> tuple[str, list[str]]:
-    """A legend's title and labels: "weight decay" and what each sweep has of it.
+    """Return a legend's title and labels: "weight decay" and the value of each sweep.
 
     Sweeps that are all alike are numbered.
     """
@@ -270,8 +468,10 @@ def labels(sweeps: Sequence[Sweep]) -> tuple[str, list[str]]:
 
 
 def in_words(sweep: Sweep, sweeps: Sequence[Sweep]) -> str:
-    """What sets it apart from the others: "weight decay 0.01, momentum 0.9"; weight decay alone
-    where nothing does."""
+    """Name a sweep by what differs from the others: "weight decay 0.01, momentum 0.9".
+
+    By its weight decay where nothing differs.
+    """
     names = _differing(sweeps) or ["weight decay"]
     return ", ".join(f"{name} {plain(getattr(sweep, FIELDS[name]))}" for name in names)
 

@@ -1,7 +1,4 @@
-"""The learning-rate finder: a training with a rising LR that leaves no trace but its curve.
-
-Importing this module does not import torch, so that the package itself can offer `lr_find2`.
-"""
+"""The learning-rate finder: short trainings with a rising LR that leave the trainer unchanged."""
 
 from __future__ import annotations
 
@@ -9,8 +6,13 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from itertools import count, islice
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from fastimagenet.distributed.collectives import all_reduce_sum
 from fastimagenet.lr_finder.analysis import (
@@ -18,18 +20,17 @@ from fastimagenet.lr_finder.analysis import (
     DivergenceRule,
     Ended,
     Sweep,
+    SweepConfig,
     SweepRecord,
-    sweep_lr,
+    check_validation,
 )
-from fastimagenet.training.trainer import counts_of
-from pipelines.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fastimagenet.recipes.plan import Plan
-    from fastimagenet.training.trainer import Trainer
-    from pipelines.loader import Loader
+from fastimagenet.training.clock import Stopwatch
+from fastimagenet.training.evaluation import evaluate
+from fastimagenet.training.failures import out_of_memory_advice
+from fastimagenet.training.recorder import NullRecorder, Recorder
+from fastimagenet.training.trainer import Trainer
+from pipelines.formats import plain
+from pipelines.loader import Loader
 
 
 def lr_find2(
@@ -48,26 +49,41 @@ def lr_find2(
 
     What fastai 0.7 offered under this name. Each update is followed by an evaluation of the next
     validation batch. `wds`: the weight decay in place of the recipe's. `linear`: the LR rises
-    linearly, not exponentially. `stop_dv`: end early, before the record of that batch, once the
-    smoothed loss is not finite or above 4 x its best. `momentum`, by default what the plan has
-    where its LR peaks: the LR found has to live with that one. `on_record` is called after every
-    recorded iteration, on every process. `trainer.stop_requested` ends the sweep, too.
+    linearly, not exponentially. `stop_dv`: end early, before recording that batch, once the
+    smoothed loss is not finite or above 4 x its best. `momentum` defaults to that of the plan
+    where its LR peaks: the LR found has to work with that one. `on_record` is called after every
+    recorded iteration, on every process. `trainer.stop_requested` also ends the sweep.
 
-    All processes have to call it and get the same Sweep. It begins at the trainer's place in the
+    All processes have to call it and get the same Sweep. It begins at the trainer's step in the
     plan and stays in that phase, over the ends of epochs. The trainer, its model, optimizer,
-    loaders and torch's random numbers are left bit for bit as they were, whatever happens; the
-    seconds go into the clock's section "other".
-    Each iteration is judged on one validation batch: give the trainer a validation loader that
+    loaders and torch's random state are left bit for bit as they were, even after an error; the
+    seconds are added to the clock's section "other".
+    Each iteration is evaluated on one validation batch: give the trainer a validation loader that
     mixes the classes, since folders are listed by class (the command shuffles).
     Raises UserError for an argument out of range, named as the command's flag, for a validation
     set smaller than a batch, and for what an update can raise.
     """
-    check_sweep(start_lr, end_lr, num_it, wds, momentum)
-    plan = trainer.plan
-    weight_decay = plan.recipe.weight_decay if wds is None else wds
-    if momentum is None:
-        momentum = plan.momentum(plan.peak_step)
-    rates = (sweep_lr(iteration, start_lr, end_lr, num_it, linear) for iteration in range(num_it))
+    config = SweepConfig(
+        start_lr=start_lr,
+        end_lr=end_lr,
+        num_it=num_it,
+        weight_decays=() if wds is None else (wds,),
+        momenta=() if momentum is None else (momentum,),
+        linear=linear,
+        stop_dv=stop_dv,
+    )
+    ((weight_decay, momentum),) = config.combinations(trainer.plan)
+    return one_sweep(trainer, config, weight_decay, momentum, on_record)
+
+
+def one_sweep(
+    trainer: Trainer,
+    config: SweepConfig,
+    weight_decay: float,
+    momentum: float,
+    on_record: Callable[[SweepRecord], None] | None = None,
+) -> Sweep:
+    """Make the sweep of `config` with one weight decay and momentum, as `lr_find2` describes."""
     records: list[SweepRecord] = []
 
     def keep(record: SweepRecord) -> None:
@@ -79,75 +95,66 @@ def lr_find2(
         for group in trainer.optimizer.param_groups:
             if group["decays"]:
                 group["weight_decay"] = weight_decay / group.get("lr_factor", 1.0)
-        ended = run(trainer, rates, momentum, stop_dv, keep)
+        ended = run(trainer, config, momentum, keep)
     return Sweep(
         weight_decay=weight_decay,
         momentum=momentum,
-        num_it=num_it,
-        linear=linear,
+        num_it=config.num_it,
+        linear=config.linear,
         records=tuple(records),
         ended=ended,
     )
 
 
-def check_sweep(
-    start_lr: float, end_lr: float, num_it: int, wds: float | None, momentum: float | None
-) -> None:
-    """Raise UserError for an argument of `lr_find2` that is out of range."""
-    if not 0 < start_lr < math.inf:
-        raise UserError(f"--start-lr must be above 0, not {start_lr:g}")
-    if not start_lr < end_lr < math.inf:
-        raise UserError(f"--end-lr must be above --start-lr, {start_lr:g}, not {end_lr:g}")
-    if num_it < 1:
-        raise UserError(f"--num-it must be at least 1, not {num_it}")
-    if wds is not None and not 0 <= wds < math.inf:
-        raise UserError(f"--wd must be 0 or more, not {wds:g}")
-    if momentum is not None and not 0 <= momentum < 1:
-        raise UserError(f"--momentum must be in [0, 1), not {momentum:g}")
+def sweep_all(trainer: Trainer, config: SweepConfig, folder: Path | None) -> Iterator[Sweep]:
+    """Yield one sweep for each combination of `config`, all on the same batches.
 
-
-def check_validation(plan: Plan, num_val: int) -> None:
-    """Raise UserError if the validation images do not fill a batch of every process."""
-    smallest = plan.smallest_phase
-    batch_size = smallest.batch_size
-    if num_val < batch_size * plan.world_size:
-        processes = f" on each of {plan.world_size} processes" if plan.world_size > 1 else ""
-        raise UserError(
-            f"a validation set of {num_val} images is smaller than one batch of "
-            f"{batch_size}{processes}: --set phases.{smallest.index}.batch_size="
-            f"{max(1, num_val // plan.world_size)} or less"
-        )
+    A sweep that was stopped is the last. Rank 0 writes the rows to `folder`/metrics.jsonl, unless
+    `folder` is None, and shows the progress. The trainer's loaders are closed at the end.
+    """
+    combinations = config.combinations(trainer.plan)
+    recorder: SweepRecorder = NullSweepRecorder()
+    if folder is not None and trainer.world.is_main:
+        recorder = SweepRecorder(folder, len(combinations) * config.num_it)
+    recorder.start(0, [])
+    try:
+        for index, (weight_decay, momentum) in enumerate(combinations):
+            record = partial(recorder.record, index, weight_decay, trainer.clock)
+            done = one_sweep(trainer, config, weight_decay, momentum, record)
+            recorder.end_of_sweep(index, len(combinations), done)
+            yield done
+            if done.ended == "stopped":
+                break
+    finally:
+        trainer.train_loader.close()
+        trainer.eval_loader.close()
+        recorder.close()
+    recorder.unwritten.check()
 
 
 @contextmanager
 def restored(trainer: Trainer) -> Iterator[None]:
-    """Run the block in the clock's section "other"; then all is as it was, whatever happened."""
-    from fastimagenet.training.trainer import restore, state_of
-
+    """Run the block in the clock's section "other", then restore the trainer, even on errors."""
     with trainer.clock.section("other"):
-        before = copy.deepcopy(state_of(trainer))
+        before = copy.deepcopy(trainer.state_dict())
         modes = {module: module.training for module in trainer.model.modules()}
         scaler, communication = trainer.scaler, trainer.communication
         try:
-            # An update that is broken off leaves marks in these two: the block gets its own.
+            # An interrupted update would leave traces in these two: the block gets its own.
             trainer.scaler, trainer.communication = copy.deepcopy(scaler), None
             yield
         finally:
             trainer.scaler, trainer.communication = scaler, communication
-            restore(trainer, before)
+            trainer.load_state_dict(before)
             trainer.optimizer.zero_grad(set_to_none=True)
             for module, training in modes.items():
                 module.training = training
 
 
 def run(
-    trainer: Trainer,
-    rates: Iterator[float],
-    momentum: float,
-    stop_dv: bool,
-    keep: Callable[[SweepRecord], None],
+    trainer: Trainer, config: SweepConfig, momentum: float, keep: Callable[[SweepRecord], None]
 ) -> Ended:
-    """The updates and evaluations of a sweep; each record goes to `keep`."""
+    """Make the updates and evaluations of a sweep; pass each record to `keep`."""
     plan = trainer.plan
     stages = plan.eval_stages()
     phase = plan.phase_of_epoch(trainer.train_loader.epoch)
@@ -157,14 +164,21 @@ def run(
     val_batches = endless(trainer.eval_loader, lambda e: stages[min(e, len(stages) - 1)])
     average, rule, any_finite = DebiasedAverage(), DivergenceRule(), False
     trainer.model.train()
-    for iteration, (lr, batches) in enumerate(zip(rates, updates, strict=False)):
+    for iteration, batches in zip(range(config.num_it), updates, strict=False):
+        lr = config.lr(iteration)
         loss, stop = agreed(trainer, trainer.update(batches, lr, momentum, phase))
         loss = average.update(loss)
         if stop:
             return "stopped"
-        if stop_dv and (verdict := rule.verdict(iteration, loss)):
+        if config.stop_dv and (verdict := rule.verdict(iteration, loss)):
             return verdict
-        counts = counts_of(trainer, trainer.model, islice(val_batches, 1), image_size)
+        with out_of_memory_advice(plan.smallest_phase, image_size):
+            counts = evaluate(
+                trainer.model,
+                islice(val_batches, 1),
+                world=trainer.world,
+                autocast_dtype=trainer.dtype,
+            )
         if iteration == 0 and len(trainer.eval_loader) <= 1:
             check_validation(plan, counts.images)
         keep(
@@ -183,9 +197,7 @@ def run(
 
 
 def agreed(trainer: Trainer, loss: Tensor) -> tuple[float, bool]:
-    """The mean loss over all processes, and whether any of them was asked to stop."""
-    import torch
-
+    """Return the mean loss over all processes, and whether any of them was asked to stop."""
     own = torch.stack([loss, torch.full_like(loss, trainer.stop_requested)]).double()
     # Waits for the device: the next update depends on it.
     total, stops = all_reduce_sum(own, trainer.world, "the sum of the losses").tolist()
@@ -193,10 +205,10 @@ def agreed(trainer: Trainer, loss: Tensor) -> tuple[float, bool]:
 
 
 def endless(loader: Loader, stage_at: Callable[[int], object]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batch after batch over the ends of epochs, all of the stage that the loader is in.
+    """Yield batches over the ends of epochs, all of the stage that the loader is in.
 
-    Where the next epoch is of another stage, it goes back to the first of this one. Nothing
-    from a loader without batches.
+    Where the next epoch belongs to another stage, the loader returns to the first epoch of this
+    one. A loader without batches yields nothing.
     """
     stage = stage_at(loader.epoch)
     first = next(epoch for epoch in count() if stage_at(epoch) == stage)
@@ -204,3 +216,31 @@ def endless(loader: Loader, stage_at: Callable[[int], object]) -> Iterator[tuple
         yield from loader
         if stage_at(loader.epoch) != stage:
             loader.epoch = first
+
+
+class SweepRecorder(Recorder):
+    """Record sweeps: one bar over all their iterations on a terminal, else a line for each."""
+
+    def record(
+        self, index: int, weight_decay: float, clock: Stopwatch, record: SweepRecord
+    ) -> None:
+        """Write one iteration of sweep `index` (from 0); `step` counts the updates of the sweep."""
+        row = {"step": record.iteration, "epoch": 0, "time_seconds": sum(clock.read().values())}
+        self._write("sweep", row | {"sweep": index, "weight_decay": weight_decay} | asdict(record))
+        if self._bar is not None:
+            text = f"lr {record.lr:.2e}, loss {record.loss:.3f}"
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
+
+    def end_of_sweep(self, index: int, num_sweeps: int, done: Sweep) -> None:
+        """Print how sweep `index` (from 0) ended; move the bar to the start of the next."""
+        self._print(
+            f"sweep {index + 1} of {num_sweeps}: weight decay {plain(done.weight_decay)}, "
+            f"momentum {plain(done.momentum, 4)}: {done.outcome}"
+        )
+        if self._bar is not None and done.ended != "stopped":
+            self._bar.update((index + 1) * done.num_it - self._bar.n)
+
+
+class NullSweepRecorder(NullRecorder, SweepRecorder):
+    """Record nothing, on the processes other than rank 0."""

@@ -1,13 +1,13 @@
-"""The plots of learning-rate sweeps, laid over one another.
+"""Plots of learning-rate sweeps, laid over one another.
 
-Losses and accuracies are those of the records that `sweep.shown` keeps.
+Losses and accuracies are those of the records that `Sweep.shown` returns.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -18,16 +18,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from fastimagenet.lr_finder import analysis
 from fastimagenet.lr_finder.analysis import (
+    SKIP_FIRST,
+    SKIP_LAST,
     Sweep,
     SweepRecord,
     best_sweep,
     in_words,
     labels,
-    plateau,
-    shown,
-    smoothed,
-    suggest,
 )
 from fastimagenet.report.figures import (
     BLACK,
@@ -52,6 +51,7 @@ from fastimagenet.report.figures import (
 from pipelines.files import Row
 from pipelines.formats import plain
 
+Shown = tuple[SweepRecord, ...]
 COLOURS = (BLUE, VERMILLION, BLACK, ORANGE, GREEN, PURPLE, SKY, GREY)
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("", "o", "^", "x")
@@ -63,71 +63,76 @@ MARKS = {
 
 
 def draw(sweeps: Sequence[Sweep]) -> dict[str, Figure]:
-    """The figures by name; none where no sweep has records to show."""
-    if not any(map(shown, sweeps)):
+    """Draw the figures, by name; none where no sweep has records to show."""
+    if not any(sweep.shown() for sweep in sweeps):
         return {}
-    plots: tuple[Callable[[Sequence[Sweep]], Figure], ...]
-    plots = (loss_against_lr, stacked, rates, loss_against_iterations)
-    return {plot.__name__: plot(sweeps) for plot in plots}
+    return {
+        "loss_against_lr": loss_against_lr(sweeps),
+        "stacked": stacked(sweeps),
+        "rates": rates(sweeps),
+        "loss_against_iterations": loss_against_iterations(sweeps),
+    }
 
 
 def write_figures(folder: Path, figures: dict[str, Figure]) -> list[Path]:
-    """NAME.svg and NAME.png of each figure of `draw` into `folder`; returns their paths.
-
-    Each file appears whole or not at all.
-    """
+    """Write NAME.svg and NAME.png of each figure into `folder` and return their paths."""
     return [path for name, figure in figures.items() for path in write_files(figure, folder, name)]
 
 
 def loss_against_lr(sweeps: Sequence[Sweep]) -> Figure:
-    """Smoothed training loss against LR, the plateaus, and the best sweep's suggestions."""
+    """Draw smoothed training loss against LR, plateaus, and the best sweep's suggestions."""
     figure, (axes,) = new_figure(size=(5.2, 3.6))
     for sweep, look in zip(sweeps, _looks(sweeps), strict=True):
-        found = plateau(sweep)
-        if found:
-            inside = [r for r in shown(sweep) if found.low_lr <= r.lr <= found.high_lr]
+        if found := sweep.plateau:
+            inside = [r for r in sweep.shown() if found.low_lr <= r.lr <= found.high_lr]
             band: Row = {"linewidth": 7, "alpha": 0.25, "solid_capstyle": "butt"}
             draw_line(axes, _points(inside, "lr", "loss"), color=look["color"], **band)
-    _draw_losses(axes, sweeps, "lr")
-    _lr_axis(axes, sweeps)
-    best = best_sweep(sweeps)
-    if best:
+    shown = [sweep.shown() for sweep in sweeps]
+    _draw_losses(axes, sweeps, shown, "lr")
+    _lr_axis(axes, sweeps, shown)
+    if best := best_sweep(sweeps):
         _mark_suggestions(axes, best, sweeps)
     return _with_names(figure, sweeps)
 
 
-def stacked(sweeps: Sequence[Sweep]) -> Figure:
-    """Training loss, validation loss, top-1 and top-5 against LR, one below the other.
+def stacked(
+    sweeps: Sequence[Sweep],
+    skip_first: int = SKIP_FIRST,
+    skip_last: int = SKIP_LAST,
+    smoothed: bool = True,
+) -> Figure:
+    """Draw training loss, validation loss, top-1 and top-5 against LR, one below the other.
 
-    Validation is averaged as the training loss is; what each batch gave is faint, and drawn of
-    the best sweep alone.
+    `smoothed`: validation is averaged as the training loss is; the value of each batch is faint,
+    and drawn for the best sweep alone. Otherwise the values of the batches are drawn as they are.
     """
     figure, axes = stack()
     best = best_sweep(sweeps) or sweeps[0]
-    _draw_losses(axes["loss"], sweeps, "lr")
+    shown = [sweep.shown(skip_first, skip_last) for sweep in sweeps]
+    _draw_losses(axes["loss"], sweeps, shown, "lr")
     for key in ("val_loss", "top1", "top5"):
-        place, scale, curves = axes[key], OUTCOMES[key][1], []
-        for sweep, look in zip(sweeps, _looks(sweeps), strict=True):
-            records = [r for r in sweep.records if finite(getattr(r, key))]
-            averages = dict(zip(records, smoothed(getattr(r, key) for r in records), strict=True))
-            curve = [(r.lr, scale * averages[r]) for r in shown(sweep) if finite(averages.get(r))]
-            raw = _points(shown(sweep), "lr", key, scale) if sweep is best else []
-            draw_line(place, raw, color=look["color"], alpha=0.4, linewidth=0.7)
-            draw_line(place, curve, **look)
-            curves += [[value for _, value in points] for points in (raw, curve)]
+        curves: list[Points] = []
+        for sweep, records, look in zip(sweeps, shown, _looks(sweeps), strict=True):
+            raw = _points(records, "lr", key)
+            if smoothed and sweep is best:
+                draw_line(axes[key], raw, color=look["color"], alpha=0.4, linewidth=0.7)
+                curves.append(raw)
+            curve = _averages(sweep, records, key) if smoothed else raw
+            draw_line(axes[key], curve, **look)
+            curves.append(curve)
         if key == "val_loss":
-            _cut(place, curves)
-    _lr_axis(axes["top5"], sweeps)
+            _cut(axes[key], curves)
+    _lr_axis(axes["top5"], sweeps, shown)
     return _with_names(figure, sweeps)
 
 
 def rates(sweeps: Sequence[Sweep]) -> Figure:
-    """LR and momentum of all records against iterations, side by side; grey: of several sweeps."""
+    """Draw LR and momentum against iterations, side by side; grey where sweeps share them."""
     figure, axes = new_figure(columns=2, size=(WIDTH, 2.8))
     longest_first = sorted(
         zip(sweeps, _looks(sweeps), strict=True), key=lambda pair: -len(pair[0].records)
     )
-    for place, key in zip(axes, ("lr", "momentum"), strict=True):
+    for panel, key in zip(axes, ("lr", "momentum"), strict=True):
         drawn: list[Points] = []
         for sweep, look in longest_first:
             points = _points(sweep.records, "iteration", key)
@@ -136,10 +141,10 @@ def rates(sweeps: Sequence[Sweep]) -> Figure:
             alike = [_points(other.records, "iteration", key) for other in sweeps]
             if sum(other == points[: len(other)] for other in alike) > 1:
                 look = look | {"color": GREY, "linestyle": "-"}
-            draw_line(place, points, **look)
+            draw_line(panel, points, **look)
             drawn.append(points)
-        _iteration_axis(place, 4)
-        place.set_ylabel("momentum" if key == "momentum" else _lr_name(sweeps))
+        _iteration_axis(panel, 4)
+        panel.set_ylabel("momentum" if key == "momentum" else _lr_name(sweeps))
     if not sweeps[0].linear:
         axes[0].set_yscale("log")
         _plain_decades(axes[0].yaxis, [r.lr for sweep in sweeps for r in sweep.records])
@@ -147,66 +152,75 @@ def rates(sweeps: Sequence[Sweep]) -> Figure:
 
 
 def loss_against_iterations(sweeps: Sequence[Sweep]) -> Figure:
-    """Smoothed training loss against iterations."""
+    """Draw smoothed training loss against iterations."""
     figure, (axes,) = new_figure()
-    _draw_losses(axes, sweeps, "iteration")
+    _draw_losses(axes, sweeps, [sweep.shown() for sweep in sweeps], "iteration")
     _iteration_axis(axes)
     return _with_names(figure, sweeps)
 
 
-def _points(records: Iterable[SweepRecord], x: str, y: str, scale: float = 1) -> Points:
+def _points(records: Iterable[SweepRecord], x: str, y: str) -> Points:
+    """Take two fields of the records, `y` in the unit of its axis, where it is finite."""
+    scale = OUTCOMES[y][1] if y in OUTCOMES else 1
+    values = ((getattr(record, x), getattr(record, y)) for record in records)
+    return [(at, scale * value) for at, value in values if finite(value)]
+
+
+def _averages(sweep: Sweep, records: Iterable[SweepRecord], y: str) -> Points:
+    """Average a field from the sweep's first record on; return the points at `records`."""
+    points = _points(sweep.records, "lr", y)
+    averages = analysis.smoothed(value for _, value in points)
+    kept = {record.lr for record in records}
     return [
-        (getattr(record, x), scale * getattr(record, y))
-        for record in records
-        if finite(getattr(record, y))
+        (lr, average)
+        for (lr, _), average in zip(points, averages, strict=True)
+        if lr in kept and finite(average)
     ]
 
 
 def _looks(sweeps: Sequence[Sweep]) -> list[Row]:
-    """Colour, dashes and dots of each sweep's lines: apart in grey, too. The best is thick."""
+    """Choose colour, dashes and markers of each sweep, distinct in grey too; the best is thick."""
     best = best_sweep(sweeps)
     in_turn = itertools.count(0 if best is None else 1)
     looks = []
     for sweep in sweeps:
-        place = 0 if sweep is best else next(in_turn)
+        index = 0 if sweep is best else next(in_turn)
         look: Row = {"linewidth": 2.6 if sweep is best else 1.5, "markersize": 3.5}
-        look["color"] = COLOURS[place % len(COLOURS)]
-        look["linestyle"] = DASHES[place % len(DASHES)]
-        if place >= len(DASHES):
-            look |= {"marker": MARKERS[place // len(DASHES) % len(MARKERS)], "markevery": 0.1}
-        elif len(shown(sweep)) == 1:
+        look["color"] = COLOURS[index % len(COLOURS)]
+        look["linestyle"] = DASHES[index % len(DASHES)]
+        if index >= len(DASHES):
+            look |= {"marker": MARKERS[index // len(DASHES) % len(MARKERS)], "markevery": 0.1}
+        elif len(sweep.shown()) == 1:
             look["marker"] = "o"
         looks.append(look)
     return looks
 
 
-def _draw_losses(axes: Axes, sweeps: Sequence[Sweep], x: str) -> None:
-    curves = []
-    for sweep, look in zip(sweeps, _looks(sweeps), strict=True):
-        points = _points(shown(sweep), x, "loss")
-        draw_line(axes, points, **look)
-        curves.append([loss for _, loss in points])
+def _draw_losses(axes: Axes, sweeps: Sequence[Sweep], shown: Sequence[Shown], x: str) -> None:
+    curves = [_points(records, x, "loss") for records in shown]
+    for curve, look in zip(curves, _looks(sweeps), strict=True):
+        draw_line(axes, curve, **look)
     _cut(axes, curves)
     axes.set_ylabel(OUTCOMES["loss"][0])
 
 
-def _cut(axes: Axes, curves: list[list[float]]) -> None:
-    """End the axis not far above where the curves begin: one that explodes leaves the plot."""
-    values = [value for curve in curves for value in curve]
+def _cut(axes: Axes, curves: list[Points]) -> None:
+    """End the axis a little above the start of the curves: one that explodes leaves the plot."""
+    values = [value for curve in curves for _, value in curve]
     if not values:
         return
     low = min(values)
-    high = max(median(curve[0] for curve in curves if curve), median(values))
+    high = max(median(curve[0][1] for curve in curves if curve), median(values))
     top = high + 0.25 * (high - low)
     if low < top < max(values):
         axes.set_ylim(low - 0.06 * (top - low), top)
 
 
-def _lr_axis(axes: Axes, sweeps: Sequence[Sweep]) -> None:
+def _lr_axis(axes: Axes, sweeps: Sequence[Sweep], shown: Sequence[Shown]) -> None:
     axes.set_xlabel(_lr_name(sweeps))
     if not sweeps[0].linear:
         axes.set_xscale("log")
-        _plain_decades(axes.xaxis, [record.lr for sweep in sweeps for record in shown(sweep)])
+        _plain_decades(axes.xaxis, [record.lr for records in shown for record in records])
 
 
 def _lr_name(sweeps: Sequence[Sweep]) -> str:
@@ -214,7 +228,7 @@ def _lr_name(sweeps: Sequence[Sweep]) -> str:
 
 
 def _plain_decades(axis: Axis, values: list[float]) -> None:
-    """Labels such as 1e-4, 0.001, 0.01; between the powers of ten, too, where there are few."""
+    """Label powers of ten as 1e-4, 0.001, 0.01, and values between them if these are few."""
     span = max(values) / min(values)
     powers = LogLocator(subs=(1,) if span > 30 else (1, 2, 5))
     level = MaxNLocator(5, steps=[1, 2, 5, 10])
@@ -230,8 +244,8 @@ def _iteration_axis(axes: Axes, most_ticks: int = 10) -> None:
 
 
 def _mark_suggestions(axes: Axes, best: Sweep, sweeps: Sequence[Sweep]) -> None:
-    """A shape where each suggestion lies on its curve, and a legend with their LRs below."""
-    suggestions, records = suggest(best), shown(best)
+    """Mark each suggestion on its curve by a shape; list their LRs in a legend below."""
+    suggestions, records = best.suggestions, best.shown()
     assert suggestions is not None, "a sweep with a plateau has suggestions"
     lrs, losses = [r.lr for r in records], [r.loss for r in records]
     handles = []
@@ -248,7 +262,7 @@ def _mark_suggestions(axes: Axes, best: Sweep, sweeps: Sequence[Sweep]) -> None:
 
 
 def _with_names(figure: Figure, sweeps: Sequence[Sweep]) -> Figure:
-    """The same figure, higher by a legend of what tells the sweeps apart."""
+    """Add a legend of what distinguishes the sweeps, and the height it needs."""
     if len(sweeps) < 2:
         return figure
     title, names = labels(sweeps)

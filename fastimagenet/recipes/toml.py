@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -39,20 +40,41 @@ def load(path: Path) -> Recipe:
     return loads(text, f"--recipe {path}")
 
 
-def with_settings(recipe: Recipe, settings: list[str]) -> Recipe:
-    """The recipe changed by settings such as "max_lr=1.2" or "phases.0.image_size=96".
+def with_settings(recipe: Recipe, settings: Mapping[str, Any] | Sequence[str]) -> Recipe:
+    """The recipe changed by {"max_lr": 1.2} or by the text "phases.0.image_size=96" of --set.
 
-    The value is read as TOML; a bare word is a string. All settings are applied before the recipe
-    is checked, so that fields which depend on one another can change together.
+    In text the value is read as TOML; a bare word is a string. All settings are applied before the
+    recipe is checked, so that fields which depend on one another can change together.
     Raises UserError naming the field.
     """
     data = tomllib.loads(dumps(recipe))
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set {setting}: write it as FIELD=VALUE, such as max_lr=1.2")
-        _assign(data, key.strip(), _value(text.strip()))
+    if not isinstance(settings, Mapping):
+        settings = dict(map(_key_and_value, settings))
+    for key, value in settings.items():
+        _assign(data, key, value)
     return _build(Recipe, data, "")
+
+
+def _key_and_value(setting: str) -> tuple[str, Any]:
+    key, equals, text = setting.partition("=")
+    if not equals:
+        raise UserError(f"--set {setting}: write it as FIELD=VALUE, such as max_lr=1.2")
+    return key.strip(), _value(text.strip())
+
+
+def settings_between(base: Recipe, recipe: Recipe) -> list[str]:
+    """What --set has to change to make `recipe` of `base`, such as "max_lr=1.2"."""
+    before, after = asdict(base), asdict(recipe)
+    return [f"{name}={_inline(after[name])}" for name in after if after[name] != before[name]]
+
+
+def _inline(value: Any) -> str:
+    """A value as TOML on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_inline, value))}]"
+    return json.dumps(value)
 
 
 def _value(text: str) -> Any:

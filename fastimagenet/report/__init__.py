@@ -1,1 +1,1 @@
-"""What a finished or stopped run left, read back from its files."""
+"""Read what a finished or stopped run has left, and report it."""

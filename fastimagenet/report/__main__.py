@@ -12,10 +12,10 @@ from pipelines.cli import make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for a folder without a run."""
+    """Run the command and return the exit status. Raises UserError for a folder without a run."""
     parser = make_parser(
         "fastimagenet.report",
-        "Write report.html of a run again, from the other files of its folder.",
+        "Write the report.html of a run again, from the other files in its folder.",
         "python -m fastimagenet.report runs/my-run",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the run's --output folder")

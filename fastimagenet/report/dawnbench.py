@@ -1,7 +1,6 @@
-"""What a run folder recorded, and the DAWNBench entry that follows from it.
+"""DAWNBench entries: written from the files of a run, and checked by the contest's rules.
 
-Reads only files, so a finished run can be written up again at any time. The contest's rules are
-those of https://github.com/stanford-futuredata/dawn-bench-entries.
+The rules are those of https://github.com/stanford-futuredata/dawn-bench-entries.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import unicodedata
 from datetime import date
 from pathlib import Path
 
-from fastimagenet.report.run import rows_of
+from fastimagenet.report.run import row_at_target, rows_of
 from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object, write_object, write_text
@@ -21,54 +20,56 @@ from pipelines.files import Row, read_object, write_object, write_text
 REQUIRED = ("version", "author", "authorEmail", "framework", "model", "hardware", "timestamp")
 TRAIN_CLOCK = (
     "Training time runs from before the data are opened and the model is built to the end of the "
-    "epoch. It leaves out evaluation, checkpoints and the warm-up of the compiler."
+    "epoch. It excludes evaluation, checkpoints and the warm-up of the compiler."
 )
 CLOCKS = {
     "train": TRAIN_CLOCK,
-    "train_eval": "The training clock and all evaluations up to there, the last one included.",
+    "train_eval": "The training clock and all evaluations up to that epoch, its own included.",
     "train_compile": "The training clock and the warm-up of the compiler.",
     "train_eval_compile": "The training clock, evaluations and the warm-up of the compiler.",
-    "wall": "Everything from the start of the command on, checkpoints included.",
+    "wall": "Everything since the start of the command, checkpoints included.",
 }
-"""What the time to a target may be read from, and what each clock counts."""
-
-
-def time_to_target(rows: list[Row], metric: str, value: float) -> float | None:
-    """Training time in seconds of the first evaluated epoch row with `metric` >= `value`.
-
-    `rows` are epoch rows in order, `value` a fraction. None: not reached.
-    """
-    for row in rows:
-        if row.get(metric) is not None and row[metric] >= value:
-            return float(row["train_seconds"])
-    return None
+"""The clocks by which the time to a target can be given, and what each counts."""
 
 
 def clocks_at_target(
     rows: list[Row], metric: str, value: float, compile_seconds: float
 ) -> dict[str, float] | None:
-    """Seconds to the target by each of CLOCKS, from epoch rows in order; None: not reached.
+    """Return the seconds to the target by each of CLOCKS, from epoch rows; None: not reached.
 
-    `compile_seconds` is what summary.json has: compilation comes before the first epoch.
+    `compile_seconds` is that of summary.json: compilation comes before the first epoch.
     """
-    for row in rows:
-        if row.get(metric) is not None and row[metric] >= value:
-            train, evaluation = float(row["train_seconds"]), float(row["eval_seconds"])
-            return {
-                "train": train,
-                "train_eval": train + evaluation,
-                "train_compile": train + compile_seconds,
-                "train_eval_compile": train + evaluation + compile_seconds,
-                "wall": float(row["time_seconds"]),
-            }
-    return None
+    row = row_at_target(rows, metric, value)
+    if row is None:
+        return None
+    train, evaluation = float(row["train_seconds"]), float(row["eval_seconds"])
+    return {
+        "train": train,
+        "train_eval": train + evaluation,
+        "train_compile": train + compile_seconds,
+        "train_eval_compile": train + evaluation + compile_seconds,
+        "wall": float(row["time_seconds"]),
+    }
+
+
+MISC = {
+    **{key: key for key in ("dataset", "recipe", "command", "seed", "precision", "backend")},
+    "versions": "versions",
+    "worldSize": "world_size",
+    "trainSeconds": "train_seconds",
+    "evaluationSeconds": "eval_seconds",
+    "wallSeconds": "wall_seconds",
+    "timeSplitSeconds": "time_split_seconds",
+}
+"""Key of an entry's `misc` -> field of summary.json."""
 
 
 def write_entry(run_dir: Path) -> list[Path]:
     """Write `run_dir/dawnbench/*.json` and `*.tsv` and return both paths.
 
-    [] where no epoch has been evaluated yet. Accuracies are plain ones in percent; TTA is only
-    told in `misc`. Raises UserError, and writes nothing, where the run has no valid entry.
+    Returns [] if no epoch has been evaluated yet. Accuracies are in percent and without TTA, which
+    is reported in `misc` alone. Raises UserError, and writes nothing, where the entry would not be
+    valid.
     """
     summary = read_object(run_dir / "summary.json")
     rows = rows_of("epoch", read_rows(run_dir))
@@ -98,37 +99,22 @@ def write_entry(run_dir: Path) -> list[Path]:
 
 
 def _entry(summary: Row) -> Row:
+    fields = {"author": "author", "authorEmail": "author_email", "framework": "framework"}
+    fields |= {"model": "model", "hardware": "hardware"}
     entry = {
         "version": "v1.0",
-        "author": summary.get("author"),
-        "authorEmail": summary.get("author_email"),
-        "framework": summary.get("framework"),
-        "model": summary.get("model"),
-        "hardware": summary.get("hardware"),
+        **{key: summary.get(field) for key, field in fields.items()},
         "timestamp": str(summary.get("started"))[:10],
     }
     if summary.get("cost_per_hour") is not None:
         entry["costPerHour"] = summary["cost_per_hour"]
     if summary.get("dataset") == "ImageNet":
         entry["usedBlacklist"] = summary.get("used_blacklist", True)
-    told = {
-        "dataset": summary.get("dataset"),
-        "recipe": summary.get("recipe"),
-        "command": summary.get("command"),
-        "seed": summary.get("seed"),
-        "worldSize": summary.get("world_size"),
-        "precision": summary.get("precision"),
-        "backend": summary.get("backend"),
-        "versions": summary.get("versions"),
-        "clock": TRAIN_CLOCK,
-        "trainSeconds": summary.get("train_seconds"),
-        "evaluationSeconds": summary.get("eval_seconds"),
-        "wallSeconds": summary.get("wall_seconds"),
-        "timeSplitSeconds": summary.get("time_split_seconds"),
-        "ttaTop1Accuracy": _percent(summary.get("tta_top1")),
-        "ttaTop5Accuracy": _percent(summary.get("tta_top5")),
-    }
-    entry["misc"] = {key: value for key, value in told.items() if value is not None}
+    misc = {key: summary.get(field) for key, field in MISC.items()}
+    misc["clock"] = TRAIN_CLOCK
+    misc["ttaTop1Accuracy"] = _percent(summary.get("tta_top1"))
+    misc["ttaTop5Accuracy"] = _percent(summary.get("tta_top5"))
+    entry["misc"] = {key: value for key, value in misc.items() if value is not None}
     return entry
 
 
@@ -137,13 +123,13 @@ def _percent(fraction: float | None) -> float | None:
 
 
 def _file_part(text: str) -> str:
-    """`text` as one part of a file name: ASCII, no underscore, at most 48 characters."""
+    """Turn `text` into a part of a file name: ASCII, no underscore, at most 48 characters."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", plain).strip("-.")[:48] or "unnamed"
 
 
 def check_entry(json_path: Path, tsv_path: Path) -> None:
-    """Raise UserError with what is wrong with an entry by the contest's rules."""
+    """Check an entry by the contest's rules. Raises UserError with what is wrong."""
     if (json_path.suffix, tsv_path.suffix) != (".json", ".tsv") or json_path.stem != tsv_path.stem:
         raise UserError(f"{json_path.name}, {tsv_path.name}: should be NAME.json and NAME.tsv")
     parts = json_path.stem.split("_")
@@ -159,10 +145,10 @@ def check_entry(json_path: Path, tsv_path: Path) -> None:
 
 
 def result_hours(json_path: Path, tsv_path: Path, metric: str, value: float) -> float:
-    """The result of an entry as the contest reads it: hours of the first row with `metric`
-    ("top1" or "top5") of at least `value`, a fraction.
+    """Return an entry's result as the contest reads it: the hours of the first row at the target.
 
-    Raises UserError with what is wrong with the entry, or that it does not reach the target.
+    The target: `metric`, "top1" or "top5", of at least `value`, a fraction. Raises UserError with
+    what is wrong with the entry, or that it does not reach the target.
     """
     check_entry(json_path, tsv_path)
     column = f"{metric}Accuracy"
@@ -199,7 +185,7 @@ def _check_json(entry: Row, where: str) -> None:
 
 
 def _check_table(text: str, where: str, imagenet: bool) -> None:
-    """Columns are found by their names, so their order does not matter."""
+    """Check the rows of a table, whose columns may be in any order."""
     header, *lines = [line.split("\t") for line in text.rstrip().splitlines()] or [[]]
     needed = ["epoch", "hours", "top1Accuracy", *(["top5Accuracy"] if imagenet else [])]
     for name in needed:

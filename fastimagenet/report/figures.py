@@ -1,6 +1,6 @@
 """What all plots share: colours, style, lines, phase marks, legends, and SVG and PNG files.
 
-Colours are those of Okabe and Ito, which the colour-blind can tell apart.
+The colours are those of Okabe and Ito, which colour-blind people can tell apart.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#8A8A8A"
 MAX_POINTS = 500
-# Widths and heights in inches at 72 units each: narrow, so that text stays legible on a phone.
+# Inches, at 72 units each: narrow, so that text stays legible on a phone.
 WIDTH, HEIGHT = 4.7, 3.1
 SMALL = 9.5
 """Points of the text in legends and marks."""
@@ -51,24 +51,26 @@ OUTCOMES = {
     "top1": ("top-1 accuracy (%)", 100),
     "top5": ("top-5 accuracy (%)", 100),
 }
-"""Fields of a record: name of the axis and factor to its unit, in the order of `stack`."""
+"""Fields of a record: label of the axis and factor to its unit, in the order of `stack`."""
 
 
 def finite(value: object) -> TypeGuard[float]:
-    """Whether it is a number at all, and neither NaN nor infinite."""
+    """Tell whether `value` is a number, and neither NaN nor infinite."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def thin(points: Points) -> Points:
-    """At most MAX_POINTS: the medians of neighbours, since every n-th point alone would show
-    the first step of each epoch, always a slow one, far too often or never."""
+    """Reduce to at most MAX_POINTS points, the medians of groups of neighbours.
+
+    Every n-th point alone would show the slow first steps of epochs far too often or never.
+    """
     size = -(-len(points) // MAX_POINTS) or 1
     groups = (points[first : first + size] for first in range(0, len(points), size))
     return [(median(x for x, _ in group), median(y for _, y in group)) for group in groups]
 
 
 def thousands(value: float, _: int) -> str:
-    """A tick's label, such as "1,200"."""
+    """Format the label of a tick: "1,200"."""
     return f"{value:,.0f}" if value >= 10 else f"{value:g}"
 
 
@@ -78,7 +80,7 @@ def new_figure(
     size: tuple[float, float] = (WIDTH, HEIGHT),
     sharex: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `size` inches and its axes, row by row."""
+    """Create a figure of `size` inches; return it and its axes, row by row."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex)
@@ -86,16 +88,16 @@ def new_figure(
 
 
 def stack() -> tuple[Figure, dict[str, Axes]]:
-    """Axes for OUTCOMES by field, one below the other over a shared x axis."""
+    """Create axes for OUTCOMES by field, one below the other over a shared x axis."""
     figure, axes = new_figure(len(OUTCOMES), size=(WIDTH, 7.2), sharex=True)
-    for place, (label, _) in zip(axes, OUTCOMES.values(), strict=True):
-        place.set_ylabel(label)
+    for panel, (label, _) in zip(axes, OUTCOMES.values(), strict=True):
+        panel.set_ylabel(label)
     figure.align_ylabels(axes)
     return figure, dict(zip(OUTCOMES, axes, strict=True))
 
 
 def draw_line(axes: Axes, points: Points, **style: Any) -> None:
-    """A line through the points; nothing without points."""
+    """Draw a line through the points, if there are any."""
     if points:
         axes.plot(*zip(*points, strict=True), **style)
 
@@ -103,9 +105,9 @@ def draw_line(axes: Axes, points: Points, **style: Any) -> None:
 def mark_phases(
     axes: Axes, phases: list[Row], starts: Iterable[float | None], end: float, names: bool = True
 ) -> None:
-    """A dotted line where a phase begins, and its image size above the plot where there is room.
+    """Draw a dotted line where a phase starts, and its image size above if there is room.
 
-    None among `starts`: the run did not get there.
+    A start of None: the run did not get there.
     """
     reached = [(p, start) for p, start in zip(phases, starts, strict=True) if start is not None]
     ends = [*(start for _, start in reached[1:]), end]
@@ -113,13 +115,13 @@ def mark_phases(
         if start:
             axes.axvline(start, color="#777777", linestyle=":", linewidth=1)
         if names and len(phases) > 1 and stop - start > 0.16 * end:
-            place: Row = {"ha": "center", "va": "bottom", "fontsize": SMALL, "color": "#555555"}
+            look: Row = {"ha": "center", "va": "bottom", "fontsize": SMALL, "color": "#555555"}
             middle, above = (start + stop) / 2, axes.get_xaxis_transform()
-            axes.text(middle, 1.01, f"{phase['image_size']} px", transform=above, **place)
+            axes.text(middle, 1.01, f"{phase['image_size']} px", transform=above, **look)
 
 
 def with_legend(figure: Figure, **style: Any) -> Figure:
-    """The same figure with the labels of its first axes above it, if there are any."""
+    """Add a legend of the labels of the first axes above the figure, if there are any."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if labels:
         look = LEGEND | {"ncols": 4} | style
@@ -128,7 +130,7 @@ def with_legend(figure: Figure, **style: Any) -> Figure:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as an `<svg>` element without a fixed size, its ids made unique by `name`."""
+    """Render an `<svg>` element without a fixed size, its ids made unique by `name`."""
     text = _svg_file(figure, transparent=True)
     text = text[text.index("<svg") :]
     text = re.sub(r' (?:width|height)="[0-9.]+pt"', "", text, count=2)
@@ -136,7 +138,7 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def write_files(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """NAME.svg and NAME.png (300 pixels an inch) on white; each appears whole or not at all."""
+    """Write NAME.svg and NAME.png (300 pixels per inch) on white; return both paths."""
     vector, pixels = folder / f"{name}.svg", folder / f"{name}.png"
     write_text(vector, _svg_file(figure, facecolor="white"))
     with written_beside(pixels) as beside, matplotlib.rc_context(STYLE):

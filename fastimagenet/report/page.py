@@ -1,7 +1,4 @@
-"""`report.html` of a run folder: one self-contained page that says what ran and how well.
-
-python -m fastimagenet.report RUN_DIR writes the page of a finished or stopped run again.
-"""
+"""`report.html` of a run folder: one self-contained page that says what ran and how well."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ import tomli_w
 from markupsafe import Markup
 
 from fastimagenet.report import plots
-from fastimagenet.report.dawnbench import TRAIN_CLOCK, time_to_target
+from fastimagenet.report.dawnbench import TRAIN_CLOCK
 from fastimagenet.report.figures import GREY
-from fastimagenet.report.run import Run, read_run
+from fastimagenet.report.run import Run
 from pipelines import pages
 from pipelines.files import Row, write_text
 from pipelines.formats import NO_BREAK, duration, number, percent
@@ -28,21 +25,21 @@ PART_NAMES = {
 }
 DEFINITIONS = {
     "training time": TRAIN_CLOCK,
-    "evaluation time": "All passes over the validation images, test-time augmentation included; "
+    "evaluation time": "All passes over the validation images, including test-time augmentation; "
     "not part of the training time.",
-    "waiting for data": "Time in which a training step had to wait for its next batch; part of "
-    "the training time.",
+    "waiting for data": "Time in which training steps waited for their next batch; part of the "
+    "training time.",
     "start-up, compute": "Reading the data folder and building model and loaders; forward and "
-    "backward passes and updates. Both are part of the training time.",
-    "communication": "Time in which an update had to wait for other processes after its own "
-    "gradients were ready; part of the training time.",
+    "backward passes and optimizer steps. Both are part of the training time.",
+    "communication": "Time in which steps waited for the all-reduce after their own gradients "
+    "were ready; part of the training time.",
     "checkpoint": "Saving the state of the run; not part of the training time.",
-    "wall time": "From the start of the command to the end of the run: the sum of all parts, of "
-    "which exactly one runs at any time.",
-    "time to target": "Training time at the end of the first evaluated epoch whose plain accuracy "
-    "reaches the target.",
-    "top-1, top-5": "Share of all validation images, one plain view each. Figures with test-time "
-    "augmentation (TTA) stand beside them under their own name.",
+    "wall time": "From the start of the command to the end of the run: the sum of all parts, "
+    "which never overlap.",
+    "time to target": "Training time at the end of the first evaluated epoch whose accuracy "
+    "without augmentation reaches the target.",
+    "top-1, top-5": "Share of all validation images classified correctly, one view each. Values "
+    "with test-time augmentation (TTA) are given separately.",
 }
 
 
@@ -52,12 +49,12 @@ def write_report(run_dir: Path) -> Path:
     Raises UserError where the folder holds no run.
     """
     path = run_dir / "report.html"
-    write_text(path, render(read_run(run_dir)))
+    write_text(path, render(Run.open(run_dir)))
     return path
 
 
 def render(run: Run) -> str:
-    """The whole page."""
+    """Fill in the whole page."""
     plan, summary = run.plan, run.summary
     return pages.render(
         Path(__file__).with_name("report.html.jinja"),
@@ -80,19 +77,21 @@ def render(run: Run) -> str:
 
 
 def _what(run: Run) -> str:
-    """Such as "resnet18 on CIFAR-10"."""
+    """Name model and data: "resnet18 on CIFAR-10"."""
     model = run.summary.get("model") or run.plan.get("recipe", {}).get("model", "a model")
     data = run.summary.get("dataset") or run.summary.get("data")
     return f"{model} on {'CIFAR-10' if data == 'CIFAR10' else data}" if data else f"{model}"
 
 
 def _target(run: Run) -> str:
-    assert run.target
+    """Format the target: "94 % top-1"."""
+    assert run.target is not None
     metric, value = run.target
     return f"{100 * value:g}{NO_BREAK}% {METRIC_NAMES.get(metric, metric)}"
 
 
 def _status(run: Run) -> str:
+    """Say how far a run came that did not complete its plan."""
     planned = run.plan.get("epochs", 0)
     if run.epochs_done >= planned:
         return ""
@@ -101,7 +100,7 @@ def _status(run: Run) -> str:
 
 
 def _headline(run: Run) -> list[str]:
-    """One short sentence each: what was reached, the target, TTA."""
+    """State in short sentences what was reached, whether the target was, and TTA."""
     results, hardware = run.results, run.summary.get("hardware") or "unknown hardware"
     what = _what(run)
     spent = f"{duration(results['train_seconds'])} of training on {hardware}"
@@ -112,16 +111,14 @@ def _headline(run: Run) -> list[str]:
     top5 = "" if results["top5"] is None else f" and {percent(results['top5'])} top-5"
     sentences = [f"{what} reached {percent(results['top1'])} top-1{top5} in {spent}."]
     if run.target:
-        metric, value = run.target
-        goal = f"The target of {_target(run)}"
-        seconds = time_to_target(run.epochs, metric, value)
+        seconds = run.seconds_to_target
         reached = "was not reached" if seconds is None else f"was reached in {duration(seconds)}"
-        sentences.append(f"{goal} {reached}.")
+        sentences.append(f"The target of {_target(run)} {reached}.")
     if results["tta_top1"] is not None:
         sentences.append(f"With test-time augmentation: {percent(results['tta_top1'])} top-1.")
     if results["square_top1"] is not None:
         sentences.append(
-            f"That is on rectangles; on square crops: {percent(results['square_top1'])} top-1."
+            f"Evaluated on rectangles; on square crops: {percent(results['square_top1'])} top-1."
         )
     lost = plots.lost_epoch(run.epochs)
     if lost:
@@ -130,7 +127,7 @@ def _headline(run: Run) -> list[str]:
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
-    """(name, value, remark) of the key figures."""
+    """List name, value and remark of the key figures."""
     summary, results = run.summary, run.results
     tiles = []
     for metric, name in METRIC_NAMES.items():
@@ -144,8 +141,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         remark += f", {number(summary['steps'])} steps"
     tiles.append(("training time", duration(results["train_seconds"]), remark))
     if run.target:
-        metric, value = run.target
-        seconds = time_to_target(run.epochs, metric, value)
+        seconds = run.seconds_to_target
         reached = "not reached" if seconds is None else duration(seconds)
         tiles.append(("time to target", reached, _target(run)))
     if summary.get("cost_usd") is not None:
@@ -164,7 +160,7 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _figures(run: Run) -> list[tuple[str, Markup]]:
-    """(heading, plot or "") in the order of the page."""
+    """List heading and plot (or "") in the order of the page."""
     phases = run.plan.get("phases", [])
     svgs = {
         "Accuracy against training time": plots.accuracy(run.epochs, phases, run.target),
@@ -178,21 +174,18 @@ def _figures(run: Run) -> list[tuple[str, Markup]]:
 
 
 def _split(summary: Row) -> list[tuple[str, str, float, float]]:
-    """(name, colour, seconds, share of the sum) of the parts of the wall time."""
-    seconds = summary.get("time_split_seconds") or {}
-    total = sum(value or 0.0 for value in seconds.values()) or 1.0
+    """List name, colour, seconds and share of the parts of the wall time."""
+    parts = summary.get("time_split_seconds") or {}
+    parts = {key: value or 0.0 for key, value in parts.items()}
+    total = sum(parts.values()) or 1.0
     return [
-        (
-            PART_NAMES.get(key, key),
-            plots.TIME_COLOURS.get(key, GREY),
-            value or 0.0,
-            (value or 0.0) / total,
-        )
-        for key, value in seconds.items()
+        (PART_NAMES.get(key, key), plots.TIME_COLOURS.get(key, GREY), seconds, seconds / total)
+        for key, seconds in parts.items()
     ]
 
 
 def _environment(run: Run) -> list[tuple[str, Any]]:
+    """List names and values of what the run was measured with."""
     keys = "hardware device world_size precision backend framework data seed started author".split()
     facts = [(key.replace("_", " "), run.summary.get(key)) for key in keys]
     facts += list((run.summary.get("versions") or {}).items())
@@ -200,7 +193,7 @@ def _environment(run: Run) -> list[tuple[str, Any]]:
 
 
 def recipe_listing(recipe: Row) -> str:
-    """The recipe as TOML, a list of plain values on one line."""
+    """Format a recipe as TOML, with each list of plain values on one line."""
     text = tomli_w.dumps(_without_nulls(recipe))
     return re.sub(
         r"\[\n((?: +[^\[\]{}\n]+,\n)+) *\]",
@@ -210,7 +203,7 @@ def recipe_listing(recipe: Row) -> str:
 
 
 def _without_nulls(value: Any) -> Any:
-    """TOML has no null; the recipe's reader takes the default for a field that is left out."""
+    """Drop null, which TOML lacks; the recipe's reader uses the default for a missing field."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

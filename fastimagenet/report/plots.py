@@ -1,7 +1,7 @@
-"""The plots of a run's report, each as the text of one inline `<svg>`.
+"""Plots of a run's report, each as the text of one inline `<svg>`.
 
-Every function takes rows of `metrics.jsonl` and phases of `plan.json` and returns "" where there
-is nothing to draw.
+Every function takes rows of `metrics.jsonl` and phases of `plan.json` and returns "" if there is
+nothing to draw.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastimagenet.report.figures import (
     VERMILLION,
     WIDTH,
     YELLOW,
+    Points,
     draw_line,
     finite,
     mark_phases,
@@ -38,15 +39,20 @@ from pipelines.formats import time_unit
 
 
 def lost_epoch(epochs: list[Row]) -> int | None:
-    """The first epoch, from 1, whose training loss is NaN or infinite (or null, in strict JSON)."""
+    """Return the first epoch, from 1, whose training loss is NaN, infinite or null."""
     for row in epochs:
         if "train_loss" in row and not finite(row["train_loss"]):
             return int(row["epoch"]) + 1
     return None
 
 
+def _points(rows: list[Row], key: str, scale: float = 1) -> Points:
+    """Take a field against the step, where it is finite."""
+    return [(row["step"], scale * row[key]) for row in rows if finite(row.get(key))]
+
+
 def accuracy(epochs: list[Row], phases: list[Row], target: tuple[str, float] | None) -> str:
-    """Accuracy in percent against training time, with the target line."""
+    """Draw accuracy in percent against training time, with the target line."""
     evaluated = [row for row in epochs if finite(row.get("top1"))]
     if not evaluated:
         return ""
@@ -79,7 +85,7 @@ def accuracy(epochs: list[Row], phases: list[Row], target: tuple[str, float] | N
 
 
 def losses(steps: list[Row], epochs: list[Row], phases: list[Row]) -> str:
-    """Loss of each logged step, of each epoch and on the validation set, against epochs."""
+    """Draw the loss of each logged step, of each epoch and on validation, against epochs."""
     single = [
         (done, row["loss"])
         for row in steps
@@ -107,70 +113,64 @@ def losses(steps: list[Row], epochs: list[Row], phases: list[Row]) -> str:
 
 
 def outcomes(steps: list[Row], epochs: list[Row], phases: list[Row]) -> str:
-    """Training loss of each logged step, validation loss and accuracies where they were computed.
-
-    Against steps: what the results of a schedule are compared in.
-    """
+    """Draw training loss, validation loss and accuracies against steps, as they were computed."""
     figure, axes = stack()
     colours = {"loss": BLUE, "val_loss": ORANGE, "top1": BLUE, "top5": SKY}
     for key, (_, scale) in OUTCOMES.items():
         rows = steps if key == "loss" else epochs
-        points = [(row["step"], scale * row[key]) for row in rows if finite(row.get(key))]
+        points = _points(rows, key, scale)
         marker: Row = {} if key == "loss" else {"marker": "o", "markersize": 3, "clip_on": False}
         draw_line(axes[key], thin(points), color=colours[key], **marker)
         _log_if_spread(axes[key], [value for _, value in points])
-    if not any(place.lines for place in axes.values()):
+    if not any(panel.lines for panel in axes.values()):
         return ""
-    for key, place in axes.items():
-        mark_phases(place, phases, *_step_edges(phases), names=key == "loss")
+    for key, panel in axes.items():
+        mark_phases(panel, phases, *_step_edges(phases), names=key == "loss")
     _step_axis(axes["top5"], phases)
     return svg(figure, "outcomes")
 
 
 def schedule(steps: list[Row], phases: list[Row]) -> str:
-    """Learning rate and momentum of each logged step."""
-    if not any(finite(row.get("lr")) for row in steps):
+    """Draw learning rate and momentum of each logged step."""
+    lrs = _points(steps, "lr")
+    if not lrs:
         return ""
     figure, axes = new_figure(2, sharex=True)
-    for place, key, name, colour in zip(
-        axes, ("lr", "momentum"), ("learning rate", "momentum"), (BLUE, GREEN), strict=True
-    ):
-        points = [(row["step"], row[key]) for row in steps if finite(row.get(key))]
-        draw_line(place, thin(points), color=colour)
-        place.set_ylabel(name)
-        place.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        mark_phases(place, phases, *_step_edges(phases), names=key == "lr")
-    axes[0].set_ylim(0, 1.1 * max(row["lr"] for row in steps if finite(row.get("lr"))))
+    lines = (("learning rate", lrs, BLUE), ("momentum", _points(steps, "momentum"), GREEN))
+    for panel, (name, points, colour) in zip(axes, lines, strict=True):
+        draw_line(panel, thin(points), color=colour)
+        panel.set_ylabel(name)
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        mark_phases(panel, phases, *_step_edges(phases), names=panel is axes[0])
+    axes[0].set_ylim(0, 1.1 * max(lr for _, lr in lrs))
     _step_axis(axes[1], phases)
     return svg(figure, "schedule")
 
 
 def sizes(epochs: list[Row], phases: list[Row]) -> str:
-    """Image size and batch size of each epoch."""
+    """Draw image size and batch size of each epoch."""
     if not epochs:
         return ""
     figure, axes = new_figure(2, sharex=True)
     labels = {"image_size": "image size (px)", "batch_size": "batch per process"}
-    for place, (key, label), colour in zip(axes, labels.items(), (PURPLE, VERMILLION), strict=True):
+    for panel, (key, label), colour in zip(axes, labels.items(), (PURPLE, VERMILLION), strict=True):
         points = [(row["epoch"] + end, row[key]) for row in epochs for end in (0, 1)]
-        draw_line(place, points, color=colour, linewidth=2.4)
+        draw_line(panel, points, color=colour, linewidth=2.4)
         largest = max(value for _, value in points)
         ticks = [largest]
         for value in sorted({value for _, value in points}, reverse=True):
             if min(value, ticks[-1] - value) > 0.2 * largest:
                 ticks.append(value)
-        place.set_ylim(0, 1.15 * largest)
-        place.set_yticks([0, *ticks])
-        place.set_ylabel(label)
+        panel.set_ylim(0, 1.15 * largest)
+        panel.set_yticks([0, *ticks])
+        panel.set_ylabel(label)
     _epoch_axis(axes[1], phases, names=False)
     return svg(figure, "sizes")
 
 
 def throughput(steps: list[Row], phases: list[Row]) -> str:
-    """Images per second of each logged step, all GPUs together."""
-    points = [
-        (row["step"], row["images_per_sec"]) for row in steps if finite(row.get("images_per_sec"))
-    ]
+    """Draw images per second of each logged step, over all processes."""
+    points = _points(steps, "images_per_sec")
     if not points:
         return ""
     figure, (axes,) = new_figure()
@@ -185,12 +185,13 @@ def throughput(steps: list[Row], phases: list[Row]) -> str:
 
 
 def _log_if_spread(axes: Axes, values: list[float]) -> None:
-    """A log axis where single values would press all others to the ground."""
+    """Use a log axis where a few large values would flatten all others."""
     if values and min(values) > 0 and max(values) > 30 * median_high(values):
         axes.set_yscale("log")
 
 
 def _step_edges(phases: list[Row]) -> tuple[list[float | None], float]:
+    """Return the first step of each phase, and the end of the last."""
     if not phases:
         return [], 0.0
     last = phases[-1]
@@ -200,7 +201,7 @@ def _step_edges(phases: list[Row]) -> tuple[list[float | None], float]:
 
 
 def _epochs_done(step: int, phases: list[Row]) -> float | None:
-    """How many epochs lie before `step`, with a fraction."""
+    """Convert a step to epochs, with a fraction."""
     for phase in reversed(phases):
         if step >= phase["first_step"]:
             return float(
@@ -239,24 +240,20 @@ TIME_COLOURS = {
 
 
 def epoch_seconds(epochs: list[Row]) -> str:
-    """Seconds of each epoch: training, waiting for data taken out of it, and evaluation."""
+    """Draw the seconds of each epoch: computing, waiting for data, and evaluation."""
     if not epochs:
         return ""
     figure, (axes,) = new_figure()
     before: Row = {"train_seconds": 0.0, "eval_seconds": 0.0, "data_wait_seconds": 0.0}
-    parts: dict[str, list[float]] = {"computing": [], "waiting for data": [], "evaluation": []}
+    spent = []
     for row in epochs:
-        wait = row["data_wait_seconds"] - before["data_wait_seconds"]
-        train = row["train_seconds"] - before["train_seconds"]
-        parts["computing"].append(max(0.0, train - wait))
-        parts["waiting for data"].append(wait)
-        parts["evaluation"].append(max(0.0, row["eval_seconds"] - before["eval_seconds"]))
-        before = row
+        train, evaluation, wait = (row[key] - before[key] for key in before)
+        spent.append((max(0.0, train - wait), wait, max(0.0, evaluation)))
+        before = {key: row[key] for key in before}
     numbers = [row["epoch"] + 1 for row in epochs]
     bottom = [0.0] * len(epochs)
-    for (name, values), key in zip(
-        parts.items(), ("compute", "data_wait", "evaluation"), strict=True
-    ):
+    parts = {"compute": "computing", "data_wait": "waiting for data", "evaluation": "evaluation"}
+    for (key, name), values in zip(parts.items(), zip(*spent, strict=True), strict=True):
         axes.bar(numbers, values, 0.8, bottom, label=name, color=TIME_COLOURS[key])
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -269,8 +266,7 @@ def epoch_seconds(epochs: list[Row]) -> str:
 
 
 def time_split(seconds: Row) -> str:
-    """One bar over the whole wall time; parts above 10 % carry their share, and their name
-    where it fits."""
+    """Draw the wall time as one bar; label parts above 10 % with share and, if it fits, name."""
     parts = {key: float(value) for key, value in seconds.items() if value and value > 0}
     total = sum(parts.values())
     if not total:
@@ -286,8 +282,8 @@ def time_split(seconds: Row) -> str:
         lines = [*(words if share > 2 * max(map(len, words)) else []), f"{share:.0f} %"]
         if share > 10:
             ink = "white" if colour == BLUE else "black"
-            place: Row = {"ha": "center", "va": "center", "color": ink, "fontsize": SMALL}
-            axes.text(left + share / 2, 0, "\n".join(lines), parse_math=False, **place)
+            look: Row = {"ha": "center", "va": "center", "color": ink, "fontsize": SMALL}
+            axes.text(left + share / 2, 0, "\n".join(lines), parse_math=False, **look)
         left += share
     axes.set(xlim=(0, 100), ylim=(-0.4, 0.4))
     axes.set_axis_off()

@@ -1,4 +1,4 @@
-"""The files of a run folder: how they are written whole, and how they are read back."""
+"""A run folder, read back: its plan, summary and rows."""
 
 from __future__ import annotations
 
@@ -11,24 +11,59 @@ from pipelines.files import Row, read_object
 
 
 def rows_of(kind: str, rows: list[Row]) -> list[Row]:
-    """Those of one kind: "step", "epoch" or "event"."""
+    """Select the rows of one kind: "step", "epoch" or "event"."""
     return [row for row in rows if row.get("kind") == kind]
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the files of a run folder hold."""
+def row_at_target(rows: list[Row], metric: str, value: float) -> Row | None:
+    """Return the first evaluated epoch row with `metric` >= `value`, a fraction; None without."""
+    for row in rows:
+        if row.get(metric) is not None and row[metric] >= value:
+            return row
+    return None
 
+
+def time_to_target(rows: list[Row], metric: str, value: float) -> float | None:
+    """Return the training time in seconds at the first epoch row that reaches the target."""
+    row = row_at_target(rows, metric, value)
+    return None if row is None else float(row["train_seconds"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run has left in its folder."""
+
+    folder: Path
     plan: Row
+    """plan.json: the derived plan and the recipe."""
     summary: Row
-    """{} for a run that was stopped before it could write one."""
+    """summary.json; {} for a run that was stopped before it could write one."""
     steps: list[Row]
+    """Rows of metrics.jsonl, as are the two below."""
     epochs: list[Row]
     events: list[Row]
 
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Read the folder of a finished or stopped run. Raises UserError where it holds none."""
+        folder = Path(folder)
+        plan = read_object(folder / "plan.json")
+        if not {"recipe", "phases"} <= plan.keys():  # benchmarks.plan writes such a file, too
+            raise UserError(f"{folder}/plan.json is not of a run: name a run's --output folder")
+        summary = folder / "summary.json"
+        rows = read_rows(folder)
+        return cls(
+            folder=folder,
+            plan=plan,
+            summary=read_object(summary) if summary.exists() else {},
+            steps=rows_of("step", rows),
+            epochs=rows_of("epoch", rows),
+            events=rows_of("event", rows),
+        )
+
     @property
     def target(self) -> tuple[str, float] | None:
-        """("top1" or "top5", fraction), or None without a target."""
+        """Metric ("top1" or "top5") and fraction to reach, or None without a target."""
         target = self.summary.get("target") or self.plan.get("recipe", {}).get("target")
         if isinstance(target, str) and target:
             metric, _, value = target.partition("=")
@@ -36,12 +71,18 @@ class Run:
         return (target["metric"], target["value"]) if target else None
 
     @property
+    def seconds_to_target(self) -> float | None:
+        """Training time until the target was reached; None if it was not, or without one."""
+        return None if self.target is None else time_to_target(self.epochs, *self.target)
+
+    @property
     def epochs_done(self) -> int:
+        """How many epochs were trained."""
         return self.epochs[-1]["epoch"] + 1 if self.epochs else 0
 
     @property
     def results(self) -> Row:
-        """Accuracies as fractions and train_seconds: the summary's, or the last rows'."""
+        """Accuracies as fractions and train_seconds, from the summary or else the last rows."""
         rows = self.epochs
         evaluated = [row for row in rows if row.get("top1") is not None]
         last = {**(rows[-1] if rows else {}), **(evaluated[-1] if evaluated else {})}
@@ -49,19 +90,3 @@ class Run:
             last["train_seconds"] = rows[-1]["train_seconds"]
         keys = ("top1", "top5", "tta_top1", "tta_top5", "square_top1", "train_seconds")
         return {key: self.summary[key] if key in self.summary else last.get(key) for key in keys}
-
-
-def read_run(run_dir: Path) -> Run:
-    """Raises UserError where the folder holds no run."""
-    plan = read_object(run_dir / "plan.json")
-    if not {"recipe", "phases"} <= plan.keys():  # benchmarks.plan writes a file of that name, too
-        raise UserError(f"{run_dir}/plan.json is not of a run: name a run's --output folder")
-    summary = run_dir / "summary.json"
-    rows = read_rows(run_dir)
-    return Run(
-        plan=plan,
-        summary=read_object(summary) if summary.exists() else {},
-        steps=rows_of("step", rows),
-        epochs=rows_of("epoch", rows),
-        events=rows_of("event", rows),
-    )

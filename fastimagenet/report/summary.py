@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastimagenet.config import RunConfig
 from fastimagenet.report import dawnbench
 from fastimagenet.report.page import write_report
+from fastimagenet.report.run import time_to_target
 from fastimagenet.training.clock import train_seconds
-from fastimagenet.training.evaluation import precision_name
 from fastimagenet.training.recorder import best_record
+from fastimagenet.training.trainer import Trainer
 from pipelines.backends import chosen_backend
 from pipelines.datasets import shards as shard_manifest
 from pipelines.datasets.known import dataset_name
@@ -21,62 +21,61 @@ from pipelines.datasets.shards import has_shards
 from pipelines.datasets.split import Split
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
-from pipelines.files import write_object
-
-if TYPE_CHECKING:
-    from fastimagenet.training.trainer import Trainer
-
+from pipelines.files import Row, write_object
 
 IMAGENET_NUM_VAL = 50_000
 
 
 def write_results(
-    args: argparse.Namespace, trainer: Trainer, val: Split, started: str, command: str
+    config: RunConfig, trainer: Trainer, val: Split, started: str, command: str
 ) -> Path:
-    """Write all of them into --output; returns the page's path."""
-    summary = summarise(args, trainer, val) | {"started": started, "command": command}
-    write_object(args.output / "summary.json", summary)
-    page = write_report(args.output)
-    dawnbench.write_entry(args.output)
+    """Write summary.json, report.html and the entry to the run's folder; return the page's path."""
+    folder = config.folder
+    summary = summarise(config, trainer, val) | {"started": started, "command": command}
+    write_object(folder / "summary.json", summary)
+    page = write_report(folder)
+    dawnbench.write_entry(folder)
     return page
 
 
-def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[str, Any]:
-    """The fields of summary.json; times in seconds, accuracies as fractions."""
-    plan, recipe, records = trainer.plan, trainer.plan.recipe, trainer.records
+def what_ran(config: RunConfig, trainer: Trainer, val: Split) -> Row:
+    """Return the fields that say which recipe ran on which data and machine."""
+    recipe, world = trainer.plan.recipe, trainer.world
+    return {
+        "recipe": recipe.name,
+        "model": recipe.model,
+        "data": config.data.name,
+        "dataset": dataset_name(val.classes) or config.data.name,
+        "num_classes": len(val.classes),
+        "seed": config.seed,
+        "world_size": world.world_size,
+        "device": world.device.partition(":")[0],
+        "precision": trainer.precision,
+        "backend": chosen_backend(config.data.backend),
+        "hardware": config.entry.hardware or hardware(trainer),
+        "versions": versions(),
+    }
+
+
+def summarise(config: RunConfig, trainer: Trainer, val: Split) -> Row:
+    """Return the fields of summary.json; times in seconds, accuracies as fractions."""
+    recipe, records = trainer.plan.recipe, trainer.records
     seconds = trainer.clock.read()
-    target, reached = recipe.target_metric, None
-    if target is not None:
-        rows = [vars(record) for record in records]
-        reached = dawnbench.time_to_target(rows, *target)
-    best = best_record(records, recipe)
+    target = recipe.target_metric
+    best, last = best_record(records, recipe), records[-1]
     assert best is not None, "the epoch that a run ends with is always evaluated"
     stepping = seconds["data_wait"] + seconds["compute"] + seconds["communication"]
     images = sum(
         (min(trainer.step, planned.last_step) - planned.first_step) * planned.global_batch
-        for planned in plan.phases
+        for planned in trainer.plan.phases
         if planned.first_step < trainer.step
     )
-    hours = train_seconds(seconds) / 3600
-    folder = args.data.resolve().name if args.data else "digits"
-    last = records[-1]
-    return {
-        "recipe": recipe.name,
-        "model": recipe.model,
-        "data": folder,
-        "dataset": dataset_name(val.classes) or folder,
-        "num_classes": len(val.classes),
-        "used_blacklist": used_blacklist(args.data, val),
-        "seed": args.seed,
-        "world_size": trainer.world.world_size,
-        "device": trainer.world.device.partition(":")[0],
-        "precision": precision_name(trainer.dtype),
-        "backend": chosen_backend(args.backend),
-        "hardware": args.hardware or hardware(trainer),
+    cost = config.entry.cost_per_hour
+    return what_ran(config, trainer, val) | {
+        "used_blacklist": used_blacklist(config.data.folder, val),
         "framework": f"PyTorch {torch.__version__.partition('+')[0]}",
-        "versions": versions(),
-        "author": args.author,
-        "author_email": args.author_email,
+        "author": config.entry.author,
+        "author_email": config.entry.author_email,
         "epochs": trainer.epoch,
         "steps": trainer.step,
         "top1": last.top1,
@@ -92,18 +91,18 @@ def summarise(args: argparse.Namespace, trainer: Trainer, val: Split) -> dict[st
         "wall_seconds": sum(seconds.values()),
         "time_split_seconds": seconds,
         "images_per_sec": images / stepping,
-        "target": None if target is None else {"metric": target[0], "value": target[1]},
-        "time_to_target_seconds": reached,
-        "cost_per_hour": args.cost_per_hour,
-        "cost_usd": None if args.cost_per_hour is None else hours * args.cost_per_hour,
+        "target": target and {"metric": target[0], "value": target[1]},
+        "time_to_target_seconds": target and time_to_target([vars(r) for r in records], *target),
+        "cost_per_hour": cost,
+        "cost_usd": None if cost is None else train_seconds(seconds) / 3600 * cost,
     }
 
 
 def used_blacklist(folder: Path | None, val: Split) -> bool | None:
-    """Whether the blacklisted validation images of ImageNet count; None for other data.
+    """Return whether the blacklisted validation images of ImageNet count; None for other data.
 
-    DAWNBench's word. dataset.json, which `pipelines.prepare` writes and packs into shards, tells;
-    without it, all 50,000 images do.
+    The name is DAWNBench's. dataset.json, which `pipelines.prepare` writes and packs into shards,
+    records it; without that file they count if there are all 50,000 images.
     """
     if folder is None or dataset_name(val.classes) != "ImageNet":
         return None
@@ -112,14 +111,14 @@ def used_blacklist(folder: Path | None, val: Split) -> bool | None:
             facts = shard_manifest.read_manifest(folder).dataset
         else:
             facts = read_manifest(folder)
-        told = facts.get("used_blacklist")
+        recorded = facts.get("used_blacklist")
     except UserError:  # no reason to lose the results of a run
-        told = None
-    return told if isinstance(told, bool) else len(val) == IMAGENET_NUM_VAL
+        recorded = None
+    return recorded if isinstance(recorded, bool) else len(val) == IMAGENET_NUM_VAL
 
 
 def hardware(trainer: Trainer) -> str:
-    """The GPUs of all processes, or the CPU cores of this machine."""
+    """Name the GPUs of all processes, or the CPU cores of this node."""
     if trainer.device.type == "cuda":
         return f"{trainer.world.world_size} x {torch.cuda.get_device_name(trainer.device)}"
     return processor()

@@ -1,1 +1,1 @@
-"""The training loop and what it needs at every step."""
+"""The training loop and what it is made of."""

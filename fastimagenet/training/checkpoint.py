@@ -11,6 +11,7 @@ import hashlib
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -25,6 +26,11 @@ from pipelines.errors import UserError
 from pipelines.files import written_beside
 
 LAST, PREVIOUS, EPOCH, BEST = "last.pt", "previous.pt", "epoch.pt", "best.pt"
+ENTRIES = (
+    *("recipe", "classes", "num_train", "seed", "model", "ranks", "accumulation", "clock"),
+    "saved_at",
+)
+"""What a checkpoint that a run resumes from holds at least."""
 DIGEST = "sha256"
 SEAL_SIZE = 64
 """Bytes of the digest as ASCII."""
@@ -137,6 +143,42 @@ def load(path: Path, *entries: str) -> dict[str, Any]:
             f"checkpoint {path} was not written by fastimagenet.train: it has no {missing[0]}"
         )
     return dict(state)
+
+
+def newest_intact(folder: Path, *, say: bool = True) -> tuple[Path, dict[str, Any]]:
+    """Load last.pt or, where it is damaged, previous.pt or the one of the last epoch's end.
+
+    `say`: note a damaged file on standard error. Raises UserError naming last.pt where none is
+    intact.
+    """
+    damage: UserError | None = None
+    for name in (LAST, PREVIOUS, EPOCH):
+        path = folder / name
+        try:
+            state = load(path, *ENTRIES)
+        except UserError as error:
+            damage = damage or error
+            continue
+        if damage is not None and say:
+            print(f"note: {damage}; resuming from {path}", file=sys.stderr)  # noqa: T201
+        return path, state
+    assert damage is not None
+    raise damage
+
+
+def adopt(folder: Path, path: Path, num_epochs: int) -> None:
+    """Link the checkpoint that a run resumes from into its new folder.
+
+    So is the best one of the `num_epochs` epochs until then: the run's rows and its summary refer
+    to both.
+    """
+    if path.parent.resolve() == folder.resolve():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    link(path, folder / LAST)
+    best = path.with_name(BEST)
+    if best.exists() and load(best, "epoch")["epoch"] <= num_epochs:
+        link(best, folder / BEST)
 
 
 class CheckpointWriter:

@@ -1,22 +1,19 @@
-"""Exact top-1, top-5 and loss: counts are summed over batches and ranks, and divided once.
-
-Importing this module does not import torch, so that a recipe can be checked without it.
-"""
+"""Exact top-1, top-5 and loss: counts are summed over batches and ranks, and divided once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
 
+from fastimagenet.distributed.collectives import all_reduce_sum, broadcast
+from fastimagenet.distributed.world import World
 from fastimagenet.recipes.recipe import TTA
 from pipelines.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 
 def check_tta(tta: str) -> None:
@@ -37,19 +34,12 @@ class Counts:
     tta_correct1: int | None = None
     tta_correct5: int | None = None
 
-    def tensor(self) -> Tensor:
-        """The numbers as float64 on the CPU, (6,), or (4,) without TTA: adding those of all
-        ranks, in one all_reduce, adds the counts exactly (below 2^53)."""
-        import torch
-
-        values = [value for value in astuple(self) if value is not None]
-        return torch.tensor(values, dtype=torch.float64)
-
     @classmethod
-    def from_tensor(cls, tensor: Tensor) -> Counts:
-        """The counts that `tensor()`, or a sum of such tensors, holds."""
-        images, correct1, correct5, loss_sum, *tta = tensor.tolist()
-        return cls(int(images), int(correct1), int(correct5), loss_sum, *map(int, tta))
+    def from_totals(cls, totals: list[float], tta: str) -> Counts:
+        """Make counts of six numbers in the order of the fields; the last two count with a TTA."""
+        images, correct1, correct5, loss_sum, *tta_correct = totals
+        found = map(int, tta_correct if tta != "none" else ())
+        return cls(int(images), int(correct1), int(correct5), loss_sum, *found)
 
     @property
     def top1(self) -> float:
@@ -87,27 +77,28 @@ def evaluate(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
-    device: torch.device,
+    world: World,
     autocast_dtype: torch.dtype | None,
     tta: str = "none",
 ) -> Counts:
-    """Count over one pass of `loader`, which yields images (B, 3, H, W) and labels (B,) int64.
+    """Count over one pass of the loaders of all processes, on the device of `world`.
 
-    `autocast_dtype` None: the model runs in its own precision. Either way logits are compared in
-    float32. With `tta` the softmax is averaged over `views`; the plain figures are those of the
-    first view, from the same pass. With fewer than five classes top-5 is "any of them"; an image
-    with a NaN among its logits is wrong in every count. The model's modes are left as they were.
-    Raises `UserError` for an unknown `tta`.
+    Each process calls it with its own share of the images (B, 3, H, W) and labels (B,) int64, and
+    gets the sum over all; they take the buffers, which are the BN statistics, from the first
+    process. `autocast_dtype` None: the model runs in its own precision. Either way logits are
+    compared in float32. With `tta` the softmax is averaged over `views`; the plain figures are
+    those of the first view, from the same pass. With fewer than five classes top-5 is "any of
+    them"; an image with a NaN among its logits is wrong in every count. The model's modes are left
+    as they were. Raises UserError for an unknown `tta`.
     """
-    import torch
-    import torch.nn.functional as F
-
     check_tta(tta)
-    images = 0
+    device, images = torch.device(world.device), 0
     # Kept on the device: a sync in each batch would leave a GPU idle.
-    correct = torch.zeros(2, dtype=torch.int64, device=device)
-    tta_correct = torch.zeros(2, dtype=torch.int64, device=device)
+    correct = torch.zeros(2, dtype=torch.float64, device=device)
+    tta_correct = torch.zeros(2, dtype=torch.float64, device=device)
     loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
+    # Every process has statistics of its own; the first one's are saved, and so evaluated.
+    broadcast(model.buffers(), world, "the BN statistics")
     # Not inference_mode: torch.compile makes a second graph for tensors created under it.
     with eval_mode(model), torch.no_grad():
         for batch, labels in loader:
@@ -118,16 +109,15 @@ def evaluate(
             logits = outputs[0].float()
             images += len(labels)
             correct += count_correct(logits, labels)
-            loss_sum += F.cross_entropy(logits, labels, reduction="none").double().sum()
+            loss_sum += cross_entropy(logits, labels, reduction="none").double().sum()
             if tta != "none":
                 # Softmax first: averaged logits, or their exponentials, let one view outvote all.
                 mean = torch.stack(outputs).float().softmax(dim=-1).mean(dim=0)
                 tta_correct += count_correct(mean, labels)
-        totals = torch.cat([correct, loss_sum, tta_correct]).tolist()  # the only sync
-    correct1, correct5, loss, *tta_totals = totals
-    if tta == "none":
-        tta_totals = []
-    return Counts(images, int(correct1), int(correct5), loss, *map(int, tta_totals))
+        num_images = torch.tensor([images], dtype=torch.float64, device=device)
+        totals = torch.cat([num_images, correct, loss_sum, tta_correct])
+        all_reduce_sum(totals, world, "validation counts")  # in float64, exact below 2^53
+    return Counts.from_totals(totals.tolist(), tta)  # the only wait for the device
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
@@ -135,8 +125,6 @@ def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
 
     -> (2,) int64 on the same device. A row of scores with a NaN is wrong in both.
     """
-    import torch
-
     best = scores.topk(min(5, scores.shape[1]), dim=1).indices
     # topk takes NaN for the greatest of all numbers: it would be a hit at the label.
     hit = (best == labels[:, None]) & ~scores.isnan().any(dim=1, keepdim=True)
@@ -153,9 +141,6 @@ def views(images: Tensor, tta: str) -> Iterator[Tensor]:
     logits (arXiv:2404.00498). On one network trained here on JPEG copies (n = 1) that gave 90.20 %
     top-1, 2 px and equal weights on softmax 90.26 %: no difference, so the views stay equal.
     """
-    import torch
-    import torch.nn.functional as F
-
     check_tta(tta)
     yield images
     if tta == "none":
@@ -165,7 +150,7 @@ def views(images: Tensor, tta: str) -> Iterator[Tensor]:
         return
     height, width = images.shape[-2:]
     dy, dx = height // 16, width // 16
-    padded = F.pad(images, (dx, dx, dy, dy), mode="reflect")
+    padded = pad(images, (dx, dx, dy, dy), mode="reflect")
     for top, left in ((0, 0), (2 * dy, 2 * dx)):
         moved = padded[..., top : top + height, left : left + width]
         # One memory layout for all views: a compiled model would be compiled anew for another.
@@ -191,15 +176,8 @@ def autocast_dtype(precision: str, device: str) -> torch.dtype | None:
 
     "auto" is bf16 on a GPU and fp32 on a CPU. Raises UserError for fp16 on a CPU.
     """
-    import torch
-
     if precision == "auto":
         precision = "fp32" if device == "cpu" else "bf16"
     if precision == "fp16" and device == "cpu":
         raise UserError("--precision fp16 needs a GPU; on a CPU take bf16 or fp32")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def precision_name(dtype: torch.dtype | None) -> str:
-    """As --precision has it."""
-    return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from fastimagenet.distributed.collectives import gather_objects
-from fastimagenet.distributed.world import World
-from fastimagenet.errors import NotWritten
-from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.plan import Plan, PlannedPhase
 from pipelines.errors import UserError
 
 SCALER_PATIENCE_STEPS = 16
 """Non-finite losses in a row that the fp16 loss scaler, which halves itself at each, may cure."""
 
 
-class LossWatch:
+class LossMonitor:
     """Sums an epoch's losses and notes the step from which they are past cure, on the device.
 
     Nothing here waits for the device but `read`.
@@ -64,10 +59,10 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def out_of_memory_advice(batch_size: int, image_size: int, phase: int) -> Iterator[None]:
-    """Turn the GPU's out-of-memory error into one that says what was tried and what to set.
+def out_of_memory_advice(phase: PlannedPhase, image_size: int) -> Iterator[None]:
+    """Turn the GPU's out-of-memory error in the block into one that says what to set.
 
-    `phase` is the place in the recipe of the phase that the batch size comes from.
+    The block works on batches of `phase`, at `image_size` pixels.
     """
     try:
         yield
@@ -75,41 +70,6 @@ def out_of_memory_advice(batch_size: int, image_size: int, phase: int) -> Iterat
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"the GPU is out of memory with batch_size {batch_size} at {image_size} px: "
-            f"--set phases.{phase}.batch_size={max(1, batch_size // 2)}"
+            f"the GPU is out of memory with batch_size {phase.batch_size} at {image_size} px: "
+            f"--set phases.{phase.index}.batch_size={max(1, phase.batch_size // 2)}"
         ) from None
-
-
-class Unwritten:
-    """The names of what could not be written, each with the reason."""
-
-    def __init__(self) -> None:
-        self._reasons: dict[str, str] = {}
-
-    def attempt(self, name: str, write: Callable[[], object]) -> bool:
-        """Whether `write` did its work; an OSError is said on standard error, once for a name."""
-        try:
-            write()
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            if name not in self._reasons:
-                text = f"warning: {name} could not be written: {reason}; the training goes on"
-                print(text, file=sys.stderr, flush=True)  # noqa: T201
-            self._reasons[name] = reason
-            return False
-        self._reasons.pop(name, None)
-        return True
-
-    def __str__(self) -> str:
-        """One line, or nothing where all was written."""
-        lost = (f"{name} ({reason})" for name, reason in self._reasons.items())
-        return f"not written: {', '.join(lost)}" if self._reasons else ""
-
-    def share(self, world: World) -> None:
-        """Have all processes know what the first one could not write; every one has to ask."""
-        self._reasons = gather_objects(self._reasons, world, "the end of the training")[0]
-
-    def check(self) -> None:
-        """Raise NotWritten unless all was written."""
-        if self._reasons:
-            raise NotWritten(str(self))

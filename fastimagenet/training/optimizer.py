@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from fastimagenet.recipes.recipe import Recipe
 
 
-BACKENDS = ("torch", "apex")
 Settings = dict[str, Any]
 """Entries of a group but for its parameters."""
 _REMEDY = "build NVIDIA apex from https://github.com/NVIDIA/apex or take --optimizer-backend torch"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
-from fastimagenet.training.failures import Unwritten
+from fastimagenet.distributed.collectives import gather_objects
+from fastimagenet.distributed.world import World
+from fastimagenet.errors import NotWritten
+from fastimagenet.recipes.recipe import Recipe
 from pipelines.files import Row, write_text
-
-if TYPE_CHECKING:
-    from fastimagenet.recipes.recipe import Recipe
 
 
 def read_rows(run_dir: Path) -> list[Row]:
@@ -213,3 +215,38 @@ def _line(row: Row) -> str:
         for name, value in row.items()
     }
     return json.dumps(clean) + "\n"
+
+
+class Unwritten:
+    """The names of what could not be written, each with the reason."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, str] = {}
+
+    def attempt(self, name: str, write: Callable[[], object]) -> bool:
+        """Whether `write` did its work; an OSError is said on standard error, once for a name."""
+        try:
+            write()
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            if name not in self._reasons:
+                text = f"warning: {name} could not be written: {reason}; the training goes on"
+                print(text, file=sys.stderr, flush=True)  # noqa: T201
+            self._reasons[name] = reason
+            return False
+        self._reasons.pop(name, None)
+        return True
+
+    def __str__(self) -> str:
+        """One line, or nothing where all was written."""
+        lost = (f"{name} ({reason})" for name, reason in self._reasons.items())
+        return f"not written: {', '.join(lost)}" if self._reasons else ""
+
+    def share(self, world: World) -> None:
+        """Have all processes know what the first one could not write; every one has to ask."""
+        self._reasons = gather_objects(self._reasons, world, "the end of the training")[0]
+
+    def check(self) -> None:
+        """Raise NotWritten unless all was written."""
+        if self._reasons:
+            raise NotWritten(str(self))

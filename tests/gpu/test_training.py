@@ -20,8 +20,7 @@ from fastimagenet.distributed.world import World
 from fastimagenet.lr_finder.analysis import SweepRecord
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
-from fastimagenet.training.recorder import NullRecorder
-from fastimagenet.training.trainer import Trainer, warm_up
+from fastimagenet.training.trainer import Trainer
 from pipelines.backends import make_loader
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split
@@ -59,7 +58,7 @@ def make_trainer(recipe: Recipe, model: nn.Module | None = None) -> Trainer:
         return make_loader("synthetic", spec)
 
     model = model or make_model(recipe.model, 10, small_stem=True)
-    return Trainer(plan, model, World(device="cuda:0"), loader, NullRecorder())
+    return Trainer(plan, model, loader(True), loader(False), world=World(device="cuda:0"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -112,7 +111,7 @@ def test_a_compiled_run_changes_phase_without_compiling_again(
 ) -> None:
     recipe = replace(RECIPE, precision="bf16", mixup=mixup)
     trainer = make_trainer(replace(recipe, compile=True, cuda_graphs=cuda_graphs))
-    warm_up(trainer)
+    trainer.compile_all_sizes()
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     trainer.fit()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled

@@ -19,7 +19,7 @@ from test_step_variants import (
 
 from benchmarks.training_step import VARIANTS, sweep, synthetic_trainer, variant_recipe
 from fastimagenet.recipes.recipe import Phase, Recipe
-from fastimagenet.training.trainer import Trainer, warm_up
+from fastimagenet.training.trainer import Trainer
 
 GPU = "cuda:0"
 
@@ -49,7 +49,7 @@ def test_losses_of_a_resnet50_are_those_of_plain_fp32_within_rounding(variant: s
 def test_a_step_never_waits_for_the_gpu(variant: str) -> None:
     trainer = synthetic_trainer(small_recipe(variant), GPU, CLASSES)
     if trainer.plan.recipe.compile:
-        warm_up(trainer)
+        trainer.compile_all_sizes()
     trainer.model.train()
     batch = next(iter(trainer.train_loader))
     for _ in range(3):  # cuDNN tries its algorithms, the allocator its blocks
@@ -76,7 +76,7 @@ def test_gradients_of_several_batches_add_up_with_cuda_graphs() -> None:
     found = []
     for variant in ("compiled", "graphs"):
         trainer = synthetic_trainer(small_recipe(variant), GPU, CLASSES)
-        warm_up(trainer)
+        trainer.compile_all_sizes()
         found.append(updated(trainer, 3))
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, rtol=1e-2, atol=1e-3)
@@ -87,7 +87,7 @@ def test_graphs_of_two_sizes_take_turns() -> None:
     phases = tuple(Phase(epochs=1, image_size=size, batch_size=16) for size in (32, 48))
     spans = ((0.0, 2.0, 1.0, 1.0),)
     trainer = synthetic_trainer(replace(recipe, phases=phases, lr_spans=spans), GPU, CLASSES)
-    warm_up(trainer)
+    trainer.compile_all_sizes()
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     trainer.fit()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled

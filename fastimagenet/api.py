@@ -1,0 +1,214 @@
+"""The same calls as the commands', for Python and notebooks.
+
+All names here are those of `fastimagenet` itself: `fastimagenet.train(...)`. A wrong argument is a
+UserError that names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from fastimagenet.config import DataConfig, EntryFacts, RunConfig, changed_recipe, chosen_recipe
+from fastimagenet.distributed.world import Launch
+from fastimagenet.recipes.recipe import Recipe
+from pipelines.backends import make_loader
+from pipelines.datasets.split import read_split
+from pipelines.errors import UserError
+from pipelines.loader import LoaderSpec, Stage, Transforms
+from pipelines.workers import num_cores
+
+if TYPE_CHECKING:
+    from fastimagenet.lr_finder.results import Sweeps
+    from fastimagenet.report.run import Run
+    from pipelines.loader import Loader
+
+
+def recipe(name: str, nodes: int = 1) -> Recipe:
+    """Look up the recipe of that name, in its variant for `nodes` nodes, or read a TOML file.
+
+    Raises UserError with the names that there are.
+    """
+    return chosen_recipe(_checked("recipe", name, str), None, nodes)
+
+
+def train(
+    data: str | Path | None = None,
+    *,
+    recipe: str | Recipe | None = None,
+    output: str | Path | None = None,
+    epochs: int | None = None,
+    set: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Run:
+    """Train a classifier as `python -m fastimagenet.train` does, and open the folder of the run.
+
+    data: an image folder or shards; None trains the embedded digits.
+    recipe: a name, a TOML file or a `Recipe`. epochs: stretches it. set: its fields to change, such
+    as {"max_lr": 1.2, "phases.0.image_size": 96}.
+    output: the folder of the run; None makes a new one in runs/.
+    options: more fields of `RunConfig`, `DataConfig`, `Launch` and `EntryFacts`, such as
+    device="cpu", seed=1, backend="memory" or resume="auto".
+
+    An interrupted run (Ctrl-C, a notebook's stop button) is saved: call again with the same output
+    and resume="auto". Raises UserError naming the argument, field or file that is wrong, NotWritten
+    for results that a full disk has not taken, PeerLost if another process is gone.
+    """
+    from fastimagenet import run
+    from fastimagenet.report.run import Run
+
+    config = _config(data, recipe, output, epochs, set, options).with_output()
+    run.train(config)
+    return Run.open(config.folder)
+
+
+def loader(
+    data: str | Path | None = None,
+    split: str = "train",
+    *,
+    image_size: int,
+    batch_size: int,
+    backend: str = "auto",
+    device: str = "cpu",
+    seed: int = 0,
+    num_threads: int | None = None,
+    **transforms: Any,
+) -> Loader:
+    """Open a loader of normalised batches: images (B, 3, S, S) float32, labels (B,) int64.
+
+    data: an image folder or shards; None reads the embedded digits.
+    split: "train" is shuffled and augmented, "val" reads every image once.
+    device: "cpu" or "cuda:INDEX", where the batches end up. num_threads: None takes all cores.
+    transforms: fields of `pipelines.loader.Transforms`, such as mirror=False or mixup=0.2.
+
+    Each pass over the loader is an epoch. `close()` it, or use contextlib.closing, to free its
+    threads and memory. Raises UserError naming the argument or file that is wrong.
+    """
+    if split not in ("train", "val"):
+        raise UserError(f'split must be "train" or "val", not {split!r}')
+    for name, value in (("image_size", image_size), ("batch_size", batch_size)):
+        if _checked(name, value, int) < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    hints = get_type_hints(Transforms)
+    for name in transforms:
+        _known(name, hints)
+    spec = LoaderSpec(
+        split=read_split(DataConfig(folder=_checked("data", data, Path | None)).root, split),
+        stages=(Stage(epochs=1, image_size=image_size, batch_size=batch_size),),
+        training=split == "train",
+        device=_checked("device", device, str),
+        seed=_checked("seed", seed, int),
+        num_threads=_checked("num_threads", num_threads, int | None) or num_cores(),
+        **transforms,
+    )
+    return make_loader(_checked("backend", backend, str), spec)
+
+
+def lr_find(
+    data: str | Path | None = None,
+    *,
+    recipe: str | Recipe | None = None,
+    start_lr: float = 1e-5,
+    end_lr: float = 10,
+    num_it: int = 100,
+    wds: float | Sequence[float] = (),
+    momenta: float | Sequence[float] = (),
+    linear: bool = False,
+    stop_dv: bool = True,
+    output: str | Path | None = None,
+    set: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Sweeps:
+    """Sweep the learning rate as `python -m fastimagenet.lr_find` does.
+
+    wds, momenta: one sweep for each; by default those of the recipe. Other arguments as for `train`
+    and `lr_find2`. The result has `.plot(skip_first=, skip_last=, smoothed=)`, `.suggestion` and
+    `.runs`, a `Sweep` each; `output`, by default a new folder in runs/, gets rows and figures.
+    Raises UserError naming the argument, field or file that is wrong.
+    """
+    from fastimagenet import run
+    from fastimagenet.lr_finder.analysis import SweepConfig
+    from fastimagenet.lr_finder.results import Sweeps
+
+    settings = SweepConfig(
+        start_lr=start_lr,
+        end_lr=end_lr,
+        num_it=num_it,
+        weight_decays=_several("wds", wds),
+        momenta=_several("momenta", momenta),
+        linear=linear,
+        stop_dv=stop_dv,
+    )
+    config = _config(data, recipe, output, None, set, options).with_output("lr_find-")
+    run.sweep(config, settings)
+    return Sweeps.open(config.folder)
+
+
+def _config(
+    data: str | Path | None,
+    recipe: str | Recipe | None,
+    output: str | Path | None,
+    epochs: int | None,
+    settings: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
+) -> RunConfig:
+    """Build the RunConfig of these arguments; an option goes to the part with a field so named."""
+    parts: dict[type, dict[str, Any]] = {
+        part: {} for part in (RunConfig, DataConfig, Launch, EntryFacts)
+    }
+    hints = {part: get_type_hints(part) for part in parts}
+    for name, value in options.items():
+        _known(name, [key for part in parts for key in hints[part] if key not in _OWN_ARGUMENT])
+        part = next(part for part in parts if name in hints[part])
+        parts[part][name] = _checked(name, value, hints[part][name])
+    folder = _checked("data", data, Path | None)
+    launch = Launch(**parts[Launch])
+    if not isinstance(recipe, Recipe):
+        recipe = chosen_recipe(
+            _checked("recipe", recipe, str | Recipe | None), folder, launch.nodes
+        )
+    return RunConfig(
+        recipe=changed_recipe(
+            recipe,
+            _checked("set", settings, Mapping | None) or {},
+            _checked("epochs", epochs, int | None),
+        ),
+        data=DataConfig(folder=folder, **parts[DataConfig]),
+        launch=launch,
+        entry=EntryFacts(**parts[EntryFacts]),
+        output=_checked("output", output, Path | None),
+        **parts[RunConfig],
+    )
+
+
+_OWN_ARGUMENT = ("recipe", "data", "folder", "output", "launch", "entry")
+"""Fields that are no options: the functions have arguments for them, or for their parts."""
+
+
+def _known(name: str, known: Collection[str]) -> None:
+    """Raise UserError for an argument that there is none of, with the nearest name."""
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+        raise UserError(f"there is no argument {name}: {hint}")
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """The value as the hint has it: paths may be text, and floats whole numbers."""
+    kinds = get_args(hint) or (hint,)
+    if Path in kinds and isinstance(value, str):
+        return Path(value)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        raise UserError(f"{name} must be {names.replace('NoneType', 'None')}, not {value!r}")
+    return value
+
+
+def _several(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
+    """One number or several, as a tuple of floats."""
+    several = values if isinstance(values, list | tuple) else [values]
+    return tuple(_checked(name, value, float) for value in several)

@@ -1,0 +1,191 @@
+"""`RunConfig`: all that a run is asked for, as a frozen value; filled by a command or from Python.
+
+Nothing below the commands sees argparse. A field is named as its flag is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastimagenet.distributed.world import Launch
+from fastimagenet.recipes import RECIPES, named_recipe, toml
+from fastimagenet.recipes.recipe import Recipe
+from pipelines.backends import BACKENDS
+from pipelines.cli import check_seed
+from pipelines.datasets.split import ON_BAD_IMAGE
+from pipelines.errors import UserError
+
+OPTIMIZER_BACKENDS = ("torch", "apex")
+
+
+def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
+    """Raise UserError naming the flag unless the value is one of the choices."""
+    if value not in choices:
+        raise UserError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images are read, and by which back end."""
+
+    folder: Path | None = None
+    """Image folder or shards; None: the embedded digits."""
+    skip_list: Path | None = None
+    """File with the paths of images to leave out."""
+    on_bad_image: str = "error"
+    """What becomes of files that cannot be read: "error" or "skip"."""
+    backend: str = "auto"
+    """One of `pipelines.backends.BACKENDS`."""
+
+    def __post_init__(self) -> None:
+        check_choice("--on-bad-image", self.on_bad_image, ON_BAD_IMAGE)
+        check_choice("--backend", self.backend, BACKENDS)
+
+    @property
+    def root(self) -> Path:
+        """The folder that is read; that of the digits is made in the user's cache."""
+        if self.folder is not None:
+            return self.folder
+        from pipelines.datasets.digits import digits_folder
+
+        return digits_folder()
+
+    @property
+    def name(self) -> str:
+        """What the data are called in files where no more is known of them."""
+        return "digits" if self.folder is None else self.folder.resolve().name
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntryFacts:
+    """What a DAWNBench entry says beside the results. Raises UserError naming the flag."""
+
+    author: str = "anonymous"
+    author_email: str = "unknown"
+    hardware: str | None = None
+    """None: what is found, such as "1 x NVIDIA H200"."""
+    cost_per_hour: float | None = None
+    """On-demand price of all machines, US dollars."""
+
+    def __post_init__(self) -> None:
+        for name in ("author", "author_email", "hardware"):
+            text = getattr(self, name)
+            if text is not None and not text.strip():
+                raise UserError(
+                    f"--{name.replace('_', '-')} must not be empty: DAWNBench requires it"
+                )
+        cost = self.cost_per_hour
+        if cost is not None and not 0 <= cost < math.inf:
+            raise UserError(f"--cost-per-hour must be a number of US dollars, not {cost}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training, a sweep or a benchmark of one. Raises UserError naming the flag or field."""
+
+    recipe: Recipe
+    data: DataConfig = field(default_factory=DataConfig)
+    launch: Launch = field(default_factory=Launch)
+    output: Path | None = None
+    """The folder of the run; None: a new one, named after recipe and time."""
+    resume: str | None = None
+    """A checkpoint, or "auto" for the one that `output` holds, if it holds one."""
+    seed: int = 0
+    global_batch: int | None = None
+    """Images an update in the first phase, the others in proportion."""
+    checkpoint_steps: int = 1000
+    """A checkpoint every so many updates and at the ends of epochs; 0: at the ends only."""
+    bucket_mb: float = 25
+    """Size of a gradient bucket, MiB."""
+    optimizer_backend: str = "torch"
+    stop_at_target: bool = False
+    """End after the evaluation that reaches the recipe's target."""
+    profile: bool = False
+    """Trace ten steps into `output`/profile."""
+    entry: EntryFacts = field(default_factory=EntryFacts)
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        check_choice("--optimizer-backend", self.optimizer_backend, OPTIMIZER_BACKENDS)
+        if self.checkpoint_steps < 0:
+            raise UserError(f"--checkpoint-steps must be 0 or more, not {self.checkpoint_steps}")
+        if not 0 < self.bucket_mb < math.inf:
+            raise UserError(f"--bucket-mb must be above 0, not {self.bucket_mb:g}")
+        if self.stop_at_target and not self.recipe.target:
+            raise UserError("--stop-at-target needs a target, such as --set target=top1=0.94")
+        if self.launch.min_nodes:
+            if self.output is None:
+                raise UserError("--nodes MIN:MAX needs --output DIR, the same folder on every node")
+            if self.resume != "auto":
+                raise UserError(f"--resume {self.resume}: with --nodes MIN:MAX only --resume auto")
+        if self.resume == "auto" and self.output is None:
+            raise UserError("--resume auto needs the --output folder of the run to resume")
+
+    @property
+    def folder(self) -> Path:
+        """`output`, once it has been chosen."""
+        assert self.output is not None, "with_output() comes first"
+        return self.output
+
+    def with_output(self, prefix: str = "") -> RunConfig:
+        """This config with a folder: that of the checkpoint it resumes from, or a new one."""
+        if self.output is not None:
+            return self
+        if self.resume is not None:
+            return replace(self, output=Path(self.resume).resolve().parent.parent)
+        name = f"{prefix}{self.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return replace(self, output=Path("runs") / name)
+
+    @property
+    def resumes_here(self) -> bool:
+        """Whether `resume` names the run that `output` holds."""
+        return self.resume == "auto" or (
+            self.resume is not None and self.folder.resolve() in Path(self.resume).resolve().parents
+        )
+
+    def flags(self) -> list[str]:
+        """The flags that ask for the same, in their shortest form."""
+        launch = self.launch
+        name = self.recipe.name if self.recipe.name in RECIPES else "digits"
+        least = f"{launch.min_nodes}:" if launch.min_nodes else ""
+        words = ["--recipe", name, "--nodes", f"{least}{launch.nodes}"]
+        for setting in toml.settings_between(named_recipe(name, launch.nodes), self.recipe):
+            words += ["--set", setting]
+        for part in (self, self.data, launch, self.entry):
+            for each in fields(part):
+                value = getattr(part, each.name)
+                if each.name in _NO_FLAG or is_dataclass(value) or value == each.default:
+                    continue
+                words.append(_FLAGS.get(each.name, "--" + each.name.replace("_", "-")))
+                if value is not True:
+                    words.append(str(value))
+        return words
+
+
+_FLAGS = {"folder": "--data", "timeout_seconds": "--timeout"}
+"""Flags that are not named as their field is."""
+_NO_FLAG = ("recipe", "nodes", "min_nodes")
+"""Fields that `RunConfig.flags` treats apart."""
+
+
+def chosen_recipe(name: str | None, data: Path | None, nodes: int = 1) -> Recipe:
+    """The recipe called `name`, in its variant for this number of nodes, or that of a TOML file.
+
+    Without a name it is that of the digits where there is no `data` folder, else ImageNet's.
+    Raises UserError naming the recipe or the file.
+    """
+    name = name or ("imagenet" if data else "digits")
+    return toml.load(Path(name)) if name.endswith(".toml") else named_recipe(name, nodes)
+
+
+def changed_recipe(
+    recipe: Recipe, settings: Mapping[str, Any] | Sequence[str], epochs: int | None = None
+) -> Recipe:
+    """The recipe with these settings, stretched to so many epochs. Raises UserError."""
+    recipe = toml.with_settings(recipe, settings) if settings else recipe
+    return recipe if epochs is None else recipe.stretched(epochs)
