@@ -6,10 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from benchmarks.plan.report import check, write_results
 from test_dawnbench import write_run
 
-from benchmarks.plan.__main__ import batch_note, main, parser, train_flags
+from benchmarks.plan.__main__ import batch_note, check, main, parser, train_flags, write_results
 from benchmarks.plan.prediction import (
     Probe,
     SizeRates,

@@ -71,11 +71,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.output.resolve()
     result = begin(setup, shlex.join(["python", "-m", "benchmarks.gpu_suite", *argv]))
     print(result.rehearsal or result.hardware, flush=True)
-    signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        shown = run_parts(setup, result, folder, set(args.only) - set(args.skip))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(f"results: {folder / result.name}.json, .md and .html")
+    if result.failed:
+        print(f"failed: {', '.join(result.failed)}", file=sys.stderr)
+    return 1 if result.failed or not shown else 0
+
+
+def run_parts(setup: Setup, result: Result, folder: Path, wanted: set[str]) -> bool:
+    """Run the parts one after the other; returns whether tables and page could be made."""
     given, shown, start = 0, True, time.monotonic()
     for part in PARTS:
         given += part.seconds * (REHEARSAL_TIMES if setup.small else 1)
-        if part.name not in args.only or part.name in args.skip:
+        if part.name not in wanted:
             found = skipped(part, "not asked for")
         elif part.needs and getattr(setup, part.needs) is None:
             found = skipped(part, f"needs --{part.needs}")
@@ -86,10 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {found.status} after {found.seconds:.0f} s  {found.reason}", flush=True)
         result.parts[part.name] = found
         shown = write_all(result, folder)
-    print(f"results: {folder / result.name}.json, .md and .html")
-    if result.failed:
-        print(f"failed: {', '.join(result.failed)}", file=sys.stderr)
-    return 1 if result.failed or not shown else 0
+    return shown
 
 
 def write_all(result: Result, folder: Path) -> bool:
