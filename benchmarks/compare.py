@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def comparison(runs: dict[str, Run]) -> Comparison:
-    """By top-5 where that is the target of every run, else by top-1."""
+    """Compare by top-5 where that is the target of every run, else by top-1."""
     targets = {run.target[0] if run.target else "top1" for run in runs.values()}
     metric = "top5" if targets == {"top5"} else "top1"
     return Comparison(
@@ -93,7 +93,7 @@ def comparison(runs: dict[str, Run]) -> Comparison:
 
 
 def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
-    """The page."""
+    """Render the page."""
     curves = [
         Curve(name, name, [accuracy_points(run.epochs)], lr_points(run.steps))
         for name, run in what.runs.items()
@@ -125,7 +125,7 @@ def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
 
 
 def row(name: str, run: Run) -> tuple[str, ...]:
-    """The cells of one run."""
+    """Format the cells of one run."""
     recipe, summary = run.plan["recipe"], run.summary
     reached = run.seconds_to_target
     return (
@@ -162,7 +162,7 @@ class Comparison:
     entries: list[Published]
 
     def points(self, run: Run, against: str) -> list[tuple[float, float]]:
-        """("train_seconds", "step" or "epoch", per cent) of every evaluation."""
+        """Return (`against`: "train_seconds", "step" or "epoch"; per cent) of every evaluation."""
         return [
             (row[against] + (against == "epoch"), 100 * row[self.metric])
             for row in run.epochs
@@ -171,12 +171,12 @@ class Comparison:
 
 
 def look(index: int) -> Row:
-    """Of the line of a run."""
+    """Return colour and style of the line of a run."""
     return LOOKS[index % len(LOOKS)]
 
 
 def picture(what: Comparison) -> Figure:
-    """Accuracy against time and against epochs, and where the time went."""
+    """Plot accuracy against time and against epochs, and where the time went."""
     figure, axes = new_figure(3, size=(WIDE, 9.2 + 0.25 * len(what.runs)))
     grid = axes[0].get_gridspec()
     assert grid is not None
@@ -189,7 +189,7 @@ def picture(what: Comparison) -> Figure:
 
 
 def against_time(what: Comparison) -> Figure:
-    """The first part alone."""
+    """Plot the first part alone."""
     figure, (axes,) = new_figure(size=(WIDE, 4.6))
     draw_against_time(axes, what)
     add_legends(figure, axes, what)
@@ -197,7 +197,7 @@ def against_time(what: Comparison) -> Figure:
 
 
 def against_epochs(what: Comparison) -> Figure:
-    """The second part alone."""
+    """Plot the second part alone."""
     figure, (axes,) = new_figure(size=(WIDE, 3.4))
     draw_against_epochs(axes, what)
     add_legends(figure, axes, what, published=False)
@@ -205,14 +205,14 @@ def against_epochs(what: Comparison) -> Figure:
 
 
 def time_split(what: Comparison) -> Figure:
-    """The third part alone."""
+    """Plot the third part alone."""
     figure, (axes,) = new_figure(size=(WIDE, 1.3 + 0.4 * len(what.runs)))
     draw_time_split(axes, what)
     return figure
 
 
 def draw_against_time(axes: Axes, what: Comparison) -> None:
-    """Our lines and their numbered points; a log axis as soon as there are any."""
+    """Draw our lines and the numbered entries; with entries the time axis is logarithmic."""
     seconds = [run.epochs[-1]["train_seconds"] for run in what.runs.values()]
     # A log axis takes the unit of its shortest time, so that few ticks are below 1.
     shortest = min((entry.seconds for entry in what.entries), default=max(seconds))
@@ -233,7 +233,7 @@ def draw_against_time(axes: Axes, what: Comparison) -> None:
 
 
 def draw_entries(axes: Axes, what: Comparison, length: float) -> None:
-    """A grey point each, with its number above."""
+    """Draw a grey point for each entry, with its number above."""
     low, high = axes.get_xlim()
     placed: list[tuple[float, float, int]] = []
     for number, entry in enumerate(what.entries, start=1):
@@ -254,7 +254,7 @@ def draw_entries(axes: Axes, what: Comparison, length: float) -> None:
 
 
 def draw_against_epochs(axes: Axes, what: Comparison) -> None:
-    """Our lines, and the entries that tell their epochs."""
+    """Draw our lines, and the entries that tell their epochs."""
     for index, run in enumerate(what.runs.values()):
         points = what.points(run, "epoch")
         draw_line(axes, points, **look(index))
@@ -275,7 +275,7 @@ def draw_against_epochs(axes: Axes, what: Comparison) -> None:
 
 
 def draw_time_split(axes: Axes, what: Comparison) -> None:
-    """One bar of the wall time for each run, the first one on top."""
+    """Draw one bar of the wall time for each run, the first one on top."""
     splits = [run.summary["time_split_seconds"] for run in what.runs.values()]
     unit, length = time_unit(max(sum(split.values()) for split in splits))
     places = range(len(splits))
@@ -295,7 +295,7 @@ def draw_time_split(axes: Axes, what: Comparison) -> None:
 
 
 def add_legends(figure: Figure, axes: Axes, what: Comparison, published: bool = True) -> None:
-    """The runs above the axes; the entries by their numbers below the figure."""
+    """List the runs above the axes, and the entries by their numbers below the figure."""
     lines = [
         Line2D([], [], label=f"{name}, {run.summary['hardware']}", **look(index))
         for index, (name, run) in enumerate(what.runs.items())
@@ -312,12 +312,12 @@ def add_legends(figure: Figure, axes: Axes, what: Comparison, published: bool = 
 
 
 def told(entry: Published) -> str:
-    """Name, hardware and time."""
+    """Format name, hardware and time of an entry."""
     return f"{entry.name}, {entry.hardware}: {duration(entry.seconds)}".replace(NO_BREAK, " ")
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """The last parts of paths, as many as tell them apart."""
+    """Shorten paths to their last parts, as many as tell them apart."""
     parts = [name.rstrip("/").split("/") for name in names]
     for count in range(1, max(map(len, parts)) + 1):
         short = ["/".join(part[-count:]) for part in parts]

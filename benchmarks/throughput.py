@@ -67,7 +67,7 @@ class PhaseResult:
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the command line."""
     result = make_parser(
         "benchmarks.throughput",
         "Measure loader, model and both for each phase of a recipe, and what they reach of this\n"

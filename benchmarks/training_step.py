@@ -62,13 +62,13 @@ VARIANTS = tuple(FIELDS)
 
 
 def variant_recipe(recipe: Recipe, variant: str, image_size: int, batch_size: int) -> Recipe:
-    """The recipe as one epoch at this size, in bf16, with the fields of the variant."""
+    """Return the recipe as one epoch at this size, in bf16, with the fields of the variant."""
     phase = Phase(epochs=1, image_size=image_size, batch_size=batch_size)
     return replace(one_phase(recipe, phase), precision="bf16", **FIELDS[variant])
 
 
 def synthetic_trainer(recipe: Recipe, device: str, num_classes: int) -> Trainer:
-    """The Trainer of one process with a fresh network, always the same, and batches of noise.
+    """Build a Trainer of one process with a fresh network, always the same, and batches of noise.
 
     `device` is "cpu" or "cuda:INDEX". Raises UserError for what the device cannot do.
     """
@@ -132,7 +132,7 @@ def sweep(
     report: Callable[[StepRate], object],
     recipe: Recipe | None = None,
 ) -> list[StepRate]:
-    """Every size and variant with each of the batch sizes, smallest first, until memory ends.
+    """Measure every size and variant with each batch size, smallest first, until memory ends.
 
     `device` is "cpu" or "cuda:INDEX". A rate takes `seconds`, in ROUNDS parts, and goes to `report`
     (such as `print`) at once. What fails gets a row with its error and ends that batch sweep; the
@@ -172,7 +172,7 @@ def rate_of(
     device: str,
     seconds: float,
 ) -> StepRate:
-    """The rate of a recipe of one phase, or the error that it ends with."""
+    """Measure a recipe of one phase, or return the error that it ends with."""
     phase = recipe.phases[0]
     rates, peak, error = [0.0] * ROUNDS, 0, ""
     floor: float | None = floor_images_per_sec(layers, phase.batch_size, WIDTH, *ceilings)
@@ -195,7 +195,7 @@ def rate_of(
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what the measurement before has left: networks, compiled code, CUDA graphs."""
+    """Free what the measurement before has left: networks, compiled code, CUDA graphs."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
@@ -204,7 +204,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def measure(recipe: Recipe, device: str, seconds: float) -> tuple[list[float], int]:
-    """Images per second, round by round, and the peak of the memory in bytes."""
+    """Measure images per second, round by round, and the peak of the memory in bytes."""
     trainer = synthetic_trainer(recipe, device, NUM_CLASSES)
     if recipe.compile:
         trainer.compile_all_sizes()
@@ -221,7 +221,7 @@ def measure(recipe: Recipe, device: str, seconds: float) -> tuple[list[float], i
 
 
 def best(rates: Sequence[StepRate]) -> list[StepRate]:
-    """The fastest batch size of each size and variant that has a rate."""
+    """Return the fastest batch size of each size and variant that has a rate."""
     chosen: dict[tuple[int, str], StepRate] = {}
     for rate in sorted(rates, key=lambda rate: rate.images_per_sec.mean):
         if not rate.error:
@@ -230,7 +230,7 @@ def best(rates: Sequence[StepRate]) -> list[StepRate]:
 
 
 def table(rates: Sequence[StepRate]) -> str:
-    """Markdown: the best batch of every size and variant."""
+    """Format the best batch of every size and variant as Markdown."""
     header = ("step", "batch", "images/s", "floor", "measured / floor", "GFLOP", "MB", "memory")
     rows = [
         (
@@ -249,7 +249,7 @@ def table(rates: Sequence[StepRate]) -> str:
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the command line."""
     result = make_parser(
         "benchmarks.training_step",
         "Measure the training step on synthetic data by size, variant and batch, beside its floor.",

@@ -71,7 +71,7 @@ class Layer:
     weights: int = 0
 
     def bytes(self, batch_size: int, width: int) -> float:
-        """Moved in a step, for one image of the batch; `width`: bytes of an activation."""
+        """Compute the bytes of a step for one image; `width`: bytes of an activation."""
         return self.values * width + self.weights * WEIGHT_BYTES[width] / batch_size
 
 
@@ -143,7 +143,7 @@ class Count:
             self.new_layer(node, known[0], inputs, weight is not None)
 
     def fuse(self, node: Node, inputs: list[Value]) -> None:
-        """A pass that does this operation and, where it can, those that it follows."""
+        """Add a pass that does this operation and, where it can, those that it follows."""
         group = Group(elements(node))
         if node.target in NORMS:
             group.normed = inputs
@@ -155,7 +155,7 @@ class Count:
         self.values[node] = Value(group.size, layer, readers(node), group)
 
     def new_layer(self, node: Node, x: Value, inputs: list[Node], trained: bool) -> None:
-        """A convolution or product (`trained`: with a weight that learns), or a pool."""
+        """Add a convolution or product (`trained`: with a weight that learns), or a pool."""
         layer, size = Layer(image_size=height(node)), elements(node)
         passes = 1 + (not x.is_image) + trained
         layer.values = passes * (x.size + size)
@@ -168,7 +168,7 @@ class Count:
         self.values[node] = Value(size, layer, readers(node))
 
     def finish(self) -> list[Layer]:
-        """All layers, with the passes behind them and the gradients that are added up."""
+        """Return all layers, with the passes behind them and the gradients that are added up."""
         for group, layer in self.groups:
             layer.values += group.values() if group.size else 0
         for value in {id(value): value for value in self.values.values()}.values():
@@ -178,12 +178,12 @@ class Count:
 
 
 def elements(node: Node) -> int:
-    """Of the result for one image."""
+    """Count the values of the result for one image."""
     return shape_of(node).numel() // TRACED
 
 
 def shape_of(node: Node) -> torch.Size:
-    """Of the result; of the first one where there are several."""
+    """Return the shape of the result, of the first one where there are several."""
     value = node.meta["val"]
     shape: torch.Size = (value[0] if isinstance(value, tuple | list) else value).shape
     return shape
@@ -195,19 +195,19 @@ def height(node: Node) -> int:
 
 
 def readers(node: Node) -> int:
-    """Operations that read the result; those of its views count, views do not."""
+    """Count the operations that read the result; those of its views count, views do not."""
     return sum(readers(user) if user.target in VIEWS else 1 for user in node.users)
 
 
 def is_weight(node: Node) -> bool:
-    """Whether this is a parameter of the network, as it is or transposed."""
+    """Return whether this is a parameter of the network, as it is or transposed."""
     if node.target is aten.t.default:
         node = node.args[0]  # type: ignore[assignment]
     return node.op == "get_attr" and str(node.target).startswith("_param")
 
 
 def count_model(model: nn.Module, image: torch.Tensor) -> list[Layer]:
-    """The layers of a model in training, in order; it and `image` (TRACED, ...) are on "meta"."""
+    """Count a model in training, layer by layer; it and `image` (TRACED, ...) are on "meta"."""
     trace = make_fx(model.train(), tracing_mode="fake", _allow_non_fake_inputs=True)
     count = Count()
     for node in trace(image).graph.nodes:
@@ -217,7 +217,7 @@ def count_model(model: nn.Module, image: torch.Tensor) -> list[Layer]:
 
 
 def count_layers(recipe: Recipe, image_size: int) -> list[Layer]:
-    """The layers of the recipe's network for ImageNet, in order."""
+    """Count the recipe's network for ImageNet, layer by layer."""
     with torch.device("meta"):
         model = build_model(recipe, NUM_CLASSES)
         image = torch.empty(TRACED, 3, image_size, image_size)
@@ -231,7 +231,7 @@ def floor_images_per_sec(
     flops_per_sec: float,
     bytes_per_sec: float,
 ) -> float:
-    """What no step can be faster than; `width`: bytes of an activation."""
+    """Compute what no step can be faster than; `width`: bytes of an activation."""
     seconds = sum(
         max(layer.flops / flops_per_sec, layer.bytes(batch_size, width) / bytes_per_sec)
         for layer in layers

@@ -60,7 +60,7 @@ class Curve:
 
 
 def accuracy_and_lr(curves: list[Curve]) -> Figure:
-    """Accuracy above, the mean over the seeds in front of each of them; learning rates below."""
+    """Plot accuracies, the mean over the seeds in front of each of them, and learning rates."""
     figure, (above, below) = new_figure(2, size=(6.6, 5.6), sharex=True)
     grid = above.get_gridspec()
     assert grid is not None
@@ -83,7 +83,7 @@ def accuracy_and_lr(curves: list[Curve]) -> Figure:
 
 
 def label_ends(axes: Axes, curves: list[Curve], looks: list[dict[str, Any]]) -> None:
-    """Name and last value over the end of each line, one over the other where ends are near."""
+    """Write name and last value over the end of each line, stacked where ends are near."""
     low, high = axes.get_ylim()
     ticks = [tick for tick in axes.get_yticks() if low <= tick <= min(high, 100)]
     step, width = LABEL_HEIGHT * (high - low), LABEL_WIDTH * axes.get_xlim()[1]

@@ -27,12 +27,12 @@ class Published:
     epochs: int | None = None
 
     def accuracy(self, metric: str) -> float | None:
-        """ "top1" or "top5"."""
+        """Return the accuracy, "top1" or "top5"."""
         return self.top1 if metric == "top1" else self.top5
 
 
 def published(datasets: set[str], metric: str) -> list[Published]:
-    """The entries of these data sets that tell this metric, fastest first."""
+    """Return the entries of these data sets that tell this metric, fastest first."""
     text = (Path(__file__).parent / "published.toml").read_text(encoding="utf-8")
     entries = [Published(**entry) for entry in tomllib.loads(text)["entry"]]
     told = [e for e in entries if e.dataset in datasets and e.accuracy(metric) is not None]

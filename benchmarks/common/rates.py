@@ -46,7 +46,7 @@ def synchronize(device: torch.device) -> None:
 def calls_per_sec(
     call: Callable[[], object], device: torch.device, seconds: float, warm_up: int = 1
 ) -> float:
-    """How often a second `call` is done over at least `seconds`, after calls not counted."""
+    """Measure the calls a second over at least `seconds`, after calls that are not counted."""
     for _ in range(warm_up):
         call()
     synchronize(device)
@@ -61,7 +61,7 @@ def calls_per_sec(
 
 
 def matmul_flops_per_sec(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Floating-point operations a second of a large square matrix product."""
+    """Measure the floating-point operations a second of a large square matrix product."""
     size = MATRIX[device.type]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty(size, size, device=device, dtype=dtype)
@@ -70,7 +70,7 @@ def matmul_flops_per_sec(device: torch.device, dtype: torch.dtype, seconds: floa
 
 
 def copy_bytes_per_sec(device: torch.device, seconds: float) -> float:
-    """Bytes read and written a second by a large copy in the device's memory."""
+    """Measure the bytes read and written a second by a large copy in the device's memory."""
     size = COPY_BYTES[device.type]
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * size * calls_per_sec(lambda: target.copy_(source), device, seconds)
@@ -106,7 +106,7 @@ class ByteCounter(TorchDispatchMode):
 
 
 def step_costs(trainer: Trainer, images: Tensor, labels: Tensor) -> tuple[int, int]:
-    """Floating-point operations, and bytes moved, of the forward and backward pass of a batch.
+    """Count the floating-point operations and bytes of the forward and backward pass of a batch.
 
     Operations: matrix products and convolutions, a multiply-add counts as two. Bytes: what every
     operation of the uncompiled network reads and writes; fusing and caches make it less. The
@@ -148,7 +148,7 @@ class PhaseRates:
 
 
 def one_phase(recipe: Recipe, phase: Phase) -> Recipe:
-    """The recipe with this phase alone, at a constant learning rate."""
+    """Return the recipe with this phase alone, at a constant learning rate."""
     span = (0.0, float(phase.epochs), 1.0, 1.0)
     return replace(recipe, phases=(phase,), schedule="piecewise", lr_spans=(span,))
 
@@ -225,7 +225,7 @@ def measure_phase(
 
 
 def endless(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches epoch after epoch."""
+    """Yield batches epoch after epoch."""
     while True:
         yield from loader
 
@@ -250,7 +250,7 @@ def synthetic_batch(trainer: Trainer, train: Split, seed: int) -> tuple[Tensor, 
 
 
 def update(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
-    """One update that leaves the weights as they are, but for the running statistics."""
+    """Do a training step that leaves the weights as they are, except for the running statistics."""
     trainer.model.train()
     trainer.update(((images, labels),), 0.0, 0.9, trainer.plan.phases[0])
 
@@ -258,7 +258,7 @@ def update(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
 def train_for(
     trainer: Trainer, batches: Iterator[tuple[Tensor, Tensor]], seconds: float
 ) -> tuple[float, float]:
-    """Images a second of training on real batches, and the share of waiting for them."""
+    """Measure images a second of training on real batches, and the share of waiting for them."""
     for _ in range(WARM_UP_BATCHES):
         batch = next(batches)
     update(trainer, *batch)
@@ -277,7 +277,7 @@ def train_for(
 
 
 def memory_bytes(device: torch.device) -> int:
-    """As PhaseRates has it."""
+    """Return the peak memory, as PhaseRates has it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -45,7 +45,7 @@ GRACE_SECONDS = 5
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the command line."""
     result = make_parser(
         "benchmarks.gpu_suite",
         "Measure and test everything that needs a GPU, in less than eight minutes.",
@@ -102,7 +102,7 @@ def run_parts(setup: Setup, result: Result, folder: Path, wanted: set[str]) -> b
 
 
 def write_all(result: Result, folder: Path) -> bool:
-    """Whether tables and page could be made of the figures, which are kept in any case."""
+    """Write all results; returns whether tables and page could be made of the figures."""
     try:
         write_results(result, folder)
     except Exception as error:  # nothing that is drawn is worth the time on the GPU
@@ -112,7 +112,7 @@ def write_all(result: Result, folder: Path) -> bool:
 
 
 def make_setup(args: argparse.Namespace) -> Setup:
-    """What the flags ask for, checked before anything runs. Raises UserError."""
+    """Check what the flags ask for before anything runs. Raises UserError."""
     if (args.output / NAMES[0]).exists() or list(args.output.glob("*gpu-suite*.json")):
         raise UserError(f"--output {args.output} holds another suite: name another folder")
     for root in filter(None, (args.data, args.cifar10)):
@@ -123,7 +123,7 @@ def make_setup(args: argparse.Namespace) -> Setup:
 
 
 def begin(setup: Setup, command: str) -> Result:
-    """The result before the first part."""
+    """Return the result before the first part."""
     gpu = f"1 x {gpu_name()}, {processor()}"
     return Result(
         command=command,
@@ -140,7 +140,7 @@ def begin(setup: Setup, command: str) -> Result:
 
 
 def gpu_name() -> str:
-    """Of the first GPU, as its driver has it; without torch, whose first word to a GPU would keep
+    """Return the driver's name of the first GPU; without torch, whose first call of it would keep
     memory there for as long as the suite runs. "" without one."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -195,7 +195,7 @@ def run_part(part: Part, setup: Setup, folder: Path, limit: float, hardware: str
 
 
 def run(words: list[str], log: Path, limit: float) -> int | None:
-    """The exit status of `python WORDS`, its output in `log`; None: it was ended at its limit."""
+    """Run `python WORDS`; returns its exit status, None where it was ended at its limit."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     with log.open("wb") as output:
         child = subprocess.Popen(
@@ -225,7 +225,7 @@ def end(child: subprocess.Popen[bytes]) -> None:
 
 
 def leave(number: int, _frame: object) -> NoReturn:
-    """On SIGTERM: the part that runs is ended, too."""
+    """End the suite on SIGTERM, and with it the part that runs."""
     sys.exit(128 + number)
 
 

@@ -62,7 +62,7 @@ def ceilings(setup: Setup, folder: Path, _: float) -> Words:
 
 
 def gpu_tests(name: str) -> Callable[[Setup, Path, float], Words]:
-    """A file of tests, in a process that it can take down."""
+    """Return the command of a file of tests, in a process that it can take down."""
 
     def command(setup: Setup, folder: Path, _: float) -> Words:
         return ["pytest", f"tests/gpu/test_{name}.py", "-v", "--color=no", "-p", "no:cacheprovider"]
@@ -71,7 +71,7 @@ def gpu_tests(name: str) -> Callable[[Setup, Path, float], Words]:
 
 
 def training(recipe: str) -> Callable[[Setup, Path, float], Words]:
-    """A run of the recipe by the plain command."""
+    """Return the command of a run of the recipe."""
 
     def command(setup: Setup, folder: Path, _: float) -> Words:
         flags = flags_of(["compile=true"]) if recipe == "cifar10-speed" else []
@@ -90,7 +90,7 @@ def lr_finder(setup: Setup, folder: Path, _: float) -> Words:
 
 
 def stall(setup: Setup, folder: Path, _: float) -> Words:
-    """The recipe `imagenet`, from the photographs themselves even where there are copies."""
+    """Measure the recipe `imagenet` on the photographs themselves even where there are copies."""
     settings = [f"phases.{i}.data=original" for i in range(len(named_recipe("imagenet").phases))]
     turns = ["--rounds", "3", "--seconds", "0.8"]
     if setup.small:
@@ -124,7 +124,7 @@ def steps(setup: Setup, folder: Path, seconds: float) -> Words:
 
 
 def words(module: str, setup: Setup, data: str = "", backend: str = "") -> Words:
-    """The module with its device; with `data`, of one process, that reads it through `backend`."""
+    """Return the module with its device; with `data`: one process, which reads by `backend`."""
     found = [module, "--device", setup.device]
     if data:
         one_process = ["--nproc-per-node", "1", "--backend", backend]
@@ -133,13 +133,13 @@ def words(module: str, setup: Setup, data: str = "", backend: str = "") -> Words
 
 
 def small_batches(recipe: str) -> Words:
-    """Flags that make the recipe one for a few hundred images and a small CPU."""
+    """Return flags that make the recipe one for a few hundred images and a small CPU."""
     phases = range(len(named_recipe(recipe).phases))
     return flags_of(["compile=false", *(f"phases.{i}.batch_size=50" for i in phases)])
 
 
 def flags_of(settings: Words) -> Words:
-    """Recipe fields as flags."""
+    """Return recipe fields as flags."""
     return [word for setting in settings for word in ("--set", setting)]
 
 
@@ -148,7 +148,7 @@ def json(folder: Path) -> Words:
 
 
 def read_json(name: str) -> Callable[[Path], Row]:
-    """What the file `name` holds."""
+    """Return a function that reads the file `name` of a folder."""
 
     def read(folder: Path) -> Row:
         path = folder / name
@@ -163,7 +163,7 @@ TEST = re.compile(rf"^(tests/\S+::.+?) +(?:({OUTCOMES})\b(?: (\(.*\)))?.*)?$", r
 
 
 def read_tests(folder: Path) -> Row:
-    """Counts by outcome, and the names of what did not pass, and of what was skipped with why."""
+    """Count the outcomes, and name what did not pass and what was skipped, with why."""
     log = folder / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     names: dict[str, list[str]] = {}
@@ -185,7 +185,7 @@ RUN_FIELDS = (
 
 
 def read_run(folder: Path) -> Row:
-    """The run's summary, and accuracy by training time of its evaluated epochs."""
+    """Read the run's summary, and accuracy by training time of its evaluated epochs."""
     summary = read_json("run/summary.json")(folder)
     epochs = [
         {name: row[name] for name in ("epoch", "train_seconds", "image_size", "top1")}

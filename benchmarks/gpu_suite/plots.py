@@ -16,7 +16,7 @@ MARKER = {"marker": "o", "markersize": 4}
 
 
 def figures(result: Row) -> dict[str, Figure]:
-    """By heading, of the parts that have figures."""
+    """Plot the parts that have figures, by heading."""
     found: dict[str, Figure] = {}
     own = {name: part["figures"] for name, part in result["parts"].items() if part["figures"]}
     drawn: dict[str, tuple[Callable[[Row], Figure | None], Row]] = {}
@@ -40,7 +40,7 @@ def figures(result: Row) -> dict[str, Figure]:
 
 
 def line_plot(lines: dict[str, Points], xlabel: str, ylabel: str) -> Figure | None:
-    """A line with a marker at each point for every name; None where there is nothing to draw."""
+    """Plot a line with markers for every name; None where there is nothing to draw."""
     lines = {name: sorted(points) for name, points in lines.items() if points}
     if not lines:
         return None
@@ -53,7 +53,7 @@ def line_plot(lines: dict[str, Points], xlabel: str, ylabel: str) -> Figure | No
 
 
 def by_name(rows: list[tuple[str, float, float]]) -> dict[str, Points]:
-    """The highest value at each place, by name: (name, place, value)."""
+    """Return the highest value at each x, by name, from rows (name, x, value)."""
     best: dict[str, dict[float, float]] = {}
     for name, place, value in rows:
         points = best.setdefault(name, {})
@@ -62,7 +62,7 @@ def by_name(rows: list[tuple[str, float, float]]) -> dict[str, Points]:
 
 
 def step_rates(own: Row) -> Figure | None:
-    """Every variant at its best batch, and beside them what DALI decodes."""
+    """Plot every variant at its best batch, and beside them what DALI decodes."""
     rows = [
         (rate["variant"], rate["image_size"], rate["images_per_sec"]["mean"])
         for rate in own["steps"]["rates"]
@@ -77,7 +77,7 @@ def step_rates(own: Row) -> Figure | None:
 
 
 def step_memory(steps: Row) -> Figure | None:
-    """GiB by batch, a line for each size, of the eager step."""
+    """Plot the GiB of the eager step by batch, a line for each size."""
     lines: dict[str, Points] = {}
     for rate in steps["rates"]:
         if rate["variant"] == "eager" and not rate["error"]:
@@ -87,7 +87,7 @@ def step_memory(steps: Row) -> Figure | None:
 
 
 def decode_sweep(decode: Row) -> Figure | None:
-    """Rates at the size that was swept, with the other settings as they are by default."""
+    """Plot the rates at the size that was swept, with the other settings as they are by default."""
     rates = [rate for rate in decode["rates"] if rate["images_per_sec"]]
     if not rates:
         return None
@@ -106,7 +106,7 @@ def decode_sweep(decode: Row) -> Figure | None:
 
 
 def phases(stall: Row) -> Figure | None:
-    """Three bars for each phase, with the intervals."""
+    """Plot three bars for each phase, with the intervals."""
     figure, (axes,) = new_figure()
     found = stall["phases"]
     for index, part in enumerate(("loader", "model", "both")):
@@ -124,7 +124,7 @@ def phases(stall: Row) -> Figure | None:
 
 
 def accuracies(own: Row) -> Figure | None:
-    """Plain top-1 against training time of the runs on CIFAR-10."""
+    """Plot plain top-1 against training time of the runs on CIFAR-10."""
     runs: Row = {name: own[name] for name in ("cifar10", "cifar10-speed") if name in own}
     longest = max((row["train_seconds"] for run in runs.values() for row in run["evaluated"]),
                   default=0.0)  # fmt: skip

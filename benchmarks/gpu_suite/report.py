@@ -73,7 +73,7 @@ class Result:
 
 
 def write_results(result: Result, folder: Path) -> list[Path]:
-    """NAME.json, .md and .html, each whole; their paths. The figures come first."""
+    """Write NAME.json, .md and .html, the figures first; returns their paths."""
     data = asdict(result)
     paths = [folder / f"{result.name}{suffix}" for suffix in (".json", ".md", ".html")]
     write_object(paths[0], data)
@@ -88,14 +88,14 @@ def title(result: Result) -> str:
 
 
 def facts(result: Result) -> str:
-    """What it ran on, in one line."""
+    """Tell in one line what it ran on."""
     versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     load = f"load average {result.load_average:.1f} before"
     return f"{result.hardware}; {versions}; {result.date}; {load}."
 
 
 def text(result: Result, tables: list[Section]) -> str:
-    """The tables as Markdown."""
+    """Format the tables as Markdown."""
     lines = [f"# {title(result)}", ""]
     lines += [f"**{result.rehearsal}**", ""] if result.rehearsal else []
     lines += [facts(result), "", f"    {result.command}", ""]
@@ -107,7 +107,7 @@ def text(result: Result, tables: list[Section]) -> str:
 
 
 def page(result: Result, data: Row, tables: list[Section]) -> str:
-    """The tables and the plots on one page."""
+    """Render the tables and the plots on one page."""
     drawn = figures(data)
     failures = [
         (part["title"], part["reason"], part["log_tail"])
@@ -140,7 +140,7 @@ class Section:
 
 
 def sections(result: Row) -> list[Section]:
-    """The parts and what became of them, then a table for each that has figures."""
+    """Make a table of the parts and what became of them, then one for each that has figures."""
     found = [overview(result)]
     for name, part in result["parts"].items():
         if part["figures"]:
@@ -153,7 +153,7 @@ def sections(result: Row) -> list[Section]:
 
 
 def overview(result: Row) -> Section:
-    """One line for each part."""
+    """Tell what became of each part."""
     rows = [
         (
             name,
@@ -197,7 +197,7 @@ def tests(figures: Row) -> Table:
 
 
 def run(figures: Row) -> Table:
-    """A finished run, or the accuracies of one that was not."""
+    """Format a finished run, or the accuracies of one that was not."""
     if "top1" not in figures:
         rows = [(str(row["epoch"] + 1), duration(row["train_seconds"]), percent(row["top1"]))
                 for row in figures["evaluated"]]  # fmt: skip

@@ -44,7 +44,7 @@ class StepSweep:
             os.execv(sys.executable, again)
 
     def write(self, cut: bool) -> None:
-        """`cut`: there would be more to measure."""
+        """Write the file; `cut`: there would be more to measure."""
         write_object(self.path, {"cut_by_limit": cut, "rates": self.rates})
 
     @property
@@ -52,12 +52,12 @@ class StepSweep:
         return time.monotonic() > self.deadline
 
     def of(self, size: int, variant: str) -> list[Row]:
-        """The measurements at a size in a variant."""
+        """Return the measurements at a size in a variant."""
         wanted = size, variant
         return [rate for rate in self.rates if (rate["image_size"], rate["variant"]) == wanted]
 
     def measure(self, size: int, variant: str, batches: Sequence[int]) -> None:
-        """Those that are not there already."""
+        """Measure the batches that are not there already."""
         done = {rate["batch_size"] for rate in self.of(size, variant)}
         left = [batch for batch in batches if batch not in done]
         if left:
@@ -65,7 +65,7 @@ class StepSweep:
                   report=self.report)  # fmt: skip
 
     def eager(self, size: int, batches: Sequence[int]) -> None:
-        """The batches, and larger ones for as long as each doubling pays and memory lasts."""
+        """Measure the batches, and doubled ones while that pays and memory lasts."""
         while batches and not self.over:
             if not any(map(out_of_memory, self.of(size, "eager"))):
                 self.measure(size, "eager", batches)
@@ -76,7 +76,7 @@ class StepSweep:
             batches = [2 * ran[-1]["batch_size"]] if pays else []
 
     def at_best_batch(self, size: int, variant: str) -> None:
-        """The batch at which the eager step is fastest, halved where memory does not last."""
+        """Measure at the batch of the fastest eager step, halved where memory does not last."""
         ran = [rate for rate in self.of(size, "eager") if not rate["error"]]
         best = max(ran, key=lambda rate: rate["images_per_sec"]["mean"], default=None)
         batch = 0 if best is None else best["batch_size"]
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def out_of_memory(rate: Row) -> bool:
-    """Whether the batch was too large: the end of a sweep, no failure."""
+    """Return whether the batch was too large: the end of a sweep, no failure."""
     return "out of memory" in rate["error"]
 
 

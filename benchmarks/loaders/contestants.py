@@ -58,7 +58,7 @@ class Task:
 
 
 def ours(backend: str, task: Task) -> Generator[Any]:
-    """One of our back ends, epoch after epoch. Raises UserError where it cannot be had."""
+    """Read by one of our back ends, epoch after epoch. Raises UserError where it cannot be had."""
     stage = Stage(
         epochs=1, image_size=task.image_size, batch_size=task.batch_size, min_scale=MIN_SCALE
     )
@@ -93,7 +93,7 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
 
 
 def dataloader(task: Task) -> Generator[Any]:
-    """A DataLoader as most people write it: Pillow decodes, torchvision transforms the image."""
+    """Read by a DataLoader as most people write it: Pillow decodes, torchvision transforms."""
     size = task.image_size
     crop = [transforms.RandomResizedCrop(size, scale=(MIN_SCALE, 1.0), antialias=True)]
     if task.reflect_pad:
@@ -108,7 +108,7 @@ def dataloader(task: Task) -> Generator[Any]:
 
 
 def dataloader_v2(task: Task) -> Generator[Any]:
-    """As torchvision's documentation advises: tensors from `decode_image` on, transforms v2."""
+    """Read as torchvision's documentation advises: tensors from `decode_image` on, v2."""
     size = task.image_size
     crop = [v2.RandomResizedCrop(size, scale=(MIN_SCALE, 1.0), antialias=True)]
     if task.reflect_pad:
@@ -128,12 +128,12 @@ def by_pillow(data: bytes) -> Image.Image:
 
 
 def by_torchvision(data: bytes) -> Tensor:
-    """(3, H, W) uint8; JPEGs by libjpeg-turbo."""
+    """Decode to (3, H, W) uint8; JPEGs by libjpeg-turbo."""
     return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
 
 
 def from_workers(dataset: Dataset[Any], count: int, task: Task) -> Generator[Any]:
-    """Batches of a DataLoader over `count` images, with as many workers as others have threads."""
+    """Read `count` images by a DataLoader with as many workers as others have threads."""
     # One endless epoch: with few images a new iterator for each would be most of the time.
     sampler = RandomSampler(range(count), replacement=True, num_samples=ENDLESS)
     # Workers are not forked from this process, where other loaders have threads.
@@ -155,7 +155,7 @@ def from_workers(dataset: Dataset[Any], count: int, task: Task) -> Generator[Any
 
 
 def spdl(task: Task) -> Generator[Any]:
-    """SPDL's threads; FFmpeg decodes, crops, resizes and mirrors each image by a filter of its own.
+    """Read by SPDL's threads; FFmpeg decodes, crops, resizes and mirrors each image by a filter.
 
     Raises UserError where SPDL or the FFmpeg that it needs is not installed, and for `reflect_pad`.
     """
@@ -191,7 +191,7 @@ def spdl(task: Task) -> Generator[Any]:
 
 
 def spdl_filter(task: Task) -> str:
-    """FFmpeg's words for one random crop: where it does not fit, it is cut to the image's edges."""
+    """Return FFmpeg's words for a random crop: where it does not fit, it is cut to the edges."""
     size, mirror = task.image_size, "hflip," if torch.rand(()) < 0.5 else ""
     top, left, area, ratio = torch.rand(4).tolist()
     share = MIN_SCALE + (1 - MIN_SCALE) * area
@@ -208,7 +208,7 @@ def spdl_filter(task: Task) -> str:
 
 
 def spdl_version() -> dict[str, str]:
-    """Of SPDL, where it is installed."""
+    """Return the version of SPDL, where it is installed."""
     try:
         return {"spdl-io": version("spdl-io")}
     except PackageNotFoundError:
@@ -221,7 +221,7 @@ JPEG = b"\xff\xd8\xff"
 
 
 def sample(split: Split) -> list[bytes]:
-    """The JPEGs among some images, in random order. Raises UserError where there are none."""
+    """Return the JPEGs among some images, in random order. Raises UserError for none."""
     chosen = random.Random(0).sample(range(len(split)), min(SAMPLE, len(split)))
     found = [data for index in chosen if (data := split.files[index].read()).startswith(JPEG)]
     if not found:
@@ -242,7 +242,7 @@ class DecodedOnly(Dataset[Tensor]):
 
 
 def decode(task: Task) -> Generator[Any]:
-    """Whole images by Pillow's libjpeg-turbo, in processes: threads would share a lock."""
+    """Decode whole images by Pillow's libjpeg-turbo, in processes: threads would share a lock."""
     if not features.check_feature("libjpeg_turbo"):
         raise UserError("Pillow was built without libjpeg-turbo")
     files = sample(task.split)
@@ -250,7 +250,7 @@ def decode(task: Task) -> Generator[Any]:
 
 
 def decode_crops(task: Task) -> Generator[Any]:
-    """Random-area crops by the decoder of DALI, also libjpeg-turbo, which skips what lies around.
+    """Decode random-area crops by DALI's libjpeg-turbo, which skips what lies around.
 
     Not resized, nor copied out of DALI. What a loader that only crops cannot be faster than.
     """

@@ -40,7 +40,7 @@ PASSED_ON = ("data", "skip_list", "on_bad_image", "backend", "device", "seed", "
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the command line."""
     result = make_parser(
         "benchmarks.plan",
         "Predict what a recipe takes on machines like this one, and scale it to a budget.",
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def batch_note(asked: Recipe, planned: Recipe) -> str:
-    """What the plan has changed about the recipe's batches; "" where it is nothing."""
+    """Tell what the plan has changed about the recipe's batches; "" where it is nothing."""
     before, after = ([phase.batch_size for phase in recipe.phases] for recipe in (asked, planned))
     if before == after:
         return ""
@@ -137,7 +137,7 @@ def batch_note(asked: Recipe, planned: Recipe) -> str:
 
 
 def train_flags(args: argparse.Namespace) -> list[str]:
-    """Of the run that was predicted; what else was given is in recipe.toml."""
+    """Return the flags of the predicted run; what else was given is in recipe.toml."""
     flags = ["--recipe", str(args.output / "recipe.toml")]
     for name in PASSED_ON:
         value = getattr(args, name)
@@ -169,7 +169,7 @@ NOT_MEASURED = (
 
 
 def write_results(result: Row, found: list[Candidate], folder: Path) -> None:
-    """plan.json, table.md, plan.svg and .png, and recipe.toml: the first candidate."""
+    """Write plan.json, table.md, plan.svg and .png, and recipe.toml: the first candidate."""
     rows = [
         asdict(each)
         | {
@@ -189,7 +189,7 @@ def write_results(result: Row, found: list[Candidate], folder: Path) -> None:
 
 
 def table(result: Row, found: list[Candidate]) -> str:
-    """Markdown."""
+    """Format the candidates as Markdown."""
     header = (
         *("predicted", "epochs", "sizes", "global batch", "updates", "train", "wall", "cost"),
         *("expected top-1", "top-5"),
@@ -224,7 +224,7 @@ def table(result: Row, found: list[Candidate]) -> str:
 
 
 def row(each: Candidate) -> tuple[str, ...]:
-    """The cells of one candidate."""
+    """Format the cells of one candidate."""
     recipe, accuracy = each.recipe, each.accuracy or {}
     return (
         each.name,
@@ -241,7 +241,7 @@ def row(each: Candidate) -> tuple[str, ...]:
 
 
 def epochs_by_size(recipe: Recipe) -> dict[int, int]:
-    """Variants of a recipe have phases of equal sizes, told as one."""
+    """Sum the epochs by size: variants of a recipe have phases of equal sizes."""
     sizes = dict.fromkeys((phase.image_size for phase in recipe.phases), 0)
     for phase in recipe.phases:
         sizes[phase.image_size] += phase.epochs
@@ -249,7 +249,7 @@ def epochs_by_size(recipe: Recipe) -> dict[int, int]:
 
 
 def picture(found: list[Candidate], minutes: float) -> Figure:
-    """The predicted wall time of every candidate by its parts, and the budget."""
+    """Plot the predicted wall time of every candidate by its parts, and the budget."""
     unit, length = time_unit(60 * minutes)
     figure, (axes,) = new_figure(size=(6.6, 1.6 + 0.55 * len(found)))
     places, left = range(len(found)), [0.0] * len(found)
@@ -268,7 +268,7 @@ def picture(found: list[Candidate], minutes: float) -> Figure:
 
 
 def in_picture(each: Candidate) -> str:
-    """Name, epochs, and what is expected of them."""
+    """Format name, epochs, and what is expected of them."""
     text = f"{each.name}\n{each.recipe.epochs} epochs"
     if each.accuracy:
         text += f", expected {percent(each.accuracy['top1'], 1)} top-1"
@@ -276,7 +276,7 @@ def in_picture(each: Candidate) -> str:
 
 
 def check(plan_dir: Path, run_dir: Path) -> str:
-    """What the run of `plan_dir`/recipe.toml took, beside its prediction: check.json and a table.
+    """Set what the run of `plan_dir`/recipe.toml took beside its prediction, in check.json.
 
     Raises UserError for a run of another recipe.
     """
@@ -315,7 +315,7 @@ def check(plan_dir: Path, run_dir: Path) -> str:
 
 
 def error(predicted: float, measured: float) -> float | None:
-    """Relative to what was measured; None where that is nothing."""
+    """Return the error relative to what was measured; None where that is nothing."""
     return predicted / measured - 1 if measured else None
 
 

@@ -58,7 +58,7 @@ class Probe:
     """With the recipe's TTA, at its last eval_size."""
 
     def rates(self, image_size: int, batch_size: int) -> SizeRates:
-        """Those measured at this size, with the nearest batch."""
+        """Return the rates measured at this size, with the nearest batch."""
         at_size = (rates for rates in self.train if rates.image_size == image_size)
         return min(at_size, key=lambda rates: abs(rates.batch_size - batch_size))
 
@@ -92,7 +92,7 @@ class Candidate:
 
 
 def predict(plan: Plan, probe: Probe) -> dict[str, float]:
-    """Predicted seconds by part of the run. Processes are taken to scale perfectly: what they
+    """Predict the seconds by part of the run. Processes are taken to scale perfectly: what they
     would wait for each other is not in it."""
     world, recipe = plan.world_size, plan.recipe
     seconds = {
@@ -121,7 +121,7 @@ def predict(plan: Plan, probe: Probe) -> dict[str, float]:
 
 
 def with_fitting_batch(recipe: Recipe, world_size: int, num_train: int) -> Recipe:
-    """The recipe with batches halved until an epoch has MIN_STEPS updates. The LR goes down in
+    """Halve the recipe's batches until an epoch has MIN_STEPS steps. The LR goes down in
     proportion, here or, where the recipe has a lr_reference_batch, in the plan."""
     factor = 1
     while any(
@@ -138,7 +138,7 @@ def with_fitting_batch(recipe: Recipe, world_size: int, num_train: int) -> Recip
 
 
 def sizes_of(recipe: Recipe) -> dict[str, Recipe]:
-    """The recipe, and variants that take only sizes it has."""
+    """Return the recipe, and variants that take only sizes it has."""
     sizes = sorted({phase.image_size for phase in recipe.phases})
     if len(sizes) == 1:
         return {"recipe": recipe}
@@ -166,7 +166,7 @@ def sizes_of(recipe: Recipe) -> dict[str, Recipe]:
 def longest_within(
     recipe: Recipe, probe: Probe, world_size: int, budget_seconds: float
 ) -> Recipe | None:
-    """The recipe stretched to the most epochs whose predicted wall time is within the budget;
+    """Stretch the recipe to the most epochs whose predicted wall time is within the budget;
     None: not even one epoch is."""
 
     best = None
@@ -193,7 +193,7 @@ def candidates(
     budget_seconds: float,
     node_price: float | None,
 ) -> list[Candidate]:
-    """What to choose from: the recipe and its variants within the budget; then, beyond it or not,
+    """List the choices: the recipe and its variants within the budget; then, beyond it or not,
     the recipe over its own epochs and over those that published tables give for its target.
 
     `node_price` in US dollars an hour of one node. Raises UserError where not one epoch fits.
@@ -239,7 +239,7 @@ def candidates(
 def expected_accuracy(
     model: str, dataset: str | None, epochs: float
 ) -> tuple[dict[str, float] | None, str]:
-    """Accuracies that were published for this network after so many epochs, and by whom.
+    """Return accuracies that were published for this network after so many epochs, and by whom.
 
     Between two published figures it is interpolated linearly in the logarithm of the epochs;
     outside of them, and for other networks, there is none.
@@ -261,7 +261,7 @@ def expected_accuracy(
 
 
 def epochs_for(model: str, dataset: str | None, metric: str, value: float) -> int | None:
-    """The fewest epochs for which `expected_accuracy` gives the target; None: none do."""
+    """Return the fewest epochs for which `expected_accuracy` gives the target; None: none do."""
     table, _ = accuracy_table(model, dataset)
     for epochs in range(min(table, default=1), max(table, default=0) + 1):
         accuracy, _ = expected_accuracy(model, dataset, epochs)
@@ -271,7 +271,7 @@ def epochs_for(model: str, dataset: str | None, metric: str, value: float) -> in
 
 
 def accuracy_table(model: str, dataset: str | None) -> tuple[dict[int, dict[str, float]], str]:
-    """Epochs -> accuracies, and the source."""
+    """Return the accuracies by epochs, and the source."""
     if (model, dataset) == ("resnet50", "ImageNet"):
         entries = [e for e in published({"ImageNet"}, "top1") if e.name == "ffcv-imagenet"]
         rows = {

@@ -38,7 +38,7 @@ def measure(
     clock: Stopwatch,
     seconds: float,
 ) -> tuple[Probe, str, str]:
-    """The probe in about `seconds`, and the hardware and precision; `clock` began with the command.
+    """Probe for about `seconds`; returns hardware and precision, too. `clock`: the command's.
 
     Every phase is measured: rates of training and evaluation, the first batches, compiling.
     """
@@ -87,7 +87,7 @@ def measure(
 
 
 def eval_rate(trainer: Trainer, image_size: int, tta: str, seconds: float) -> tuple[float, float]:
-    """Seconds to a first batch of validation, and images per second: the median of ROUNDS parts
+    """Measure seconds to a first validation batch, and images/s: the median of ROUNDS parts
     of `seconds`, or of whole passes that are shorter."""
     start = time.perf_counter()
     for _ in limited(trainer.eval_loader, 0.0):
@@ -107,7 +107,7 @@ def eval_rate(trainer: Trainer, image_size: int, tta: str, seconds: float) -> tu
 
 
 def limited(items: Iterable[Item], seconds: float) -> Iterator[Item]:
-    """One item at least, and no more once the time is over."""
+    """Yield one item at least, and no more once the time is over."""
     start = time.perf_counter()
     for item in items:
         yield item
@@ -116,7 +116,7 @@ def limited(items: Iterable[Item], seconds: float) -> Iterator[Item]:
 
 
 def time_of_checkpoint(trainer: Trainer) -> tuple[float, float]:
-    """Seconds that an epoch's end waits for its checkpoint, and that the run's end waits until it
+    """Measure how long an epoch's end waits for its checkpoint, and the run's end until it
     is on the disk."""
     with tempfile.TemporaryDirectory() as folder:
         writer = CheckpointWriter(Path(folder), NullRecorder())

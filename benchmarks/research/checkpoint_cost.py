@@ -46,7 +46,7 @@ PARTS = ("state", "copy", "write", "checksum", "fsync")
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the command line."""
     result = make_parser(
         "benchmarks.research.checkpoint_cost",
         "Measure what a checkpoint every --interval steps costs the training.",
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(
     trainer: Trainer, step: Callable[[], None], args: argparse.Namespace, folder: Path
 ) -> Row:
-    """Seconds a step in each way and the parts of a save, after a round not counted."""
+    """Measure seconds a step in each way and the parts of a save, after a round not counted."""
     writer = CheckpointWriter(folder, NullRecorder())
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     parts: dict[str, list[float]] = {part: [] for part in PARTS}
@@ -122,7 +122,7 @@ def measure(
 
 
 def added(seconds: list[float], base: list[float]) -> Estimate:
-    """The share by which they are above those of the same rounds."""
+    """Compute the share by which they are above those of the same rounds."""
     over = ratio(seconds, base)
     return Estimate(over.mean - 1, over.low - 1, over.high - 1)
 
@@ -134,7 +134,7 @@ def block(
     writer: CheckpointWriter,
     way: str,
 ) -> float:
-    """Seconds of so many steps, with a checkpoint at their start or without."""
+    """Measure seconds of so many steps, with a checkpoint at their start or without."""
     synchronize(trainer.device)
     start = time.perf_counter()
     if way != "without":
@@ -151,7 +151,7 @@ def block(
 
 
 def save_parts(trainer: Trainer, path: Path) -> dict[str, float]:
-    """Seconds of what a save is made of, one after the other, nothing beside them."""
+    """Measure the parts of a save in seconds, one after the other, nothing beside them."""
     times = [time.perf_counter()]
 
     def mark() -> None:
@@ -177,7 +177,7 @@ def save_parts(trainer: Trainer, path: Path) -> dict[str, float]:
 
 
 def table(result: Row) -> str:
-    """Markdown."""
+    """Format the result as Markdown."""
     rows = [("checkpoint", "ms a step", "added")]
     for way, value in result["step_seconds"].items():
         share = shown(result["added"][way], 100, " %") if way in result["added"] else "-"

@@ -67,7 +67,7 @@ class StageRate:
 def graph(
     stage: str, spec: LoaderSpec, files: DataNode, draws: list[DataNode], view: list[DataNode]
 ) -> DataNode:
-    """What the pipeline gives when it ends with this stage."""
+    """Return what the pipeline gives when it ends with this stage."""
     if stage == "feed":
         return files
     encoded = fn.io.file.read(files)
@@ -89,7 +89,7 @@ def graph(
 
 
 def batches(stage: str, task: Task) -> Iterator[Any]:
-    """Endless batches of a stage."""
+    """Yield batches of a stage, without end."""
     if stage == "loader":
         yield from ours("dali", task)
     size = Stage(
@@ -107,7 +107,7 @@ def batches(stage: str, task: Task) -> Iterator[Any]:
 
 
 def turn(source: Iterator[Any], batch_size: int, seconds: float) -> tuple[float, float]:
-    """Images per second and CPU milliseconds an image, after batches that are not counted."""
+    """Measure images per second and CPU ms an image, after batches that are not counted."""
     for _ in range(WARM_UP_BATCHES):
         next(source)
     images, start, cpu = 0, time.perf_counter(), time.process_time()
@@ -121,7 +121,7 @@ def turn(source: Iterator[Any], batch_size: int, seconds: float) -> tuple[float,
 def measure(
     task: Task, rounds: int, seconds: float, report: Callable[[str], object]
 ) -> list[StageRate]:
-    """All stages in turn."""
+    """Measure all stages in turn."""
     sources = {stage: batches(stage, task) for stage in STAGES}
     found: dict[str, list[tuple[float, float]]] = {stage: [] for stage in STAGES}
     for number in range(rounds + 1):
@@ -143,7 +143,7 @@ def measure(
 
 
 def table(rates: Sequence[StageRate]) -> str:
-    """Markdown; `own` is what a stage adds to the one before it, in CPU time."""
+    """Format as Markdown; `own` is what a stage adds to the one before it, in CPU time."""
     before = dict(zip(STAGES[1:], STAGES, strict=False)) | {"decode crop": "window"}
     cpu = {rate.stage: rate.cpu_ms_per_image.mean for rate in rates}
     rows = [("stage", "images/s", "CPU ms/image", "own", "share of loader")]
@@ -156,7 +156,7 @@ def table(rates: Sequence[StageRate]) -> str:
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the command line."""
     result = make_parser(
         "benchmarks.research.dali_stages",
         "Measure the stages of DALI's CPU path in turns, and what the whole loader takes.",

@@ -69,7 +69,7 @@ class Task:
     """Of each measurement."""
 
     def measure(self, image_size: int, threads: int, settings: DaliSettings) -> DecodeRate:
-        """The rate over ROUNDS turns of one loader, whose start is not counted."""
+        """Measure the rate over ROUNDS turns of one loader, whose start is not counted."""
         on_gpu = self.device.type == "cuda"
         stage = Stage(epochs=1, image_size=image_size, batch_size=self.batch_size)
         spec = LoaderSpec(
@@ -108,7 +108,7 @@ class Task:
         )
 
     def sweep(self, sizes: Sequence[int], threads: Sequence[int]) -> Iterator[DecodeRate]:
-        """All measurements, in the order of their importance."""
+        """Yield all measurements, in the order of their importance."""
         default = DaliSettings()
         for size in sizes:
             yield self.measure(size, max(threads), default)
@@ -137,17 +137,17 @@ class Task:
 
 
 def fastest(rates: Sequence[DecodeRate]) -> DecodeRate:
-    """The one with the highest mean."""
+    """Return the one with the highest mean."""
     return max(rates, key=lambda rate: rate.mean)
 
 
 def repeated(split: Split, entries: int) -> Split:
-    """The split, its images named again and again until there are so many."""
+    """Repeat the images of the split until there are so many."""
     return split.take(np.resize(np.arange(len(split)), max(len(split), entries)))
 
 
 def row(rate: DecodeRate) -> tuple[str, ...]:
-    """The cells of one measurement."""
+    """Format the cells of one measurement."""
     settings = rate.settings
     return (
         f"{rate.image_size} px",
@@ -163,7 +163,7 @@ HEADER = ("size", "threads", "hardware share", "prefetch", "preallocated", "imag
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the command line."""
     result = make_parser(
         "benchmarks.research.decode_sweep",
         __doc__.partition("\n")[0],
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def result(
     args: argparse.Namespace, task: Task, images: int, rates: list[DecodeRate], cut: bool
 ) -> dict[str, object]:
-    """What the file gets; `cut`: the limit came before the end of the sweep."""
+    """Return what the file gets; `cut`: the limit came before the end of the sweep."""
     return {
         "device": task.device.type,
         "decoder": "mixed" if task.device.type == "cuda" else "cpu",

@@ -57,13 +57,13 @@ class Epoch:
 
 
 def page_sizes(process: int) -> dict[str, float]:
-    """MiB of a process by kind of page, see proc(5); shared pages of Pss are divided by users."""
+    """Read the MiB of a process by kind of page, see proc(5); Pss divides shared pages by users."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     return {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
 
 
 def descendants(process: int) -> list[int]:
-    """Ids of the processes that a process has started, and of those that these have."""
+    """List the ids of the processes that a process has started, and of those that these have."""
     found = []
     for thread in Path(f"/proc/{process}/task").iterdir():
         for child in (thread / "children").read_text().split():
@@ -72,7 +72,7 @@ def descendants(process: int) -> list[int]:
 
 
 def memory() -> tuple[float, float]:
-    """(allocated, resident) in MiB, as in the head of this file."""
+    """Measure (allocated, resident) in MiB, as in the head of this file."""
     own = page_sizes(os.getpid())
     everyone = [own, *map(page_sizes, descendants(os.getpid()))]
     return sum(pages["Pss_Anon"] + pages["Pss_Shmem"] for pages in everyone), own["Rss"]

@@ -92,7 +92,7 @@ STARTS = ("first", "again", "ImageFolder")
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the command line."""
     result = make_parser(
         "benchmarks.research.start_up",
         "Time from a start to the first batch, by the number of files.",
@@ -111,7 +111,7 @@ def parser() -> Parser:
 
 @contextmanager
 def linked(originals: list[str], count: int, scratch: Path) -> Iterator[Path]:
-    """A data folder of `count` hard links, with room for a cache beside it; removed at the end."""
+    """Make a data folder of `count` hard links, with room for a cache beside it, for a while."""
     with ExitStack() as stack:
         try:
             folder = tempfile.TemporaryDirectory(prefix="start-up-", dir=scratch)
@@ -127,7 +127,7 @@ def linked(originals: list[str], count: int, scratch: Path) -> Iterator[Path]:
 
 
 def make_links(originals: list[str], count: int, split: Path) -> None:
-    """`count` files in CLASSES folders."""
+    """Make `count` files in CLASSES folders."""
     with tqdm(total=count, unit="link", desc="making links", disable=None) as bar:
         for label in range(CLASSES):
             folder = split / f"n{label:08}"

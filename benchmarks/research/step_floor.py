@@ -18,7 +18,7 @@ from pipelines.cli import at_least, make_parser, positive
 
 
 def table(layers: Sequence[Layer], batch_size: int, ceilings: Sequence[float] | None) -> str:
-    """Markdown: by height of the results, what an image costs in bf16; seconds where `ceilings`,
+    """Format as Markdown, by height of the results, what an image costs; seconds where `ceilings`,
     in TFLOP/s and TB/s, are given."""
     rows = [("results", "layers", "GFLOP", "MB", "FLOP/B", "us")]
     for size in [*dict.fromkeys(layer.image_size for layer in layers), 0]:
