@@ -76,8 +76,8 @@ def test_a_package_called_pipelines_is_named(environment: Path, tmp_path: Path) 
     train = (environment / "bin/python", "-m", "fastimagenet.train", "--list-recipes")
     done = run(*train, cwd=tmp_path, status=2)
     assert done.stderr == (
-        f"error: {tmp_path / 'pipelines'} hides fastimagenet's package pipelines: rename it or work "
-        "in another folder\n"
+        f"error: {tmp_path / 'pipelines'} hides fastimagenet's package pipelines: rename it or "
+        "work in another folder\n"
     )
     command = environment / "bin/fastimagenet"
     assert run(command, "--version", cwd=tmp_path).stdout.startswith("fastimagenet 0.")
