@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.step_variants import synthetic_trainer
+from benchmarks.training_step import synthetic_trainer
 from fastimagenet.recipes.recipe import Phase, Recipe
 from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
