@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,9 +106,11 @@ def make_index(listing: Listing) -> Index:
     shapes = np.zeros((len(images), 2), np.int32)
     bad = []
     jobs = ((start, list(images[start : start + CHUNK])) for start in range(0, len(images), CHUNK))
-    for start, found, damaged in check_all(jobs, len(images)):
-        shapes[start : start + len(found)] = found
-        bad += damaged
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, on large images and damaged metadata
+        for start, found, damaged in check_all(jobs, len(images)):
+            shapes[start : start + len(found)] = found
+            bad += damaged
     return Index(listing, shapes, sorted(bad))
 
 
