@@ -142,6 +142,7 @@ def test_training_says_what_it_reads(data: Path, tmp_path: Path) -> None:
     recipe = Path(__file__).parent / "small.toml"
     flags = ["--data", str(data), "--recipe", str(recipe), "--output", str(run)]
     settings = [f"phases.{index}.batch_size=9" for index in range(3)]
+    settings.append("phases.2.image_size=24")
     flags += [word for setting in settings for word in ("--set", setting)]
     assert train_main([*flags, "--device", "cpu", "--nproc-per-node", "1"]) == 0
     plan = json.loads((run / "plan.json").read_text())
