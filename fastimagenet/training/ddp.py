@@ -17,7 +17,7 @@ def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
     """Compute the model's BN statistics over all processes. Raises UserError on a CPU."""
     if device.type == "cpu":
         raise UserError("recipe field sync_bn = true needs a GPU: --set sync_bn=false on a CPU")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 class CommunicationTimer:
