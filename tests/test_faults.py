@@ -18,8 +18,8 @@ import torch
 from fastimagenet.report.run import rows_of
 from fastimagenet.training import checkpoint
 from fastimagenet.training.recorder import read_rows
+from tests.commands import SMALL, TWO, free_endpoint, losses_of, start
 from tests.conftest import fill
-from tests.test_train import SMALL, TWO, free_endpoint, losses_of, start
 
 pytestmark = pytest.mark.slow
 

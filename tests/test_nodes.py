@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hosts import Hosts, hosts, permitted
 from fastimagenet import evaluate
 from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
+from tests.commands import SMALL, summary_of
+from tests.faults.hosts import Hosts, hosts, permitted
 from tests.test_faults import check_equal, wait_for
-from tests.test_train import SMALL, summary_of
 
 pytestmark = [
     pytest.mark.slow,

@@ -21,7 +21,7 @@ from fastimagenet.training import checkpoint
 from fastimagenet.training.loaders import open_loader
 from fastimagenet.training.trainer import Trainer
 from pipelines.datasets.split import Split, read_split
-from tests.test_train import free_endpoint
+from tests.commands import free_endpoint
 from tests.test_trainer import Killed, tiny_model
 
 RECIPE = Recipe(
