@@ -185,6 +185,7 @@ def test_sweeps_are_plotted_as_asked_for(swept: tuple[Path, str]) -> None:
     lengths = {len(line.get_xdata()) for line in read.plot().axes[0].lines}  # type: ignore[arg-type]
     assert lengths == {len(run.shown()) for run in read.runs}
     figure = read.plot(skip_first=2, skip_last=0, smoothed=False)
+    assert figure._repr_svg_().startswith("<svg")  # type: ignore[attr-defined]
     losses, top1 = figure.axes[0].lines, figure.axes[2].lines
     assert len(losses) == len(top1) == 2  # no faint line beside the values themselves
     for line, run in zip(top1, read.runs, strict=True):
