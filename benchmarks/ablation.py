@@ -3,50 +3,58 @@
     python -m benchmarks.ablation --data CIFAR10 --runs 3
 
 Every run is a `python -m fastimagenet.train` of its own, in OUTPUT/PART-seedS. The same command
-goes on where it was stopped, and repeats no run that is finished.
+resumes where it was stopped, and repeats no run that is finished.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from fastimagenet.assemble import with_copies
-
-from benchmarks.ablation_results import FULL, read_ablation, table
-from benchmarks.superconvergence import describe
-from benchmarks.trainings import Training, check_folder, train_all
+from benchmarks.common.matrix import (
+    Data,
+    Matrix,
+    Training,
+    Variant,
+    add_matrix_flags,
+    describe,
+    matrix_flags,
+    measured,
+)
+from benchmarks.common.measuring import markdown
+from benchmarks.common.statistics import interval, interval_text
 from fastimagenet import cli
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes import toml as recipe_toml
-from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
-from pipelines.backends import BACKENDS
-from pipelines.cli import Parser, at_least, make_parser, output_folder
+from pipelines.cli import Parser, make_parser
 from pipelines.errors import UserError
-from pipelines.files import write_object, write_text
+from pipelines.files import Row, write_object, write_text
+from pipelines.formats import NO_BREAK, duration, percent
 
+FULL = "all"
+"""The name of the runs in which nothing is switched off."""
+HEADER = ("switched off", "n", "top-1", "with TTA", "difference (points)", "train", "wall")
 PEER_LR_PER_IMAGE = 11.5 / (1024 * (1 + 1 / 0.15))
 PEER_DECAY_PER_IMAGE = 0.0153 / (1024 * (1 + 1 / 0.15))
 """Of airbench94, which trains the same network by SGD: LR, and LR times weight decay."""
 
 
 def without_muon(recipe: Recipe) -> list[str]:
-    """SGD at the rates that airbench94 has for it."""
+    """Train by SGD at the rates that airbench94 has for it."""
     lr = PEER_LR_PER_IMAGE * recipe.phases[0].batch_size
     decay = PEER_DECAY_PER_IMAGE / PEER_LR_PER_IMAGE
     return ["optimizer=sgd", f"max_lr={lr:.4g}", f"weight_decay={decay:.4g}"]
 
 
 def without_growing(recipe: Recipe) -> list[str]:
-    """Every phase at the size of the last one."""
+    """Train every phase at the size of the last one."""
     last = recipe.phases[-1].image_size
-    sized = (f"phases.{index}.image_size={last}" for index in range(len(recipe.phases)))
-    return list(sized)
+    return [f"phases.{index}.image_size={last}" for index in range(len(recipe.phases))]
 
 
 PARTS: dict[str, Callable[[Recipe], list[str]]] = {
@@ -63,7 +71,7 @@ PARTS: dict[str, Callable[[Recipe], list[str]]] = {
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the command line."""
     result = make_parser(
         "benchmarks.ablation",
         "Train a recipe whole and with one of its parts switched off at a time, and compare.",
@@ -72,17 +80,9 @@ def parser() -> Parser:
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder")
     add("--recipe", default="cifar10-speed", metavar="NAME", help="default cifar10-speed")
-    parts = ", ".join(PARTS)
-    add("--only", nargs="+", choices=list(PARTS), metavar="FIELD", help=f"some of {parts}")
-    add("--runs", type=at_least(1), default=3, metavar="N", help="seeds of each; default 3")
-    add("--seed", type=at_least(0), default=0, metavar="S", help="the first seed; default 0")
-    folder = Path("runs/ablation")
-    add("--output", type=output_folder, default=folder, metavar="DIR", help=f"default {folder}")
-    add("--epochs", type=int, metavar="E", help="a rehearsal: stretch the recipe to E epochs")
-    help_text = "a rehearsal: change a recipe field in all runs; repeatable"
-    add("--set", action="append", default=[], metavar="FIELD=VALUE", help=help_text)
-    add("--backend", choices=BACKENDS, default="memory", help="as of train; default memory")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="as of train")
+    help_text = f"some of {', '.join(PARTS)}"
+    add("--only", nargs="+", choices=list(PARTS), metavar="FIELD", help=help_text)
+    add_matrix_flags(result, 3, Path("runs/ablation"))
     return result
 
 
@@ -91,13 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     data = describe(args.data)
-    trainings = make_trainings(args, data.train_images)
-    for training in trainings:
-        check_folder(training, os.path.abspath(args.data))
-    status = train_all(trainings)
-    if any(training.finished and training.run == FULL for training in trainings):
+    seeds = range(args.seed, args.seed + args.runs)
+    matrix = Matrix.of(variants(args, data.train_images), seeds, args.output, args.data)
+    status = matrix.run()
+    if any(training.run == FULL for training in matrix.finished):
         command = shlex.join(["python", "-m", "benchmarks.ablation", *argv])
-        result = read_ablation(trainings, data, command)
+        result = read_ablation(matrix.finished, data, command)
         write_object(args.output / "ablation.json", result)
         write_text(args.output / "table.md", table(result))
         print(f"\n{table(result)}\ntable and JSON: {args.output}", flush=True)
@@ -106,41 +105,102 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def make_trainings(args: argparse.Namespace, num_train: int) -> list[Training]:
-    """The recipe and each part that it has, switched off; seed by seed, so that what disturbs the
-    machine disturbs all alike. Raises UserError for a part that the recipe does not have."""
+def variants(args: argparse.Namespace, num_train: int) -> list[Variant]:
+    """Return the recipe and the recipe without each part that it has.
+
+    Raises UserError for a part that was asked for and that the recipe does not have.
+    """
     whole = recipe_toml.with_settings(named_recipe(args.recipe), args.set)
-    variants: dict[str, list[str]] = {FULL: []}
+    off: dict[str, list[str]] = {FULL: []}
     for part in args.only or PARTS:
         settings = PARTS[part](whole)
         if has(whole, part):
-            variants[part] = settings
+            off[part] = settings
         elif args.only:
             raise UserError(f"--only {part}: recipe {args.recipe} does not use it")
-    trainings = []
-    for seed in range(args.seed, args.seed + args.runs):
-        for run, settings in variants.items():
-            folder = args.output / f"{run}-seed{seed}"
-            changes = [*args.set, *settings]
-            recipe = recipe_toml.with_settings(named_recipe(args.recipe), changes)
-            recipe = recipe if args.epochs is None else recipe.stretched(args.epochs)
-            plan = Plan.of(with_copies(recipe, args.data), 1, num_train)
-            flags = ["--data", str(args.data), "--recipe", args.recipe, "--seed", str(seed)]
-            flags += ["--output", str(folder), "--resume", "auto", "--nproc-per-node", "1"]
-            flags += ["--backend", args.backend, "--device", args.device]
-            flags += [word for change in changes for word in ("--set", change)]
-            flags += [] if args.epochs is None else ["--epochs", str(args.epochs)]
-            trainings.append(Training(run=run, seed=seed, plan=plan, folder=folder, flags=flags))
-    return trainings
+    found = []
+    for name, settings in off.items():
+        recipe = recipe_toml.with_settings(named_recipe(args.recipe), [*args.set, *settings])
+        recipe = recipe if args.epochs is None else recipe.stretched(args.epochs)
+        flags = ["--recipe", args.recipe, *matrix_flags(args, settings)]
+        found.append(Variant(name=name, recipe=recipe, flags=flags, num_train=num_train))
+    return found
 
 
 def has(recipe: Recipe, part: str) -> bool:
-    """Whether the recipe uses it, that is, whether there is something to switch off."""
+    """Return whether the recipe uses it, that is, whether there is something to switch off."""
     if part == "image_size":
         return len({phase.image_size for phase in recipe.phases}) > 1
     if part == "optimizer":
         return recipe.optimizer != "sgd"
     return getattr(recipe, part) != getattr(Recipe, part)
+
+
+def read_ablation(finished: Sequence[Training], data: Data, command: str) -> Row:
+    """Return all that is finished, in plain values: times in seconds, accuracies as fractions.
+
+    Differences to the whole recipe, in points of `judged`, are means over the seeds that both have.
+    At least one run of the whole recipe must be finished.
+    """
+    summaries = {(training.run, training.seed): training.summary for training in finished}
+    values = list(summaries.values())
+    judged = "top1" if values[0]["tta_top1"] is None else "tta_top1"
+    rows = []
+    for run in dict.fromkeys(run for run, _ in summaries):
+        own = {seed: summary for (name, seed), summary in summaries.items() if name == run}
+        points = [
+            100 * (summary[judged] - summaries[FULL, seed][judged])
+            for seed, summary in own.items()
+            if (FULL, seed) in summaries
+        ]
+        row: Row = {"run": run, "seeds": list(own)}
+        for name in ("top1", "tta_top1", "train_seconds", "wall_seconds"):
+            found = [summary[name] for summary in own.values()]
+            row[name] = None if None in found else interval(found) | {"values": found}
+        differs = points and run != FULL
+        row["difference_points"] = interval(points) | {"values": points} if differs else None
+        row["summaries"] = list(own.values())
+        rows.append(row)
+    about = {"recipe": values[0]["recipe"], "epochs": values[0]["epochs"]}
+    return (
+        measured(values, command)
+        | about
+        | {
+            "data": asdict(data),
+            "judged": judged,
+            "rows": rows,
+        }
+    )
+
+
+def table(result: Row) -> str:
+    """Format the result as Markdown."""
+    name = "with TTA" if result["judged"] == "tta_top1" else "plain"
+    lines = [
+        f"# Recipe {result['recipe']}, one part switched off at a time",
+        "",
+        f"{result['hardware']}; {result['precision']}; torch {result['versions']['torch']}; "
+        f"{result['date']}; {result['epochs']} epochs; {Data(**result['data']).counts}.",
+        "",
+        markdown([HEADER, *map(cells, result["rows"])]),
+        "",
+        f"Means over n seeds, with 95 % intervals for n > 1; differences to the first row {name}, "
+        "seed by seed. Train: the training clock; wall: everything.",
+    ]
+    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
+
+
+def cells(row: Row) -> list[str]:
+    """Format the row of one part."""
+    accuracies = [
+        "-" if row[name] is None else interval_text(row[name], percent)
+        for name in ("top1", "tta_top1")
+    ]
+    difference = row["difference_points"]
+    points = "-" if difference is None else interval_text(difference, "{:+.2f}".format)
+    times = [duration(row[name]["mean"]) for name in ("train_seconds", "wall_seconds")]
+    name = "nothing" if row["run"] == FULL else row["run"]
+    return [name, str(len(row["seeds"])), *accuracies, points, *times]
 
 
 if __name__ == "__main__":

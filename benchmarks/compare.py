@@ -7,24 +7,44 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
 from pathlib import Path
 
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from benchmarks import comparison_plots
-from benchmarks.comparison_plots import METRICS, Comparison, short_names
-from benchmarks.published import published
-from benchmarks.run_plots import Curve, accuracy_and_lr
-from benchmarks.run_table import accuracy_points, lr_points, markdown, schedule_text
+from benchmarks.common.measuring import markdown
+from benchmarks.common.plots import (
+    LOOKS,
+    Curve,
+    accuracy_and_lr,
+    accuracy_points,
+    lr_points,
+    schedule_text,
+)
+from benchmarks.common.published import Published, published
 from fastimagenet import cli
 from fastimagenet.report.dawnbench import TRAIN_CLOCK
-from fastimagenet.report.figures import svg, write_files
+from fastimagenet.report.figures import (
+    LEGEND,
+    SMALL,
+    draw_line,
+    new_figure,
+    svg,
+    thousands,
+    write_files,
+)
+from fastimagenet.report.plots import TIME_COLOURS
 from fastimagenet.report.run import Run
 from pipelines import pages
 from pipelines.cli import make_parser, output_folder
 from pipelines.errors import UserError
-from pipelines.files import write_text
-from pipelines.formats import duration, percent
+from pipelines.files import Row, write_text
+from pipelines.formats import NO_BREAK, duration, percent, time_unit
 
 HEADER = (
     *("run", "hardware", "top-1", "top-5", "train time", "time to target", "wall time"),
@@ -49,20 +69,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = {str(folder): Run.open(folder) for folder in args.runs}
     for name, run in runs.items():
         if not run.summary:
-            raise UserError(f"{name} is not finished: go on with it by train --resume auto")
+            raise UserError(f"{name} is not finished: resume it by train --resume auto")
     rows = [row(name, run) for name, run in runs.items()]
     shown = [HEADER.index(name) for name in TERMINAL]
     print(markdown([[cells[index] for index in shown] for cells in (HEADER, *rows)]))
     what = comparison(runs)
     page = args.output / "compare.html"
     write_text(page, render(what, rows))
-    for path in (page, *write_files(comparison_plots.picture(what), args.output, "comparison")):
+    for path in (page, *write_files(picture(what), args.output, "comparison")):
         print(path)
     return 0
 
 
 def comparison(runs: dict[str, Run]) -> Comparison:
-    """By top-5 where that is the target of every run, else by top-1."""
+    """Compare by top-5 where that is the target of every run, else by top-1."""
     targets = {run.target[0] if run.target else "top1" for run in runs.values()}
     metric = "top5" if targets == {"top5"} else "top1"
     return Comparison(
@@ -73,16 +93,16 @@ def comparison(runs: dict[str, Run]) -> Comparison:
 
 
 def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
-    """The page."""
+    """Render the page."""
     curves = [
         Curve(name, name, [accuracy_points(run.epochs)], lr_points(run.steps))
         for name, run in what.runs.items()
     ]
     metric = METRICS[what.metric]
     figures = {
-        f"{metric} against training time": comparison_plots.against_time(what),
-        f"{metric} against epochs": comparison_plots.against_epochs(what),
-        "Where the wall time went": comparison_plots.time_split(what),
+        f"{metric} against training time": against_time(what),
+        f"{metric} against epochs": against_epochs(what),
+        "Where the wall time went": time_split(what),
         "top-1 and learning rate against updates": accuracy_and_lr(curves),
     }
     beside = (
@@ -105,7 +125,7 @@ def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
 
 
 def row(name: str, run: Run) -> tuple[str, ...]:
-    """The cells of one run."""
+    """Format the cells of one run."""
     recipe, summary = run.plan["recipe"], run.summary
     reached = run.seconds_to_target
     return (
@@ -122,6 +142,188 @@ def row(name: str, run: Run) -> tuple[str, ...]:
         schedule_text(recipe),
         summary["dataset"],
     )
+
+
+METRICS = {"top1": "top-1", "top5": "top-5"}
+NEAR = 0.06
+"""Of the width of the time axis: numbers of entries that are nearer stand above each other."""
+WIDE = 6.6
+"""Inches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is drawn."""
+
+    runs: dict[str, Run]
+    """By the name in the legend."""
+    metric: str
+    """"top1" or "top5"."""
+    entries: list[Published]
+
+    def points(self, run: Run, against: str) -> list[tuple[float, float]]:
+        """Return (`against`: "train_seconds", "step" or "epoch"; per cent) of every evaluation."""
+        return [
+            (row[against] + (against == "epoch"), 100 * row[self.metric])
+            for row in run.epochs
+            if row.get(self.metric) is not None
+        ]
+
+
+def look(index: int) -> Row:
+    """Return colour and style of the line of a run."""
+    return LOOKS[index % len(LOOKS)]
+
+
+def picture(what: Comparison) -> Figure:
+    """Plot accuracy against time and against epochs, and where the time went."""
+    figure, axes = new_figure(3, size=(WIDE, 9.2 + 0.25 * len(what.runs)))
+    grid = axes[0].get_gridspec()
+    assert grid is not None
+    grid.set_height_ratios((5, 4, 0.8 + 0.5 * len(what.runs)))
+    draw_against_time(axes[0], what)
+    draw_against_epochs(axes[1], what)
+    draw_time_split(axes[2], what)
+    add_legends(figure, axes[0], what)
+    return figure
+
+
+def against_time(what: Comparison) -> Figure:
+    """Plot the first part alone."""
+    figure, (axes,) = new_figure(size=(WIDE, 4.6))
+    draw_against_time(axes, what)
+    add_legends(figure, axes, what)
+    return figure
+
+
+def against_epochs(what: Comparison) -> Figure:
+    """Plot the second part alone."""
+    figure, (axes,) = new_figure(size=(WIDE, 3.4))
+    draw_against_epochs(axes, what)
+    add_legends(figure, axes, what, published=False)
+    return figure
+
+
+def time_split(what: Comparison) -> Figure:
+    """Plot the third part alone."""
+    figure, (axes,) = new_figure(size=(WIDE, 1.3 + 0.4 * len(what.runs)))
+    draw_time_split(axes, what)
+    return figure
+
+
+def draw_against_time(axes: Axes, what: Comparison) -> None:
+    """Draw our lines and the numbered entries; with entries the time axis is logarithmic."""
+    seconds = [run.epochs[-1]["train_seconds"] for run in what.runs.values()]
+    # A log axis takes the unit of its shortest time, so that few ticks are below 1.
+    shortest = min((entry.seconds for entry in what.entries), default=max(seconds))
+    unit, length = time_unit(shortest)
+    for index, run in enumerate(what.runs.values()):
+        points = [(x / length, y) for x, y in what.points(run, "train_seconds")]
+        draw_line(axes, points, **look(index))
+        draw_line(axes, points[-1:], color=look(index)["color"], marker="o", markersize=4)
+    if what.entries:
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(thousands))
+    axes.set(xlabel=f"training time ({unit})", ylabel=f"validation {METRICS[what.metric]} (%)")
+    draw_entries(axes, what, length)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.06 * (high - low) * bool(what.entries))
+
+
+def draw_entries(axes: Axes, what: Comparison, length: float) -> None:
+    """Draw a grey point for each entry, with its number above."""
+    low, high = axes.get_xlim()
+    placed: list[tuple[float, float, int]] = []
+    for number, entry in enumerate(what.entries, start=1):
+        accuracy = entry.accuracy(what.metric)
+        assert accuracy is not None
+        x, y = entry.seconds / length, 100 * accuracy
+        marker = "^" if entry.at_least else "o"
+        axes.plot([x], [y], color="#555555", marker=marker, markersize=4.5)
+        width = log(max(high, x) / min(low, x))
+        near = [tier for at, level, tier in placed
+                if abs(log(x / at)) < NEAR * width and abs(level - y) < 4]  # fmt: skip
+        tier = max(near, default=-1) + 1
+        placed.append((x, y, tier))
+        axes.annotate(
+            str(number), (x, y), xytext=(0, 5 + 10 * tier), textcoords="offset points",
+            ha="center", va="bottom", fontsize=SMALL, color="#333333",
+        )  # fmt: skip
+
+
+def draw_against_epochs(axes: Axes, what: Comparison) -> None:
+    """Draw our lines, and the entries that tell their epochs."""
+    for index, run in enumerate(what.runs.values()):
+        points = what.points(run, "epoch")
+        draw_line(axes, points, **look(index))
+        draw_line(axes, points[-1:], color=look(index)["color"], marker="o", markersize=4)
+    for number, entry in enumerate(what.entries, start=1):
+        accuracy = entry.accuracy(what.metric)
+        if entry.epochs is not None and accuracy is not None:
+            marker = "^" if entry.at_least else "o"
+            place = (entry.epochs, 100 * accuracy)
+            axes.plot(*([value] for value in place), color="#555555", marker=marker, markersize=4.5)
+            axes.annotate(
+                str(number), place, xytext=(0, 5), textcoords="offset points",
+                ha="center", va="bottom", fontsize=SMALL, color="#333333",
+            )  # fmt: skip
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="epochs done", ylabel=f"validation {METRICS[what.metric]} (%)")
+
+
+def draw_time_split(axes: Axes, what: Comparison) -> None:
+    """Draw one bar of the wall time for each run, the first one on top."""
+    splits = [run.summary["time_split_seconds"] for run in what.runs.values()]
+    unit, length = time_unit(max(sum(split.values()) for split in splits))
+    places = range(len(splits))
+    left = [0.0] * len(splits)
+    for part, colour in TIME_COLOURS.items():
+        values = [split.get(part, 0.0) / length for split in splits]
+        if max(values) > 0.001 * max(sum(split.values()) for split in splits) / length:
+            label = part.replace("_", " ")
+            axes.barh(places, values, 0.6, left, color=colour, label=label, edgecolor="white")
+        left = [start + value for start, value in zip(left, values, strict=True)]
+    axes.set_yticks(places, list(what.runs))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel=f"wall time ({unit})", xlim=(0, 1.02 * max(left)))
+    axes.xaxis.set_major_formatter(FuncFormatter(thousands))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), **(LEGEND | {"ncols": 4}))
+
+
+def add_legends(figure: Figure, axes: Axes, what: Comparison, published: bool = True) -> None:
+    """List the runs above the axes, and the entries by their numbers below the figure."""
+    lines = [
+        Line2D([], [], label=f"{name}, {run.summary['hardware']}", **look(index))
+        for index, (name, run) in enumerate(what.runs.items())
+    ]
+    axes.legend(handles=lines, loc="lower left", bbox_to_anchor=(0, 1.0), **(LEGEND | {"ncols": 2}))
+    if published and what.entries:
+        numbers = [
+            Line2D([], [], linestyle="", marker=f"${number}$", color="#333333", label=told(entry))
+            for number, entry in enumerate(what.entries, start=1)
+        ]
+        title = "published (triangles: at least this accuracy)"
+        style = LEGEND | {"ncols": 2, "title": title, "handlelength": 1.6}
+        figure.legend(handles=numbers, loc="outside lower left", **style)
+
+
+def told(entry: Published) -> str:
+    """Format name, hardware and time of an entry."""
+    return f"{entry.name}, {entry.hardware}: {duration(entry.seconds)}".replace(NO_BREAK, " ")
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Shorten paths to their last parts, as many as tell them apart."""
+    parts = [name.rstrip("/").split("/") for name in names]
+    for count in range(1, max(map(len, parts)) + 1):
+        short = ["/".join(part[-count:]) for part in parts]
+        if len(set(short)) == len(short):
+            return short
+    return list(names)
 
 
 if __name__ == "__main__":

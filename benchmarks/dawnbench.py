@@ -2,7 +2,7 @@
 
     python -m benchmarks.dawnbench --recipe cifar10 --data CIFAR10 --runs 5 --stop-at-target
 
-Every run is a `python -m fastimagenet.train` of its own, in OUTPUT/seedS. The same command goes on
+Every run is a `python -m fastimagenet.train` of its own, in OUTPUT/seedS. The same command resumes
 where it was stopped, and repeats no run that is finished. The status is 1 if a run has missed the
 target, or failed, as one does whose loss is not finite any more.
 """
@@ -12,26 +12,28 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from statistics import median_high
 
-from fastimagenet.assemble import chosen_recipe, with_copies
-
-from benchmarks.dawnbench_results import ENERGY, read_results, write_results
-from benchmarks.energy import JOULES_PER_KWH, gpu_joules
-from benchmarks.trainings import Training, check_folder, train_all
+from benchmarks.common.matrix import Matrix, Measured, Training, Variant, measured
+from benchmarks.common.measuring import markdown
+from benchmarks.common.statistics import interval, interval_text
 from fastimagenet import cli
-from fastimagenet.recipes.plan import Plan
+from fastimagenet.config import EntryFacts, RunConfig
 from fastimagenet.recipes.recipe import Recipe
-from fastimagenet.train import check_entry_flags
+from fastimagenet.report.dawnbench import CLOCKS, clocks_at_target, result_hours, write_entry
 from pipelines.cli import Parser, at_least, make_parser, output_folder
 from pipelines.datasets.known import dataset_name
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
-from pipelines.files import write_object
+from pipelines.files import Row, read_object, write_object, write_text
+from pipelines.formats import NO_BREAK, duration, percent
 
 PASSED_ON = (
     *("data", "recipe", "skip_list", "on_bad_image", "backend", "device", "precision"),
@@ -39,10 +41,64 @@ PASSED_ON = (
     *("author", "author_email", "hardware", "cost_per_hour"),
 )
 """Flags that train has, too."""
+ENERGY = "energy.json"
+"""In a run's folder: {"gpu_kwh": of the whole process}."""
+JOULES_PER_KWH = 3.6e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedResult:
+    """One finished run; accuracies as fractions."""
+
+    seed: int
+    folder: str
+    epochs: int
+    top1: float
+    top5: float
+    seconds: dict[str, float] | None
+    """To the target, by each clock of CLOCKS; None: it was missed."""
+    wall_seconds: float
+    """Of the whole run."""
+    gpu_kwh: float | None
+    """Of the whole process; None: not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Measured):
+    """All runs, and on what they were made. Intervals are over the runs that reached the target."""
+
+    recipe: Row
+    data: str
+    device: str
+    target: Row
+    """{"metric", "value"}."""
+    planned: int
+    """Runs that were asked for."""
+    n: int
+    """Runs that are finished."""
+    failed_seeds: list[int]
+    """Of runs that ended with an error, such as a loss that is not finite."""
+    reached: int
+    success_rate: float
+    """reached / (n + failed)."""
+    clocks: dict[str, str]
+    """What each clock counts."""
+    seconds_to_target: dict[str, Row]
+    """By clock: mean, low, high (95 % interval; null from a single run); {} if none reached it."""
+    cost_per_hour: float | None
+    cost_usd: Row | None
+    """Of the training clock to the target, as DAWNBench has it; null without a price."""
+    gpu_kwh: Row | None
+    """Of the whole processes; null where NVML did not tell for every run."""
+    median_seed: int | None
+    """The run whose entry it is; of two in the middle the slower one."""
+    entry_hours: float | None
+    """Its result by the contest's rules."""
+    runs: list[SeedResult]
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the command line."""
     result = make_parser(
         "benchmarks.dawnbench",
         "Train a recipe with several seeds and report the time to its target accuracy.",
@@ -55,10 +111,11 @@ def parser() -> Parser:
     add("--target", metavar="METRIC=VALUE", help="top5=0.93, top1=0.94; default: the recipe's")
     add("--stop-at-target", action="store_true", help="end each run when it has reached the target")
     add("--epochs", type=int, metavar="E", help="stretch the recipe, LR and phases, to E epochs")
-    add("--author", default="anonymous", help="for the DAWNBench entry, as are the next three")
+    help_text = "for the DAWNBench entry, as are the next three"
+    add("--author", default="anonymous", help=help_text)
     add("--author-email", default="unknown", metavar="ADDRESS")
     add("--hardware", help="default: what is found, such as 1 x NVIDIA H200")
-    add("--cost-per-hour", type=float, metavar="USD", help="on-demand price of all machines")
+    add("--cost-per-hour", type=float, metavar="USD", help="on-demand price of all nodes")
     return result
 
 
@@ -66,75 +123,238 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    check_entry_flags(args)
+    EntryFacts(
+        author=args.author,
+        author_email=args.author_email,
+        hardware=args.hardware,
+        cost_per_hour=args.cost_per_hour,
+    )
     if args.nodes != (0, 1):
         raise UserError("--nodes: the runs are started on this machine alone, as --nodes 1")
-    recipe = target_recipe(args)
+    config = cli.run_config(args)
+    recipe = target_recipe(config.recipe, args.target)
     if args.output is None:
         args.output = Path("runs") / f"dawnbench-{recipe.name}"
-    trainings = make_trainings(args, recipe)
-    for training in trainings:
-        check_folder(training, os.path.abspath(cli.data_folder(args)))
-    failed: list[Training] = []
-    status = train_all(trainings, around=measured_energy, failed=failed)
-    finished = [training for training in trainings if training.finished]
-    if not finished:
+    matrix = Matrix.of(
+        [variant(args, config, recipe)],
+        range(args.seed, args.seed + args.runs),
+        args.output,
+        config.data.root,
+        world_size=config.launch.resolved().world_size,
+        folder=lambda _, seed: f"seed{seed}",
+    )
+    status = matrix.run(around=measured_energy, keep_going=True)
+    if not matrix.finished:
         print("\nno run is finished: nothing to report yet")
         return status or 1
     command = shlex.join(["python", "-m", "benchmarks.dawnbench", *argv])
+    failed = [run.seed for run in matrix.failed]
     result = read_results(
-        finished, [run.seed for run in failed], args.runs, args.cost_per_hour, command, args.output
+        matrix.finished, failed, args.runs, args.cost_per_hour, command, args.output
     )
-    print(f"\n{write_results(result, args.output)}\nall of it: {args.output}", flush=True)
+    write_object(args.output / "dawnbench.json", asdict(result))
+    write_text(args.output / "table.md", table(result))
+    print(f"\n{table(result)}\nall of it: {args.output}", flush=True)
     return status or int(result.success_rate < 1)
 
 
-def target_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe of all runs. Raises UserError without a target."""
-    recipe = chosen_recipe(args)
-    if args.target is not None:
-        recipe = replace(recipe, target=args.target)
-    if args.epochs is not None:
-        recipe = recipe.stretched(args.epochs)
+def target_recipe(recipe: Recipe, target: str | None) -> Recipe:
+    """Return the recipe with this target. Raises UserError without one."""
+    if target is not None:
+        recipe = replace(recipe, target=target)
     if not recipe.target:
         raise UserError(f"--target: recipe {recipe.name} has none; name one, such as top1=0.94")
-    return with_copies(recipe, cli.data_folder(args))
+    return recipe
 
 
-def make_trainings(args: argparse.Namespace, recipe: Recipe) -> list[Training]:
-    """One for each seed. Raises UserError where the data or the target cannot be taken."""
-    skips = args.on_bad_image == "skip"
-    split = read_split(
-        cli.data_folder(args), "train", args.skip_list, skips, on_bad_image=args.on_bad_image
-    )
+def variant(args: argparse.Namespace, config: RunConfig, recipe: Recipe) -> Variant:
+    """Return what every seed trains. Raises UserError where data or target cannot be taken."""
+    data = config.data
+    skips = data.on_bad_image == "skip"
+    split = read_split(data.root, "train", data.skip_list, skips, on_bad_image=data.on_bad_image)
     if dataset_name(split.classes) == "CIFAR10" and recipe.target.startswith("top5"):
         raise UserError("--target: the entries of CIFAR-10 hold top-1 only; name top1=VALUE")
-    plan = Plan.of(recipe, cli.launch_of(args).world_size, len(split), args.global_batch)
     flags = ["--stop-at-target"] if args.stop_at_target else []
     for name in PASSED_ON:
         value = getattr(args, name)
         flags += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     settings = [*args.set, *([f"target={args.target}"] if args.target is not None else [])]
     flags += [word for setting in settings for word in ("--set", setting)]
-    trainings = []
-    for seed in range(args.seed, args.seed + args.runs):
-        folder = args.output / f"seed{seed}"
-        own = ["--seed", str(seed), "--output", str(folder), "--resume", "auto"]
-        trainings.append(
-            Training(run=recipe.name, seed=seed, plan=plan, folder=folder, flags=[*flags, *own])
-        )
-    return trainings
+    return Variant(
+        name=recipe.name,
+        recipe=recipe,
+        flags=flags,
+        num_train=len(split),
+        global_batch=args.global_batch,
+    )
 
 
 @contextmanager
 def measured_energy(training: Training) -> Iterator[None]:
-    """Leave the kWh of a training beside it; nothing if it was begun before, or NVML is mute."""
+    """Write the kWh of a training beside it, unless it was begun before or NVML is missing."""
     whole = not (training.folder / "plan.json").exists()
     before = gpu_joules()
     yield
     after = gpu_joules()
     if whole and training.finished and before is not None and after is not None:
         write_object(training.folder / ENERGY, {"gpu_kwh": (after - before) / JOULES_PER_KWH})
+
+
+def gpu_joules() -> float | None:
+    """Return what the GPUs have taken since the driver was loaded, idle ones included.
+
+    Those of CUDA_VISIBLE_DEVICES where it names them by number, else all of this machine. None
+    without the package nvidia-ml-py, or GPUs that count (Volta and later).
+    """
+    try:
+        nvml = import_module("pynvml")
+    except ImportError:
+        return None
+    try:
+        nvml.nvmlInit()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        numbers = [int(part) for part in visible.split(",") if part.isdigit()]
+        handles = map(nvml.nvmlDeviceGetHandleByIndex, numbers or range(nvml.nvmlDeviceGetCount()))
+        counts = [nvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles]
+    except nvml.NVMLError:
+        return None
+    return sum(counts) / 1000 if counts else None
+
+
+def read_results(
+    finished: Sequence[Training],
+    failed_seeds: list[int],
+    planned: int,
+    cost_per_hour: float | None,
+    command: str,
+    output: Path,
+) -> Result:
+    """Read the files of at least one finished run. The entry of the median goes to `output`/entry.
+
+    Raises UserError where that is not valid by the contest's rules.
+    """
+    summaries = [training.summary for training in finished]
+    target = summaries[-1]["target"]
+    runs = [seed_result(training, target) for training in finished]
+    reached = {run.seed: run.seconds for run in runs if run.seconds is not None}
+    hours = [seconds["train"] / 3600 for seconds in reached.values()]
+    priced = cost_per_hour is not None and hours
+    energies = [run.gpu_kwh for run in runs if run.gpu_kwh is not None]
+    median_seed = entry_hours = None
+    if reached:
+        middle = median_high(seconds["train"] for seconds in reached.values())
+        median_seed = next(seed for seed, one in reached.items() if one["train"] == middle)
+        folder = next(run.folder for run in runs if run.seed == median_seed)
+        entry_hours = copy_entry(Path(folder), output / "entry", target)
+    return Result(
+        **measured(summaries, command),
+        recipe=finished[-1].plan.to_dict()["recipe"],
+        data=summaries[-1]["dataset"],
+        device=summaries[-1]["device"],
+        target=target,
+        planned=planned,
+        n=len(runs),
+        failed_seeds=failed_seeds,
+        reached=len(reached),
+        success_rate=len(reached) / (len(runs) + len(failed_seeds)),
+        clocks=CLOCKS,
+        seconds_to_target={
+            clock: interval([seconds[clock] for seconds in reached.values()])
+            for clock in CLOCKS
+            if reached
+        },
+        cost_per_hour=cost_per_hour,
+        cost_usd=interval([(cost_per_hour or 0) * value for value in hours]) if priced else None,
+        gpu_kwh=interval(energies) if len(energies) == len(runs) else None,
+        median_seed=median_seed,
+        entry_hours=entry_hours,
+        runs=runs,
+    )
+
+
+def seed_result(training: Training, target: Row) -> SeedResult:
+    """Return what one finished run gave."""
+    summary, energy = training.summary, training.folder / ENERGY
+    compile_seconds = summary["time_split_seconds"]["compile"]
+    goal = target["metric"], target["value"]
+    return SeedResult(
+        seed=training.seed,
+        folder=str(training.folder),
+        seconds=clocks_at_target(training.epochs, *goal, compile_seconds),
+        gpu_kwh=read_object(energy)["gpu_kwh"] if energy.exists() else None,
+        **{name: summary[name] for name in ("epochs", "top1", "top5", "wall_seconds")},
+    )
+
+
+def copy_entry(run: Path, folder: Path, target: Row) -> float:
+    """Copy the entry of a run that reached its target into `folder`, and check it.
+
+    Returns its result in hours.
+    """
+    for stale in folder.glob("*.[jt]s*"):
+        stale.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    copies = [Path(shutil.copy(path, folder)) for path in write_entry(run)]
+    return result_hours(copies[0], copies[1], target["metric"], target["value"])
+
+
+def table(result: Result) -> str:
+    """Format as Markdown: how many reached the target, how long by each clock, what it cost."""
+    metric, value = result.target["metric"], result.target["value"]
+    goal = f"{metric.replace('top', 'top-')} of {100 * value:g} %"
+    lines = [
+        f"# {result.recipe['name']} on {result.data} to {goal}",
+        "",
+        f"{result.hardware}; {result.precision}; torch {result.versions['torch']}, "
+        f"Python {result.versions['python']}; {result.date}.",
+        "",
+        success_text(result),
+        "",
+    ]
+    if result.reached:
+        seeds = [f"seed {run.seed}" for run in result.runs]
+        rows = [["time to target", "mean (95 % interval)", *seeds]]
+        for clock, seconds in result.seconds_to_target.items():
+            own = [duration(run.seconds[clock]) if run.seconds else "missed" for run in result.runs]
+            rows.append([clock, interval_text(seconds, duration, " (one run)"), *own])
+        lines += [markdown(rows), ""]
+    rows = [["seed", "epochs", "last top-1", "last top-5"]]
+    for run in result.runs:
+        rows.append([str(run.seed), str(run.epochs), percent(run.top1), percent(run.top5)])
+    lines += [markdown(rows), "", *(f"- `{clock}`: {text}" for clock, text in CLOCKS.items())]
+    lines += [f"- cost: {cost_text(result)}", f"- energy of the GPUs: {energy_text(result)}"]
+    if result.entry_hours is not None:
+        lines += [
+            f"- DAWNBench entry of the median run, seed {result.median_seed}: "
+            f"{result.entry_hours:.8f} hours, in `entry/`"
+        ]
+    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
+
+
+def success_text(result: Result) -> str:
+    """Tell how many of how many reached the target."""
+    text = f"{result.reached} of {result.n} finished runs reached the target"
+    if result.failed_seeds:
+        text += f"; failed with an error: seed {', '.join(map(str, result.failed_seeds))}"
+    missing = result.planned - result.n - len(result.failed_seeds)
+    return text + (f"; {missing} not finished." if missing else ".")
+
+
+def cost_text(result: Result) -> str:
+    """Tell the cost in US dollars."""
+    if result.cost_per_hour is None:
+        return "no --cost-per-hour was given"
+    if result.cost_usd is None:
+        return "no run reached the target"
+    mean = interval_text(result.cost_usd, lambda value: f"${value:.4g}", " (one run)")
+    return f"{mean} to the target by the training clock, at ${result.cost_per_hour:g} an hour"
+
+
+def energy_text(result: Result) -> str:
+    """Tell the energy in kWh."""
+    if result.gpu_kwh is None:
+        return "not measured"
+    return interval_text(result.gpu_kwh, lambda v: f"{v:.4g} kWh", " (one run)") + " a run"
 
 
 if __name__ == "__main__":

@@ -3,41 +3,114 @@
     python -m benchmarks.superconvergence --data CIFAR10
 
 Every run is a `python -m fastimagenet.train` of its own, in OUTPUT/RUN-seedS. The same command
-goes on where it was stopped, and repeats no run that is finished.
+resumes where it was stopped, and repeats no run that is finished.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
-from fastimagenet.assemble import with_copies
 
-from benchmarks.run_results import Data, read_results
-from benchmarks.run_table import table, write_results
-from benchmarks.trainings import Training, check_folder, train_all
+from benchmarks.common.matrix import (
+    Data,
+    Matrix,
+    Measured,
+    Training,
+    Variant,
+    add_matrix_flags,
+    describe,
+    matrix_flags,
+    measured,
+)
+from benchmarks.common.measuring import markdown
+from benchmarks.common.plots import (
+    Curve,
+    accuracy_and_lr,
+    accuracy_points,
+    lr_points,
+    schedule_text,
+)
 from fastimagenet import cli
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import PRECISIONS
 from fastimagenet.recipes.superconvergence import COMPARISON, IMAGES_PER_CLASS, RUNS, STUDY
-from pipelines.backends import BACKENDS
-from pipelines.cli import Parser, at_least, make_parser, output_folder
-from pipelines.datasets.known import dataset_name
-from pipelines.datasets.split import check_classes, read_split, skip_line
-from pipelines.files import write_text
+from fastimagenet.report.figures import write_files
+from fastimagenet.report.run import rows_of
+from fastimagenet.training.recorder import read_rows
+from pipelines.cli import Parser, make_parser
+from pipelines.datasets.split import read_split, skip_line
+from pipelines.files import Row, write_object, write_text
+from pipelines.formats import NO_BREAK, duration, number, percent
+
+HEADER = (
+    *("run", "peak LR", "epochs", "schedule", "iterations", "published", "ours (n)"),
+    *("difference", "train time", "images/s"),
+)
+ACCURACY = (
+    "plain top-1 of all validation images after the last epoch: mean over n seeds, lowest .. "
+    "highest"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedResult:
+    """What one training gave. Times in seconds, accuracies as fractions."""
+
+    seed: int
+    folder: str
+    started: str
+    top1: float
+    """After the last epoch: the figure that counts."""
+    best_top1: float
+    """Of all epochs."""
+    train_seconds: float
+    wall_seconds: float
+    images_per_sec: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run gave over its n seeds; accuracies as fractions."""
+
+    run: str
+    recipe: Row
+    iterations: int
+    published: Row | None
+    """The study's own values and top1; None for the comparison, which has none."""
+    n: int
+    seeds: list[SeedResult]
+    mean: float
+    lowest: float
+    highest: float
+    difference_points: float | None
+    """100 (mean - published); None without a published figure, and for a rehearsal."""
+    train_seconds: float
+    images_per_sec: float
+    """Means, as the one before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Measured):
+    """All runs, and on what they were made."""
+
+    data: Data
+    rehearsal: str
+    """What makes it another experiment than the published one; "" if nothing does."""
+    accuracy: str
+    runs: list[RunResult]
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the command line."""
     result = make_parser(
         "benchmarks.superconvergence",
         "Train the published super-convergence study of CIFAR-10 and compare accuracies.",
@@ -45,34 +118,10 @@ def parser() -> Parser:
     )
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder of CIFAR-10")
-    add(
-        "--only",
-        nargs="+",
-        choices=list(RUNS),
-        default=list(STUDY),
-        metavar="RUN",
-        help=f"some of {', '.join(RUNS)}; default: the {len(STUDY)} of the study",
-    )
-    add("--runs", type=at_least(1), default=1, metavar="N", help="seeds of each; default 1")
-    add("--seed", type=at_least(0), default=0, metavar="S", help="the first seed; default 0")
-    add(
-        "--output",
-        type=output_folder,
-        default=Path("runs/superconvergence"),
-        metavar="DIR",
-        help="default runs/superconvergence",
-    )
-    add("--epochs", type=int, metavar="E", help="a rehearsal: stretch the recipes to E epochs")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="a rehearsal: change a recipe field, such as model=smallnet; repeatable",
-    )
-    help_text = "as of train; default memory: decoded once, so that no loader holds a GPU back"
-    add("--backend", choices=BACKENDS, default="memory", help=help_text)
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="as of train")
+    help_text = f"some of {', '.join(RUNS)}; default: the {len(STUDY)} of the study"
+    runs, study = list(RUNS), list(STUDY)
+    add("--only", nargs="+", choices=runs, default=study, metavar="RUN", help=help_text)
+    add_matrix_flags(result, 1, Path("runs/superconvergence"))
     add("--precision", choices=PRECISIONS, help="in place of the recipes', fp32 for the study")
     return result
 
@@ -83,15 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     data = describe(args.data)
     left_out = beyond_the_first(args.data, IMAGES_PER_CLASS)
-    trainings = make_trainings(args, data.train_images, len(left_out))
-    for training in trainings:
-        check_folder(training, os.path.abspath(args.data))
+    found = variants(args, data.train_images, len(left_out))
+    matrix = Matrix.of(found, range(args.seed, args.seed + args.runs), args.output, args.data)
     if not COMPARISON.keys().isdisjoint(args.only):
         write_text(skip_list(args), "".join(f"{skip_line(path)}\n" for path in left_out))
-    status = train_all(trainings)
-    if any(training.finished for training in trainings):
+    status = matrix.run()
+    if matrix.finished:
         command = shlex.join(["python", "-m", "benchmarks.superconvergence", *argv])
-        result = read_results(trainings, data, rehearsal(args, data), command)
+        result = read_results(matrix.finished, data, rehearsal(args, data), command)
         write_results(result, args.output)
         print(f"\n{table(result)}\ntable and picture: {args.output}", flush=True)
     else:
@@ -99,36 +147,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def describe(folder: Path) -> Data:
-    """Count the images. Raises UserError naming the folder."""
-    train, val = (read_split(folder, split, check_files=False) for split in ("train", "val"))
-    check_classes(train, val)
-    suffixes = Counter(Path(file.path).suffix.lower() for file in (*train.files, *val.files))
-    return Data(
-        name=folder.resolve().name,
-        dataset=dataset_name(train.classes),
-        train_images=len(train),
-        val_images=len(val),
-        suffixes=dict(suffixes),
-    )
-
-
 def beyond_the_first(folder: Path, count: int) -> list[str]:
-    """The training images of each class but for its first ones: what the comparison leaves out."""
+    """List the training images of each class but its first ones: the comparison leaves them out."""
     split = read_split(folder, "train", check_files=False)
     labels = np.asarray(split.labels)
     starts = np.searchsorted(labels, np.arange(len(split.classes)))
-    places = np.flatnonzero(np.arange(len(split)) - starts[labels] >= count)
-    return [split.files[place].path for place in places.tolist()]
+    indices = np.flatnonzero(np.arange(len(split)) - starts[labels] >= count)
+    return [split.files[index].path for index in indices.tolist()]
 
 
 def skip_list(args: argparse.Namespace) -> Path:
-    """Where what the comparison leaves out is written."""
+    """Return where what the comparison leaves out is written."""
     return Path(args.output) / f"beyond-{IMAGES_PER_CLASS}-per-class.txt"
 
 
 def rehearsal(args: argparse.Namespace, data: Data) -> str:
-    """What the flags and the data change about the published experiment."""
+    """Tell what the flags and the data change about the published experiment."""
     flags = [] if args.epochs is None else ["--epochs", str(args.epochs)]
     flags += [word for setting in args.set for word in ("--set", setting)]
     if args.precision and any(RUNS[run].precision != args.precision for run in args.only):
@@ -139,30 +173,140 @@ def rehearsal(args: argparse.Namespace, data: Data) -> str:
     return ", ".join(reasons if data.is_cifar10 else [*reasons, "not all of CIFAR-10"])
 
 
-def make_trainings(args: argparse.Namespace, num_train: int, left_out: int) -> list[Training]:
-    """All that was asked for, seed by seed, so that a stopped study has something of each run."""
-    passed_on = ["--backend", args.backend, "--device", args.device]
-    passed_on += [word for setting in args.set for word in ("--set", setting)]
-    for flag, value in (("--epochs", args.epochs), ("--precision", args.precision)):
-        passed_on += [] if value is None else [flag, str(value)]
-    trainings = []
-    for seed in range(args.seed, args.seed + args.runs):
-        for run in dict.fromkeys(args.only):
-            name, folder = RUNS[run].name, args.output / f"{run}-seed{seed}"
-            recipe = recipe_toml.with_settings(named_recipe(name), args.set)
-            recipe = recipe if args.epochs is None else recipe.stretched(args.epochs)
-            recipe = replace(recipe, precision=args.precision or recipe.precision)
-            recipe = with_copies(recipe, args.data)
-            # One process: the batch of the recipes is that of all.
-            command = ["--data", str(args.data), "--recipe", name, "--seed", str(seed)]
-            command += ["--output", str(folder), "--resume", "auto", "--nproc-per-node", "1"]
-            if run in COMPARISON:
-                command += ["--skip-list", str(skip_list(args))]
-            plan = Plan.of(recipe, 1, num_train - left_out if run in COMPARISON else num_train)
-            trainings.append(
-                Training(run=run, seed=seed, plan=plan, folder=folder, flags=[*command, *passed_on])
-            )
-    return trainings
+def variants(args: argparse.Namespace, num_train: int, left_out: int) -> list[Variant]:
+    """Return the runs that were asked for."""
+    found = []
+    for run in dict.fromkeys(args.only):
+        recipe = recipe_toml.with_settings(named_recipe(RUNS[run].name), args.set)
+        recipe = recipe if args.epochs is None else recipe.stretched(args.epochs)
+        recipe = replace(recipe, precision=args.precision or recipe.precision)
+        flags = ["--recipe", RUNS[run].name, *matrix_flags(args)]
+        flags += [] if args.precision is None else ["--precision", args.precision]
+        images = num_train
+        if run in COMPARISON:
+            flags += ["--skip-list", str(skip_list(args))]
+            images -= left_out
+        found.append(Variant(name=run, recipe=recipe, flags=flags, num_train=images))
+    return found
+
+
+def read_results(finished: Sequence[Training], data: Data, rehearsal: str, command: str) -> Result:
+    """Return what at least one finished training says."""
+    plans = {training.run: training.plan for training in finished}
+    return Result(
+        **measured([training.summary for training in finished], command),
+        data=data,
+        rehearsal=rehearsal,
+        accuracy=ACCURACY,
+        runs=[
+            run_result(run, plan, [seed_result(t) for t in finished if t.run == run], rehearsal)
+            for run, plan in plans.items()
+        ],
+    )
+
+
+def run_result(run: str, plan: Plan, seeds: list[SeedResult], rehearsal: str) -> RunResult:
+    """Return means over the finished seeds of one run."""
+    published = STUDY.get(run)
+    top1 = [seed.top1 for seed in seeds]
+    mean = fmean(top1)
+    return RunResult(
+        run=run,
+        recipe=asdict(plan.recipe),
+        iterations=plan.total_steps,
+        published=asdict(published) if published else None,
+        n=len(seeds),
+        seeds=seeds,
+        mean=mean,
+        lowest=min(top1),
+        highest=max(top1),
+        difference_points=100 * (mean - published.top1) if published and not rehearsal else None,
+        train_seconds=fmean(seed.train_seconds for seed in seeds),
+        images_per_sec=fmean(seed.images_per_sec for seed in seeds),
+    )
+
+
+def seed_result(training: Training) -> SeedResult:
+    """Return what one finished training gave."""
+    names = ("started", "top1", "train_seconds", "wall_seconds", "images_per_sec")
+    return SeedResult(
+        seed=training.seed,
+        folder=str(training.folder),
+        best_top1=max(row["top1"] for row in training.epochs if row["top1"] is not None),
+        **{name: training.summary[name] for name in names},
+    )
+
+
+def write_results(result: Result, folder: Path) -> None:
+    """Write table.md, superconvergence.json and the picture as .svg and .png."""
+    write_text(folder / "table.md", table(result))
+    write_object(folder / "superconvergence.json", asdict(result))
+    write_files(accuracy_and_lr([curve(run) for run in result.runs]), folder, "superconvergence")
+
+
+def table(result: Result) -> str:
+    """Format the result as Markdown, with what it was measured on and what counts."""
+    data, versions = result.data, result.versions
+    lines = [
+        f"# Super-convergence on {'CIFAR-10' if data.dataset == 'CIFAR10' else data.name}",
+        "",
+        f"{result.hardware}; {result.precision}; torch {versions['torch']}, "
+        f"Python {versions['python']}; {result.date}; {data.counts}.",
+        "",
+    ]
+    if result.rehearsal:
+        changes = f"Rehearsal ({result.rehearsal}): not what the recipes say, "
+        lines += [changes + "so without differences to published figures.", ""]
+    lines += [markdown([HEADER, *map(table_row, result.runs)]), ""]
+    lines += [f"Ours: {result.accuracy}. Train time and images/s are means over the seeds."]
+    if not COMPARISON.keys().isdisjoint(run.run for run in result.runs):
+        names = ", ".join(run.run for run in result.runs if run.run in COMPARISON)
+        lines += [f"{names}: the first {IMAGES_PER_CLASS:,} training images of each class."]
+    if any(run.published for run in result.runs):
+        lines += ["Published: one training each, on CIFAR-10's original pixels." + pixels(data)]
+    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
+
+
+def pixels(data: Data) -> str:
+    """Tell what the names of the files say about the pixels."""
+    if data.is_jpeg:
+        return " The data here are JPEGs, which only come near them: not quite the same task."
+    return f" The data here are {', '.join(data.suffixes)} files."
+
+
+def table_row(run: RunResult) -> list[str]:
+    """Format the cells of one run."""
+    recipe = run.recipe
+    ours = percent(run.mean)
+    if run.n > 1:
+        ours += f", {100 * run.lowest:.2f} .. {100 * run.highest:.2f}"
+    points = run.difference_points
+    return [
+        run.run,
+        f"{recipe['max_lr']:g}",
+        str(sum(phase["epochs"] for phase in recipe["phases"])),
+        schedule_text(recipe),
+        f"{run.iterations:,}",
+        percent(run.published["top1"]) if run.published else "-",
+        f"{ours} ({run.n})",
+        "-" if points is None else f"{points:+.2f} points",
+        duration(run.train_seconds),
+        number(run.images_per_sec, ",.0f"),
+    ]
+
+
+def curve(run: RunResult) -> Curve:
+    """Return what the rows of the run's folders hold."""
+    rows = [read_rows(Path(seed.folder)) for seed in run.seeds]
+    legend = run.run
+    if run.difference_points is not None and run.published:
+        legend += f": published {percent(run.published['top1'])}"
+    return Curve(
+        name=run.run,
+        legend=legend.replace(NO_BREAK, " "),
+        accuracy=[accuracy_points(rows_of("epoch", seed)) for seed in rows],
+        lr=lr_points(rows_of("step", rows[0])),
+    )
 
 
 if __name__ == "__main__":

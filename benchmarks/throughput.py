@@ -9,30 +9,29 @@ on one device; with --nproc-per-node K its loader has the K-th part of the cores
 
 from __future__ import annotations
 
-import argparse
-import os
-import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-from fastimagenet.assemble import chosen_recipe, read_data, with_copies
 
-from benchmarks.ceilings import copy_bytes_per_sec, matmul_flops_per_sec
-from benchmarks.intervals import Estimate, estimate, short, shown
-from benchmarks.phase_rates import PhaseRates, measure_phase, phase_trainer, this_process
-from benchmarks.run_table import markdown
+from benchmarks.common.measuring import add_round_flags, facts, markdown
+from benchmarks.common.rates import (
+    PhaseRates,
+    ceilings,
+    measure_phase,
+    phase_trainer,
+    run_config,
+    this_process,
+)
+from benchmarks.common.statistics import Estimate, estimate, short, shown
 from fastimagenet import cli
+from fastimagenet.config import RunConfig
 from fastimagenet.recipes.plan import Plan
-from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.summary import hardware
-from fastimagenet.training.trainer import Trainer
+from fastimagenet.run import read_data
 from pipelines.backends import chosen_backend
-from pipelines.cli import Parser, at_least, make_parser, output_folder, positive
-from pipelines.environment import versions
+from pipelines.cli import Parser, make_parser, output_folder
 from pipelines.files import Row, write_object, write_text
 
 DEFINITIONS = {
@@ -67,32 +66,8 @@ class PhaseResult:
     rates: PhaseRates
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What was measured, on what, and when."""
-
-    command: str
-    date: str
-    hardware: str
-    precision: str
-    backend: str
-    versions: dict[str, str]
-    load_average: float
-    """Of the machine at the start, over the minute before: well above 0, others ran too."""
-    recipe: str
-    data: str
-    images: int
-    rounds: int
-    seconds: float
-    """Of each turn."""
-    matmul_flops_per_sec: Estimate
-    copy_bytes_per_sec: Estimate
-    phases: list[PhaseResult]
-    definitions: dict[str, str]
-
-
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the command line."""
     result = make_parser(
         "benchmarks.throughput",
         "Measure loader, model and both for each phase of a recipe, and what they reach of this\n"
@@ -101,78 +76,55 @@ def parser() -> Parser:
     )
     cli.add_machine_flags(result)
     cli.add_run_flags(result, "runs/throughput-RECIPE-TIME", output_folder)
-    add = result.add_argument
-    add("--rounds", type=at_least(2), default=5, help="at least 2, for intervals; default 5")
-    add("--seconds", type=positive, default=3.0, help="of each turn; default 3")
+    add_round_flags(result, 3)
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    load_average = os.getloadavg()[0]
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    recipe = with_copies(chosen_recipe(args), cli.data_folder(args))
-    if args.output is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        args.output = Path("runs") / f"throughput-{recipe.name}-{stamp}"
-    command = shlex.join(["python", "-m", "benchmarks.throughput", *argv])
-    for measured in measure(args, recipe, command, load_average):
-        result = asdict(measured)
-        write_object(args.output / "throughput.json", result)
-        write_text(args.output / "table.md", table(result))
-    print(f"\n{table(result)}\nall of it: {args.output}", flush=True)
+    about = facts("throughput", argv)
+    config = run_config(args, "throughput-")
+    for measured in measure(config, args.rounds, args.seconds):
+        result = about | measured
+        write_object(config.folder / "throughput.json", result)
+        write_text(config.folder / "table.md", table(result))
+    print(f"\n{table(result)}\nall of it: {config.folder}", flush=True)
     return 0
 
 
-def measure(
-    args: argparse.Namespace, recipe: Recipe, command: str, load_average: float
-) -> Iterator[Result]:
-    """The ceilings, then phase by phase: what is known after each."""
-    world = this_process(args)
-    train, val = read_data(args, world)
+def measure(config: RunConfig, rounds: int, seconds: float) -> Iterator[Row]:
+    """Measure the ceilings, then phase by phase; yields what is known after each."""
+    world, recipe = this_process(config), config.recipe
+    train, val = read_data(config.data, say_notes=True)
     Plan.of(recipe, 1, len(train))  # names a batch that is too large before anything is measured
-    measured: list[PhaseRates] = []
+    found = {
+        "backend": chosen_backend(config.data.backend),
+        "recipe": recipe.name,
+        "data": config.data.name,
+        "images": len(train),
+        "rounds": rounds,
+        "seconds": seconds,  # of each turn
+        "definitions": DEFINITIONS,
+    }
+    phases: list[Row] = []
     for index, phase in enumerate(recipe.phases):
-        with phase_trainer(args, recipe, phase, world, train, val) as trainer:
+        with phase_trainer(config, phase, world, train, val) as trainer:
             if not index:
-                matmul, copy = ceilings(trainer, args)
-                facts = hardware(trainer), trainer.precision
+                dtype, turn = trainer.dtype or torch.float32, seconds / 2
+                matmul, copy = ceilings(trainer.device, dtype, rounds, turn)
+                found |= {"matmul_flops_per_sec": asdict(matmul)}
+                found |= {"copy_bytes_per_sec": asdict(copy), "hardware": hardware(trainer)}
+                found |= {"precision": trainer.precision}
             print(f"phase {index}: {phase.image_size} px, batch {phase.batch_size}", flush=True)
-            measured.append(measure_phase(trainer, args, train, args.rounds, args.seconds))
-        yield Result(
-            command=command,
-            date=time.strftime("%Y-%m-%d"),
-            hardware=facts[0],
-            precision=facts[1],
-            backend=chosen_backend(args.backend),
-            versions=versions(),
-            load_average=load_average,
-            recipe=recipe.name,
-            data=cli.data_name(args),
-            images=len(train),
-            rounds=args.rounds,
-            seconds=args.seconds,
-            matmul_flops_per_sec=matmul,
-            copy_bytes_per_sec=copy,
-            phases=[phase_result(rates, matmul.mean, copy.mean) for rates in measured],
-            definitions=DEFINITIONS,
-        )
-
-
-def ceilings(trainer: Trainer, args: argparse.Namespace) -> tuple[Estimate, Estimate]:
-    """FLOP/s of a matrix product in the precision of the training, and bytes/s of a copy."""
-    device, dtype, seconds = trainer.device, trainer.dtype or torch.float32, args.seconds / 2
-    turns = [
-        (matmul_flops_per_sec(device, dtype, seconds), copy_bytes_per_sec(device, seconds))
-        for _ in range(args.rounds + 1)
-    ]
-    matmul, copy = zip(*turns[1:], strict=True)  # at first the clocks of an idle GPU are low
-    return estimate(list(matmul)), estimate(list(copy))
+            rates = measure_phase(trainer, train, config.seed, rounds, seconds)
+        phases.append(asdict(phase_result(rates, matmul.mean, copy.mean)))
+        yield found | {"phases": phases}
 
 
 def phase_result(rates: PhaseRates, matmul: float, copy: float) -> PhaseResult:
-    """Means and shares of one phase; `matmul` in FLOP/s, `copy` in bytes/s."""
+    """Compute means and shares of one phase; `matmul` in FLOP/s, `copy` in bytes/s."""
     model = estimate(rates.model)
     flops, moved = model.mean * rates.flops_per_image, model.mean * rates.bytes_per_image
     stalls = [1 - both / alone for both, alone in zip(rates.both, rates.model, strict=True)]
@@ -193,7 +145,7 @@ def phase_result(rates: PhaseRates, matmul: float, copy: float) -> PhaseResult:
 
 
 def table(result: Row) -> str:
-    """Markdown."""
+    """Format the result as Markdown."""
     rates = ("loader", "model", "both")
     header = ("phase", *rates, "stall", "data wait", "FLOP/s", "bytes/s", "memory")
     rows = [

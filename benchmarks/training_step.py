@@ -6,42 +6,85 @@ The step is the Trainer's own, in bf16 and channels_last with the fused optimize
 batch that stays on the device; learning rate 0, so that nothing diverges. The variants are fields
 of the recipe, so users can have each of them. For each size and variant the batch grows until
 memory ends. The floor is what the ceilings measured on this device allow for what
-`benchmarks.step_layers` counts.
+`benchmarks.common.floor` counts.
 """
 
 from __future__ import annotations
 
 import gc
-import os
-import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 
-from benchmarks.ceilings import calls_per_sec, copy_bytes_per_sec, matmul_flops_per_sec
-from benchmarks.intervals import Estimate, estimate
-from benchmarks.phase_rates import memory_bytes, update
-from benchmarks.run_table import markdown
-from benchmarks.step_floor import NUM_CLASSES, count_layers, floor_images_per_sec
-from benchmarks.step_layers import Layer
-from benchmarks.step_variants import VARIANTS, synthetic_trainer, variant_recipe
+from benchmarks.common.floor import NUM_CLASSES, Layer, count_layers, floor_images_per_sec
+from benchmarks.common.measuring import add_json_flag, facts, markdown
+from benchmarks.common.rates import (
+    calls_per_sec,
+    copy_bytes_per_sec,
+    matmul_flops_per_sec,
+    memory_bytes,
+    one_phase,
+    update,
+)
+from benchmarks.common.statistics import Estimate, estimate
 from fastimagenet import cli
-from fastimagenet.distributed.world import Launch
+from fastimagenet.distributed.world import Launch, World
+from fastimagenet.models import build_model
 from fastimagenet.recipes import named_recipe
-from fastimagenet.recipes.recipe import MODELS, Recipe
-from pipelines.cli import Parser, at_least, make_parser, output_file, positive
-from pipelines.environment import processor, versions
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import MODELS, Phase, Recipe
+from fastimagenet.training.loaders import open_loader
+from fastimagenet.training.trainer import Trainer
+from pipelines.cli import Parser, at_least, make_parser, positive
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split
+from pipelines.environment import processor
 from pipelines.files import write_object
+from pipelines.loader import Loader
 
 SIZES = (128, 160, 192, 224, 288)
 BATCHES = {"cuda": (64, 128, 256, 512, 1024), "cpu": (8, 16)}
 ROUNDS = 5
 WIDTH = 2
 """Bytes of an activation in bf16."""
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "eager": {"compile": False, "cuda_graphs": False},
+    "compiled": {"compile": True, "cuda_graphs": False},
+    "graphs": {"compile": True, "cuda_graphs": True},
+}
+VARIANTS = tuple(FIELDS)
+
+
+def variant_recipe(recipe: Recipe, variant: str, image_size: int, batch_size: int) -> Recipe:
+    """Return the recipe as one epoch at this size, in bf16, with the fields of the variant."""
+    phase = Phase(epochs=1, image_size=image_size, batch_size=batch_size)
+    return replace(one_phase(recipe, phase), precision="bf16", **FIELDS[variant])
+
+
+def synthetic_trainer(recipe: Recipe, device: str, num_classes: int) -> Trainer:
+    """Build a Trainer of one process with a fresh network, always the same, and batches of noise.
+
+    `device` is "cpu" or "cuda:INDEX". Raises UserError for what the device cannot do.
+    """
+    count = 2 * max(phase.batch_size for phase in recipe.phases)
+    labels = [index % num_classes for index in range(count)]
+    split = Split(whole_files([""]) * count, labels, tuple(map(str, range(num_classes))))
+    plan, world = Plan.of(recipe, 1, count), World(device=device)
+
+    def loader(training: bool) -> Loader:
+        stages = plan.phases if training else plan.eval_stages()
+        half = recipe.precision != "fp32"
+        return open_loader("synthetic", recipe, split, stages, world, training=training, half=half)
+
+    torch.manual_seed(0)
+    model = build_model(recipe, num_classes)
+    return Trainer(plan, model, loader(True), loader(False), world=world)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,34 +122,6 @@ class StepRate:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ceilings:
-    """What a device does at most, measured."""
-
-    flops_per_sec: float
-    """Of a large bf16 matrix product."""
-    bytes_per_sec: float
-    """Read and written by a large copy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What was measured, on what, and when."""
-
-    command: str
-    date: str
-    hardware: str
-    versions: dict[str, str]
-    load_average: float
-    """Of the machine at the start, over the minute before: well above 0, others ran too."""
-    recipe: str
-    model: str
-    rounds: int
-    seconds: float
-    """Of all rounds of a rate together."""
-    rates: list[StepRate]
-
-
 def sweep(
     sizes: Sequence[int],
     variants: Sequence[str],
@@ -117,7 +132,7 @@ def sweep(
     report: Callable[[StepRate], object],
     recipe: Recipe | None = None,
 ) -> list[StepRate]:
-    """Every size and variant with each of the batch sizes, smallest first, until memory ends.
+    """Measure every size and variant with each batch size, smallest first, until memory ends.
 
     `device` is "cpu" or "cuda:INDEX". A rate takes `seconds`, in ROUNDS parts, and goes to `report`
     (such as `print`) at once. What fails gets a row with its error and ends that batch sweep; the
@@ -139,31 +154,28 @@ def sweep(
 
 
 @cache
-def measure_ceilings(device: torch.device, seconds: float) -> Ceilings:
-    """The best of ROUNDS turns each: a ceiling is not an average."""
-    turn = seconds / ROUNDS
-    return Ceilings(
-        flops_per_sec=max(
-            matmul_flops_per_sec(device, torch.bfloat16, turn) for _ in range(ROUNDS)
-        ),
-        bytes_per_sec=max(copy_bytes_per_sec(device, turn) for _ in range(ROUNDS)),
-    )
+def measure_ceilings(device: torch.device, seconds: float) -> tuple[float, float]:
+    """Measure FLOP/s of a large bf16 matrix product and bytes/s of a large copy.
+
+    The best of ROUNDS turns each: a ceiling is not an average.
+    """
+    turn, turns, dtype = seconds / ROUNDS, range(ROUNDS), torch.bfloat16
+    products = [matmul_flops_per_sec(device, dtype, turn) for _ in turns]
+    return max(products), max(copy_bytes_per_sec(device, turn) for _ in turns)
 
 
 def rate_of(
     recipe: Recipe,
     variant: str,
     layers: Sequence[Layer],
-    ceilings: Ceilings,
+    ceilings: tuple[float, float],
     device: str,
     seconds: float,
 ) -> StepRate:
-    """The rate of a recipe of one phase, or the error that it ends with."""
+    """Measure a recipe of one phase, or return the error that it ends with."""
     phase = recipe.phases[0]
     rates, peak, error = [0.0] * ROUNDS, 0, ""
-    floor: float | None = floor_images_per_sec(
-        layers, phase.batch_size, WIDTH, ceilings.flops_per_sec, ceilings.bytes_per_sec
-    )
+    floor: float | None = floor_images_per_sec(layers, phase.batch_size, WIDTH, *ceilings)
     free_memory(torch.device(device))
     try:
         rates, peak = measure(recipe, device, seconds)
@@ -183,7 +195,7 @@ def rate_of(
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what the measurement before has left: networks, compiled code, CUDA graphs."""
+    """Free what the measurement before has left: networks, compiled code, CUDA graphs."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
@@ -192,7 +204,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def measure(recipe: Recipe, device: str, seconds: float) -> tuple[list[float], int]:
-    """Images per second, round by round, and the peak of the memory in bytes."""
+    """Measure images per second, round by round, and the peak of the memory in bytes."""
     trainer = synthetic_trainer(recipe, device, NUM_CLASSES)
     if recipe.compile:
         trainer.compile_all_sizes()
@@ -209,7 +221,7 @@ def measure(recipe: Recipe, device: str, seconds: float) -> tuple[list[float], i
 
 
 def best(rates: Sequence[StepRate]) -> list[StepRate]:
-    """The fastest batch size of each size and variant that has a rate."""
+    """Return the fastest batch size of each size and variant that has a rate."""
     chosen: dict[tuple[int, str], StepRate] = {}
     for rate in sorted(rates, key=lambda rate: rate.images_per_sec.mean):
         if not rate.error:
@@ -218,7 +230,7 @@ def best(rates: Sequence[StepRate]) -> list[StepRate]:
 
 
 def table(rates: Sequence[StepRate]) -> str:
-    """Markdown: the best batch of every size and variant."""
+    """Format the best batch of every size and variant as Markdown."""
     header = ("step", "batch", "images/s", "floor", "measured / floor", "GFLOP", "MB", "memory")
     rows = [
         (
@@ -237,7 +249,7 @@ def table(rates: Sequence[StepRate]) -> str:
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the command line."""
     result = make_parser(
         "benchmarks.training_step",
         "Measure the training step on synthetic data by size, variant and batch, beside its floor.",
@@ -251,15 +263,15 @@ def parser() -> Parser:
     add("--batches", type=at_least(1), nargs="+", metavar="B", help="default: by device")
     add("--seconds", type=positive, default=10.0, help="of a rate, in five parts; default 10")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add("--json", type=output_file, help="write the result here as well")
+    add_json_flag(result)
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    load_average = os.getloadavg()[0]
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
+    about = facts("training_step", argv)
     kind = Launch(1, 1, args.device).resolved().device
     recipe = named_recipe(args.recipe, 1)
     recipe = replace(recipe, model=args.model or recipe.model)
@@ -272,22 +284,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         report=lambda rate: print(rate, flush=True),
         recipe=recipe,
     )
-    result = Result(
-        command=shlex.join(["python", "-m", "benchmarks.training_step", *argv]),
-        date=time.strftime("%Y-%m-%d"),
-        hardware=processor() if kind == "cpu" else torch.cuda.get_device_name(0),
-        versions=versions(),
-        load_average=load_average,
-        recipe=recipe.name,
-        model=recipe.model,
-        rounds=ROUNDS,
-        seconds=args.seconds,
-        rates=rates,
+    about["hardware"] = processor() if kind == "cpu" else torch.cuda.get_device_name(0)
+    print(
+        f"\n{about['hardware']}; torch {torch.__version__}; {recipe.name}, {recipe.model}, bf16\n"
     )
-    print(f"\n{result.hardware}; torch {torch.__version__}; {recipe.name}, {recipe.model}, bf16\n")
     print(table(rates))
     if args.json is not None:
-        write_object(args.json, asdict(result))
+        result = {"recipe": recipe.name, "model": recipe.model, "rounds": ROUNDS}
+        result |= {"seconds": args.seconds, "rates": [asdict(rate) for rate in rates]}
+        write_object(args.json, about | result)
     return 0
 
 

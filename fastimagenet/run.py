@@ -54,7 +54,7 @@ WHITENING_IMAGES = 2000
 
 
 def read_data(data: DataConfig, say_notes: bool) -> tuple[Split, Split]:
-    """Both splits, with their files checked. Raises UserError naming the folder or file.
+    """Read both splits and check their files. Raises UserError naming the folder or file.
 
     `say_notes`: print what was left out on standard error.
     """
@@ -71,7 +71,7 @@ def read_data(data: DataConfig, say_notes: bool) -> tuple[Split, Split]:
 
 
 def with_copies(recipe: Recipe, root: Path) -> Recipe:
-    """The recipe with the copies in the data folder that its phases train on.
+    """Choose the copies in the data folder that the phases train on.
 
     Raises UserError where a phase names one that is not there, or not finished.
     """
@@ -133,7 +133,7 @@ def check_same_on_all_ranks(
 def build_loaders(
     config: RunConfig, plan: Plan, world: World, train: Split, val: Split
 ) -> tuple[Loader, Loader]:
-    """This process's loaders of the training and the validation images.
+    """Open this process's loaders of the training and the validation images.
 
     Raises UserError for a back end that is not installed and for copies that are missing.
     """
@@ -171,8 +171,11 @@ def build_trainer(
     recorder: Recorder | None = None,
     folder: Path | None = None,
 ) -> Trainer:
-    """The trainer with its network and loaders; without a `recorder` it writes no rows, without a
-    `folder` no checkpoints. Raises UserError for what this machine cannot do."""
+    """Build the trainer with its network and loaders.
+
+    Without a `recorder` it writes no rows, without a `folder` no checkpoints. Raises UserError for
+    what this machine cannot do.
+    """
     import torch
 
     from fastimagenet.models import build_model
@@ -238,7 +241,7 @@ def write_plan(folder: Path, plan: Plan, train: Split, val: Split) -> None:
 
 
 def dry_run(config: RunConfig) -> str:
-    """The plan as text; no image is looked at, nothing is written."""
+    """Format the plan; no image is looked at, nothing is written."""
     recipe = with_copies(config.recipe, config.data.root)
     world_size = Processes.of(config.launch).world_size
     train = read_split(config.data.root, "train", config.data.skip_list, check_files=False)
@@ -279,7 +282,7 @@ def _train(
     clock: Stopwatch,
     argv: Sequence[str],
 ) -> int:
-    """What one process does: model, training, and on rank 0 the files of the run."""
+    """Train in one process; on rank 0 write the files of the run."""
     from fastimagenet.errors import Stopped
     from fastimagenet.report.summary import write_results
     from fastimagenet.training.profiling import StepProfiler

@@ -9,14 +9,13 @@ from statistics import fmean, stdev
 
 import pytest
 
-from benchmarks.ablation import main
-from benchmarks.ablation_results import read_ablation, table
-from benchmarks.run_results import Data
-from benchmarks.trainings import Training
+from benchmarks.ablation import main, read_ablation, table
+from benchmarks.common.matrix import Data, Matrix, Training
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from pipelines.errors import UserError
 from pipelines.files import read_object
+from tests.commands import Child
 
 SMALL = (
     *("--device", "cpu", "--recipe", "digits", "--epochs", "2", "--runs", "1"),
@@ -26,9 +25,13 @@ SMALL = (
 
 
 def test_a_part_is_switched_off_and_nothing_repeated(
-    digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    cifar10: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    flags = ["--data", str(digits), "--output", str(tmp_path), *SMALL]
+    monkeypatch.setattr("benchmarks.common.matrix.subprocess.Popen", Child)
+    flags = ["--data", str(cifar10), "--output", str(tmp_path), *SMALL]
     assert main(flags) == 0
     result = read_object(tmp_path / "ablation.json")
     assert [row["run"] for row in result["rows"]] == ["all", "label_smoothing"]
@@ -62,7 +65,7 @@ def test_the_figures_are_those_of_the_seeds(tmp_path: Path) -> None:
                 (folder / "summary.json").write_text(json.dumps(summary))
             trainings.append(Training(run=run, seed=seed, plan=plan, folder=folder, flags=[]))
     data = Data(name="d", dataset=None, train_images=1, val_images=1, suffixes={".jpg": 2})
-    result = read_ablation(trainings, data, "-")
+    result = read_ablation([one for one in trainings if one.finished], data, "-")
     whole, other = result["rows"]
     assert whole["tta_top1"]["mean"] == pytest.approx(fmean([0.91, 0.93, 0.92]))
     margin = 4.303 * stdev([0.91, 0.93, 0.92]) / math.sqrt(3)
@@ -98,7 +101,7 @@ def test_every_part_of_the_speed_recipe_can_be_switched_off(
     cifar10: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[Training] = []
-    monkeypatch.setattr("benchmarks.ablation.train_all", lambda trainings: asked.extend(trainings))
+    monkeypatch.setattr(Matrix, "run", lambda matrix: asked.extend(matrix.trainings))
     small = ["--set", "phases.0.batch_size=50", "--set", "phases.1.batch_size=50"]
     main(["--data", str(cifar10), "--output", str(tmp_path), "--runs", "2", *small])
     recipes = {training.run: training.plan.recipe for training in asked}

@@ -37,7 +37,7 @@ from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.loader import MAGNITUDES, LoaderSpec, Stage, Transforms
 from pipelines.sampling import Stream
-from tests.test_train import SMALL
+from tests.commands import SMALL
 
 EVERYTHING = Transforms(
     auto_augment="rand", color_jitter=0.4, random_erasing=0.5, mixup=0.2, cutmix=1.0

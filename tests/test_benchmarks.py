@@ -18,29 +18,39 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import loader_memory, start_up
-from benchmarks.hosts import permitted
-from benchmarks.intervals import Estimate, estimate, ratio, shown
-from benchmarks.loader_rivals import Task, by_pillow, by_torchvision, spdl
-from benchmarks.loaders import LOADERS
+from benchmarks.common.statistics import Estimate, estimate, ratio, shown
+from benchmarks.loaders.contestants import LOADERS, Task, by_pillow, by_torchvision, spdl
+from benchmarks.research import loader_memory, start_up
 from pipelines.datasets.digits import digits_folder
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main as prepare
+from tests.commands import call
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
-def run(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+PACKAGES = ("loaders", "plan", "gpu_suite")
 
 
-def call(name: str, *flags: str) -> None:
-    """In this process."""
-    if name == "dali_stages":
+def run(name: str, *flags: object) -> int:
+    """Run a command in this process; returns its exit status."""
+    if name == "research.dali_stages":
         pytest.importorskip("nvidia.dali")
-    import_module(f"benchmarks.{name}").main(flags)
+    return call(f"benchmarks.{name}", *flags)
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast is not judged, so nobody has to fill queues."""
+    monkeypatch.setattr("benchmarks.loaders.__main__.PAUSE_SECONDS", 0.0)
+
+
+def called(name: str, *flags: str) -> None:
+    """Call the command's function, whose errors are raised."""
+    if name == "research.dali_stages":
+        pytest.importorskip("nvidia.dali")
+    main = name if name not in PACKAGES else f"{name}.__main__"
+    import_module(f"benchmarks.{main}").main(flags)
 
 
 def test_intervals_are_those_of_student() -> None:
@@ -63,17 +73,17 @@ def test_estimates_are_told_without_exponents() -> None:
     "flags",
     [
         pytest.param([], id="random-crop"),
-        pytest.param(["--reflect-pad", "4"], id="reflect-pad", marks=pytest.mark.slow),
+        pytest.param(["--reflect-pad", "4"], id="reflect-pad"),
     ],
 )
 def test_loaders_writes_rates_ratios_and_what_they_were_measured_on(
     flags: list[str], cifar10: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("nvidia.dali")
-    sizes = ["--image-size", "32", "--batch-size", "50", "--rounds", "2", "--seconds", "0.2"]
+    sizes = ["--image-size", 32, "--batch-size", 10, "--rounds", 2, "--seconds", 0.05]
+    sizes += ["--threads", 1]
     output = tmp_path / "result.json"
-    result = run("loaders", "--data", cifar10, *sizes, *flags, "--json", output)
-    assert result.returncode == 0, result.stderr
+    assert run("loaders", "--data", cifar10, *sizes, *flags, "--json", output) == 0
     written = json.loads(output.read_text())
     (measured,) = written["measured"]
     assert (measured["label"], measured["images"]) == (cifar10.name, 500)
@@ -88,15 +98,16 @@ def test_loaders_writes_rates_ratios_and_what_they_were_measured_on(
     assert written["versions"]["torch"] and written["hardware"] and written["date"]
 
 
-def test_loaders_compares_folders_copies_and_shards(cifar10: Path, tmp_path: Path) -> None:
+def test_loaders_compares_folders_copies_and_shards(
+    cifar10: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("nvidia.dali")
     prepare(["shard", str(cifar10), str(tmp_path / "shards")])
     data = [f"originals={cifar10}", f"packed={tmp_path / 'shards'}"]
     some = ["dali", "memory"]
-    sizes = ["--image-size", 32, 24, "--batch-size", 50, "--rounds", 2, "--seconds", 0.1]
+    sizes = ["--image-size", 32, 24, "--batch-size", 10, "--rounds", 2, "--seconds", 0.05]
     output = tmp_path / "result.json"
-    result = run("loaders", "--data", *data, "--only", *some, *sizes, "--json", output)
-    assert result.returncode == 0, result.stderr
+    assert run("loaders", "--data", *data, "--only", *some, *sizes, "--json", output) == 0
     measured = json.loads(output.read_text())["measured"]
     assert [(one["image_size"], one["label"]) for one in measured] == [
         (size, label) for size in (32, 24) for label in ("originals", "packed")
@@ -108,22 +119,29 @@ def test_loaders_compares_folders_copies_and_shards(cifar10: Path, tmp_path: Pat
         mean = math.sqrt(rates[0] * rates[1])
         assert other["ratio_to_first"]["dali"]["mean"] == pytest.approx(mean)
         assert other["ratio_to_dataloader"] == other["ratio_to_decode"] == {}  # not among them
-    header = next(line for line in result.stdout.splitlines() if line.startswith("|"))
+    header = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("|"))
     assert "/ originals" in header
 
 
-def test_loaders_leaves_out_who_cannot_take_part(tmp_path: Path) -> None:
-    """The embedded digits are PNGs; one more file is none."""
+def test_loaders_leaves_out_who_cannot_take_part(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Some of the embedded digits, which are PNGs; one more file is none."""
     data = tmp_path / "data"
-    shutil.copytree(digits_folder(), data)
+    for split in ("train", "val"):
+        for label in ("0", "1"):
+            folder = data / split / label
+            folder.mkdir(parents=True)
+            for image in sorted((digits_folder() / split / label).iterdir())[:10]:
+                shutil.copy(image, folder)
     (data / "train" / "0" / "bad.png").write_bytes(b"nothing")
     sizes = ["--image-size", 8, "--batch-size", 8, "--rounds", 2, "--seconds", 0.05, "--threads", 1]
     for only, status in ((["torchvision", "decode"], 0), (["decode"], 2)):
-        result = run("loaders", "--data", data, *sizes, "--only", *only)
-        assert result.returncode == status, result.stderr
-        assert "decode is left out: there are no JPEGs to decode" in result.stdout
-        assert result.stderr.startswith("left out 1 bad file of 1,439; the first: ")
-        assert ("error: --only decode: " in result.stderr) == (status == 2)
+        assert run("loaders", "--data", data, *sizes, "--only", *only) == status
+        out, err = capfd.readouterr()
+        assert "decode is left out: there are no JPEGs to decode" in out
+        assert err.startswith("left out 1 bad file of 21; the first: ")
+        assert ("error: --only decode: " in err) == (status == 2)
 
 
 @pytest.mark.parametrize(
@@ -133,10 +151,11 @@ def test_loaders_leaves_out_who_cannot_take_part(tmp_path: Path) -> None:
         (["--data", "a=x", "a=y"], "error: --data: two folders are called a"),
     ],
 )
-def test_loaders_names_a_wrong_flag(flags: list[str], message: str) -> None:
-    result = run("loaders", *flags)
-    assert result.returncode == 2
-    assert result.stderr.startswith(message)
+def test_loaders_names_a_wrong_flag(
+    flags: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("loaders", *flags) == 2
+    assert capfd.readouterr().err.startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -150,30 +169,44 @@ def test_loaders_names_a_wrong_flag(flags: list[str], message: str) -> None:
         ("training_step", "--sizes 0"),
         ("training_step", "--batches 0"),
         ("training_step", "--seconds nan"),
-        ("step_floor", "--sizes 0"),
-        ("step_floor", "--batch-size 0"),
-        ("step_floor", "--ceilings 0 0"),
-        *(("decode_sweep", f"--{flag} 0") for flag in ("threads", "image-size", "batch-size")),
-        *(("dali_stages", f"--{flag} 0") for flag in ("size", "threads", "batch-size", "seconds")),
-        ("device_ceilings", "--seconds 0"),
-        *(("loader_memory", f"--{flag} 0") for flag in ("image-size", "threads", "batch-size")),
-        *(("prepare_rates", f"--{flag} 0") for flag in ("workers", "short-side", "seconds")),
-        ("checkpoint_cost", "--interval 0"),
-        ("start_up", "--threads 0"),
-        ("suite_steps", "--batch-size 0"),
-        ("faults", "--faults 0"),
+        ("research.step_floor", "--sizes 0"),
+        ("research.step_floor", "--batch-size 0"),
+        ("research.step_floor", "--ceilings 0 0"),
+        *(
+            ("research.decode_sweep", f"--{flag} 0")
+            for flag in ("threads", "image-size", "batch-size")
+        ),
+        *(
+            ("research.dali_stages", f"--{flag} 0")
+            for flag in ("size", "threads", "batch-size", "seconds")
+        ),
+        ("research.device_ceilings", "--seconds 0"),
+        *(
+            ("research.loader_memory", f"--{flag} 0")
+            for flag in ("image-size", "threads", "batch-size")
+        ),
+        *(
+            ("research.prepare_rates", f"--{flag} 0")
+            for flag in ("workers", "short-side", "seconds")
+        ),
+        ("research.checkpoint_cost", "--interval 0"),
+        ("research.start_up", "--threads 0"),
+        ("gpu_suite.steps", "--batch-size 0"),
         ("superconvergence", "--seed -1"),
     ],
 )
 def test_numbers_that_nothing_can_be_measured_with_are_named(name: str, flags: str) -> None:
     flag, number, *_ = flags.split()
     with pytest.raises(UserError, match=rf"{flag}: must be .*, not {number}"):
-        call(name, *flags.split())
+        called(name, *flags.split())
 
 
-JSON = ("dali_stages", "decode_sweep", "device_ceilings", "faults", "loader_memory", "loaders",
-        "prepare_rates", "start_up", "suite_steps", "training_step")  # fmt: skip
-OUTPUT = ("ablation", "checkpoint_cost", "compare", "dawnbench", "gpu_suite", "plan",
+JSON = (
+    *(f"research.{name}" for name in ("dali_stages", "decode_sweep", "device_ceilings",
+      "loader_memory", "prepare_rates", "start_up")),
+    *("loaders", "gpu_suite.steps", "training_step"),
+)  # fmt: skip
+OUTPUT = ("ablation", "research.checkpoint_cost", "compare", "dawnbench", "gpu_suite", "plan",
           "superconvergence", "throughput")  # fmt: skip
 
 
@@ -186,7 +219,7 @@ def test_where_nothing_can_be_written_is_told_at_once(name: str, flag: str, tmp_
     file.touch()
     for wrong in (file / "x", file if flag == "--output" else tmp_path):
         with pytest.raises(UserError, match=rf"{flag}: .* is a (file: name a folder|folder: name)"):
-            call(name, flag, str(wrong))
+            called(name, flag, str(wrong))
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -228,12 +261,13 @@ def test_loader_memory_counts_workers(tmp_path: Path) -> None:
     assert 256 < after - before < 300
 
 
-def test_loader_memory_writes_what_it_found(cifar10: Path, tmp_path: Path) -> None:
+def test_loader_memory_writes_what_it_found(
+    cifar10: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "memory.json"
     sizes = ["--image-size", "24", "32", "--epochs", "6", "--batch-size", "50"]
     flags = ["--data", cifar10, "--backend", "torchvision", *sizes, "--json", file]
-    result = run("loader_memory", *flags)
-    assert result.returncode == 0, result.stderr
+    assert run("research.loader_memory", *flags) == 0
     written = json.loads(file.read_text())
     epochs = written["epochs"]
     assert [one["image_size"] for one in epochs] == [24, 24, 24, 32, 32, 32]
@@ -242,23 +276,23 @@ def test_loader_memory_writes_what_it_found(cifar10: Path, tmp_path: Path) -> No
     own = [max(part) / min(part) - 1 for part in (allocated[1:3], allocated[4:])]
     assert written["allocated_spread_at_a_size"] == max(own)
     assert (tmp_path / "memory.svg").exists() and (tmp_path / "memory.png").exists()
-    result = run("loader_memory", "--data", cifar10, "--epochs", "7")
-    assert result.stderr.startswith("error: --epochs 7: at least 3 for each of 4 sizes")
+    assert run("research.loader_memory", "--data", cifar10, "--epochs", "7") == 2
+    assert capfd.readouterr().err.startswith("error: --epochs 7: at least 3 for each of 4 sizes")
 
 
 def test_memory_of_the_dali_loader_is_flat(photographs: Path, tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali")
     file = tmp_path / "memory.json"
-    flags = ["--data", photographs, "--image-size", "224", "--epochs", "6", "--json", file]
-    assert run("loader_memory", *flags).returncode == 0
+    flags = ["--data", photographs, "--image-size", "224", "--epochs", "4", "--json", file]
+    command = [sys.executable, "-m", "benchmarks.research.loader_memory", *map(str, flags)]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0  # with a memory of its own
     assert json.loads(file.read_text())["allocated_spread"] < 0.05
 
 
 def test_prepare_rates_compares_with_mere_decoding(cifar10: Path, tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
     sizes = ["--short-side", 16, "--rounds", 2, "--seconds", 0.3, "--workers", 2]
-    result = run("prepare_rates", "--data", cifar10, *sizes, "--json", file)
-    assert result.returncode == 0, result.stderr
+    assert run("research.prepare_rates", "--data", cifar10, *sizes, "--json", file) == 0
     written = json.loads(file.read_text())
     assert written["config"]["images"] == 700
     for name in ("scan", "resize"):
@@ -267,29 +301,27 @@ def test_prepare_rates_compares_with_mere_decoding(cifar10: Path, tmp_path: Path
         assert written["ratio_to_decode"][name]["mean"] == pytest.approx(mean)
 
 
-def test_prepare_rates_names_a_bad_file(tmp_path: Path) -> None:
+def test_prepare_rates_names_a_bad_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "train" / "a" / "bad.jpg"
     bad.parent.mkdir(parents=True)
     bad.write_bytes(b"nothing")
-    result = run("prepare_rates", "--data", tmp_path, "--seconds", 0.1)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: --data: {bad} cannot be decoded")
+    assert run("research.prepare_rates", "--data", tmp_path, "--seconds", 0.1) == 2
+    assert capfd.readouterr().err.startswith(f"error: --data: {bad} cannot be decoded")
 
 
 def test_start_up_leaves_nothing_behind(photographs: Path, tmp_path: Path) -> None:
     originals = [file.path for file in read_split(photographs, "train").files[:30]]
-    for place, path in enumerate(originals):
-        folder = tmp_path / "data" / "train" / f"class{place % 3}"
+    for index, path in enumerate(originals):
+        folder = tmp_path / "data" / "train" / f"class{index % 3}"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder)
     file = tmp_path / "start-up.json"
-    flags = ["--data", str(tmp_path / "data"), "--files", "1500", "1000", "--json", str(file)]
+    flags = ["--data", str(tmp_path / "data"), "--files", "1000", "--json", str(file)]
     assert start_up.main(flags) == 0
     result = json.loads(file.read_text())
     assert [(one["files"], one["start"]) for one in result["starts"]] == [
-        (files, start) for files in (1000, 1500) for start in ("first", "again", "ImageFolder")
+        (1000, start) for start in start_up.STARTS
     ]
-    assert set(result["growth"]) == {"first", "again", "ImageFolder"}
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["data", "start-up.json"]
     with pytest.raises(UserError, match="--scratch /proc: no hard links to --data"):
@@ -298,15 +330,13 @@ def test_start_up_leaves_nothing_behind(photographs: Path, tmp_path: Path) -> No
         start_up.main([*flags[:2], "--files", "10"])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not permitted(), reason="network namespaces are not permitted here")
-def test_a_run_that_meets_a_fault_ends_like_one_that_does_not(tmp_path: Path) -> None:
-    output = tmp_path / "result.json"
-    command = [sys.executable, "-m", "benchmarks.faults", "--faults", "1", "--json", str(output)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "| 1 | SIGKILL worker | " in result.stdout
-    written = json.loads(output.read_text())
-    assert written["identical"] == 1
-    (outcome,) = written["outcomes"]
-    assert [statuses[-1] for statuses in outcome["commands"]] == [0, 0]
+def test_growth_is_the_exponent_of_the_files() -> None:
+    starts = [
+        start_up.Start(files=files, start=start, seconds=seconds, peak_mib=1.0)
+        for files, factor in ((1000, 1.0), (4000, 2.0))
+        for start, seconds in zip(start_up.STARTS, (factor, factor**2, 1.0), strict=True)
+    ]
+    growth = {start: start_up.growth(starts, start) for start in start_up.STARTS}
+    assert growth == pytest.approx({"first": 0.5, "again": 1.0, "ImageFolder": 0.0})
+    last = start_up.table(starts, growth).splitlines()[-1]
+    assert last.split()[3::2] == ["files^0.50", "files^1.00", "files^0.00"]

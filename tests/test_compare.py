@@ -9,9 +9,8 @@ from PIL import Image
 from test_dawnbench import epoch_rows
 from test_report import check_page, make_run, step_rows
 
-from benchmarks.compare import comparison, main
-from benchmarks.comparison_plots import short_names
-from benchmarks.published import published
+from benchmarks.common.published import published
+from benchmarks.compare import comparison, main, short_names
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.report.run import Run

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("nvidia.dali")
 
-from benchmarks.dali_stages import STAGES, main
+from benchmarks.research.dali_stages import STAGES, main
 from pipelines.errors import UserError
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,38 +11,33 @@ from typing import Any
 import pytest
 from test_dawnbench import epoch_rows, write_run
 
-from benchmarks.dawnbench import main
-from benchmarks.dawnbench_results import ENERGY, Result, read_results, table
-from benchmarks.energy import gpu_joules
-from benchmarks.intervals import estimate
-from benchmarks.trainings import Training
+from benchmarks.common.matrix import Training
+from benchmarks.common.statistics import estimate
+from benchmarks.dawnbench import ENERGY, Result, gpu_joules, main, read_results, table
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.report.dawnbench import clocks_at_target, result_hours, write_entry
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object, write_object
+from tests.commands import Child, call
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--recipe", "tests/small.toml", "--device", "cpu")
 
 
-def command(*arguments: object, status: int) -> tuple[str, str]:
-    """Standard output and error of a command that ends with `status`."""
-    process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.dawnbench", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert process.returncode == status, process.stdout + process.stderr
-    return process.stdout, process.stderr
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainings run in this process."""
+    monkeypatch.setattr("benchmarks.common.matrix.subprocess.Popen", Child)
 
 
-@pytest.mark.slow
-def test_runs_stop_at_the_target_and_are_not_repeated(cifar10: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("in_process")
+def test_runs_stop_at_the_target_and_are_not_repeated(
+    cifar10: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     flags = ("--data", cifar10, *SMALL, "--runs", 2, "--target", "top1=0.02", "--stop-at-target")
-    out, _ = command(*flags, "--cost-per-hour", 36, "--output", tmp_path / "out", status=0)
+    flags += ("--cost-per-hour", 36, "--output", tmp_path / "out")
+    assert call("benchmarks.dawnbench", *flags) == 0
+    out = capfd.readouterr().out
     result = read_object(tmp_path / "out" / "dawnbench.json")
     assert (result["n"], result["reached"], result["success_rate"]) == (2, 2, 1.0)
     seconds = []
@@ -66,16 +60,18 @@ def test_runs_stop_at_the_target_and_are_not_repeated(cifar10: Path, tmp_path: P
     hours = result_hours(entry, entry.with_suffix(".tsv"), "top1", 0.02)
     assert hours == result["entry_hours"] == pytest.approx(max(seconds) / 3600, abs=1e-8)
     assert "2 of 2 finished runs reached the target" in out
-    again, _ = command(*flags, "--cost-per-hour", 36, "--output", tmp_path / "out", status=0)
-    assert again.count("finished before") == 2
+    assert call("benchmarks.dawnbench", *flags) == 0
+    assert capfd.readouterr().out.count("finished before") == 2
     assert read_object(tmp_path / "out" / "dawnbench.json")["runs"] == result["runs"]
 
 
-@pytest.mark.slow
-def test_a_missed_target_is_said_and_is_status_1(cifar10: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("in_process")
+def test_a_missed_target_is_said_and_is_status_1(
+    cifar10: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     flags = ("--data", cifar10, *SMALL, "--epochs", 1, "--target", "top1=0.99")
-    out, _ = command(*flags, "--output", tmp_path, status=1)
-    assert "0 of 1 finished runs reached the target" in out
+    assert call("benchmarks.dawnbench", *flags, "--output", tmp_path) == 1
+    assert "0 of 1 finished runs reached the target" in capfd.readouterr().out
     result = read_object(tmp_path / "dawnbench.json")
     assert (result["reached"], result["seconds_to_target"], result["entry_hours"]) == (0, {}, None)
     assert not (tmp_path / "entry").exists()
@@ -161,12 +157,15 @@ def test_a_run_that_failed_counts_against_the_success_rate(tmp_path: Path) -> No
     assert "2 of 3 finished runs reached the target; failed with an error: seed 3; 2 not" in text
 
 
-@pytest.mark.slow
-def test_a_run_that_fails_does_not_keep_the_others_back(cifar10: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("in_process")
+def test_a_run_that_fails_does_not_keep_the_others_back(
+    cifar10: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A file is where the folder of the first seed should be."""
     (tmp_path / "seed0").write_text("in the way")
     flags = ("--data", cifar10, *SMALL, "--runs", 2, "--epochs", 1, "--target", "top1=0.02")
-    out, err = command(*flags, "--output", tmp_path, status=1)
+    assert call("benchmarks.dawnbench", *flags, "--output", tmp_path) == 1
+    out, err = capfd.readouterr()
     assert "run small, seed 0: ended with status 2" in err
     assert "1 of 1 finished runs reached the target; failed with an error: seed 0." in out
 

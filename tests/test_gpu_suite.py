@@ -7,21 +7,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import decode_sweep, gpu_suite, suite_steps
-from benchmarks.decode_sweep import DecodeRate, Task
-from benchmarks.intervals import Estimate
-from benchmarks.suite_parts import PARTS, TESTS, Part, Setup, read_tests
+from benchmarks.common.statistics import Estimate
+from benchmarks.gpu_suite import __main__ as gpu_suite
+from benchmarks.gpu_suite import steps as suite_steps
+from benchmarks.gpu_suite.parts import PARTS, TESTS, Part, Setup, read_tests
+from benchmarks.research import decode_sweep
+from benchmarks.research.decode_sweep import DecodeRate, Task
 from benchmarks.training_step import StepRate
+from fastimagenet.recipes import named_recipe
+from fastimagenet.recipes import toml as recipe_toml
+from pipelines.cli import Parser
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object
 from pipelines.loader import DaliSettings
+from tests.commands import call
+from tests.test_step_variants import with_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,26 +40,57 @@ def result_of(folder: Path) -> Row:
     return read_object(path)
 
 
-@pytest.mark.slow
-def test_the_whole_suite_is_rehearsed_on_a_cpu(
-    photographs: Path, cifar10: Path, tmp_path: Path
-) -> None:
+SMALLER = {
+    "fastimagenet.train": ("--set", "model=smallnet", "--precision", "fp32"),
+    "fastimagenet.lr_find": ("--set", "model=smallnet", "--precision", "fp32"),
+    "benchmarks.throughput": ("--set", "model=smallnet", "--set", "blur_pool=false"),
+    "benchmarks.gpu_suite.steps": (),
+}
+"""What makes a part of the rehearsal one for a test: flags beside its own."""
+SPEEDNETS = ("whitening", "dirac_init")
+REAL = ("ceilings", "tests-loaders")
+"""Parts that are rehearsed as processes of their own."""
+
+
+@pytest.fixture
+def mostly_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite's parts with a small network, in this process, but for those in REAL."""
+    run, recipe = gpu_suite.run, with_model("smallnet")
+
+    def run_here(words: list[str], log: Path, limit: float) -> int | None:
+        if log.parent.name in REAL:
+            return run(words, log, limit)
+        flags = [*words[2:], *SMALLER.get(words[1], ())]
+        if "cifar10-speed" in flags:
+            flags += [word for name in SPEEDNETS for word in ("--set", f"{name}=false")]
+        with log.open("w") as output, redirect_stdout(output), redirect_stderr(output):
+            return call(words[1], *flags)
+
+    monkeypatch.setattr(gpu_suite, "run", run_here)
+    monkeypatch.setattr("benchmarks.training_step.named_recipe", lambda *_: recipe)
+    monkeypatch.setattr("benchmarks.common.rates.MATRIX", {"cpu": 64})
+    monkeypatch.setattr("benchmarks.common.rates.COPY_BYTES", {"cpu": 1 << 16})
+
+
+@pytest.mark.usefixtures("mostly_in_process")
+def test_the_suite_is_rehearsed_on_a_cpu(cifar10: Path, tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali")
-    flags = ["--device", "cpu", "--data", photographs, "--cifar10", cifar10, "--output", tmp_path]
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", *map(str, flags)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    left_out = [f"tests-{name}" for name in TESTS if f"tests-{name}" not in REAL]
+    flags = ["--device", "cpu", "--data", cifar10, "--cifar10", cifar10, "--output", tmp_path]
+    assert gpu_suite.main([*map(str, flags), "--skip", *left_out]) == 0
     result = result_of(tmp_path)
     assert result["device"] == "cpu" and result["rehearsal"].startswith("CPU rehearsal")
     assert set(result["parts"]) == {part.name for part in PARTS}
     for name, part in result["parts"].items():
-        assert part["status"] == "done", name
+        if name in left_out:
+            assert (part["status"], part["reason"]) == ("skipped", "not asked for")
+            continue
+        assert part["status"] == "done", part
         assert part["rehearsal"] and part["device"] == result["hardware"], name
         assert part["figures"] and part["command"].startswith("python -m "), name
     figures = {name: part["figures"] for name, part in result["parts"].items()}
     assert figures["ceilings"]["matmul_flops_per_sec"]["mean"] > 0
-    for name in TESTS:
-        assert figures[f"tests-{name}"]["counts"].keys() == {"skipped"}
+    assert figures["tests-loaders"]["counts"].keys() == {"skipped"}
     assert figures["cifar10"]["epochs"] == 2 and len(figures["cifar10"]["evaluated"]) >= 1
     assert figures["lr-finder"]["sweeps"][0]["iterations"] > 0
     assert [phase["image_size"] for phase in figures["stall"]["phases"]] == [32]
@@ -64,6 +104,34 @@ def test_the_whole_suite_is_rehearsed_on_a_cpu(
     (page,) = tmp_path.glob("*-rehearsal.html")
     text = page.read_text()
     assert text.count("<svg") >= 4 and "src=" not in text
+
+
+class Parsed(Exception):
+    """The flags are right: the command would begin."""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", [part.name for part in PARTS])
+def test_the_command_of_every_part_is_right(
+    name: str, device: str, cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (part,) = (part for part in PARTS if part.name == name)
+    setup = Setup(device=device, data=cifar10, cifar10=cifar10)
+    module, *flags = part.command(setup, tmp_path, part.seconds)
+    if module == "pytest":
+        assert (ROOT / flags[0]).is_file()
+        return
+    parse = Parser.parse_args
+
+    def parse_only(parser: Parser, *args: Any) -> None:
+        namespace = parse(parser, *args)
+        if recipe := getattr(namespace, "recipe", None):
+            recipe_toml.with_settings(named_recipe(recipe, 1), namespace.set)
+        raise Parsed
+
+    monkeypatch.setattr(Parser, "parse_args", parse_only)
+    with pytest.raises(Parsed):
+        import_module(module).main(flags)
 
 
 def test_the_parts_fit_into_eight_minutes() -> None:
@@ -146,7 +214,7 @@ def test_a_page_that_cannot_be_drawn_costs_no_figure(
 
 
 def test_a_suite_that_is_stopped_leaves_what_it_had(tmp_path: Path) -> None:
-    flags = ["--device", "cpu", "--output", tmp_path, "--only", "tests-loaders", "steps"]
+    flags = ["--device", "cpu", "--output", tmp_path, "--only", "ceilings", "steps"]
     command = [sys.executable, "-m", "benchmarks.gpu_suite", *map(str, flags)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (tmp_path / "steps").exists():
@@ -155,7 +223,7 @@ def test_a_suite_that_is_stopped_leaves_what_it_had(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     parts = result_of(tmp_path)["parts"]
-    assert parts["tests-loaders"]["status"] == "done" and "steps" not in parts
+    assert parts["ceilings"]["status"] == "done" and "steps" not in parts
 
 
 def test_what_pytest_did_not_finish_counts_as_not_passed(tmp_path: Path) -> None:
@@ -229,7 +297,7 @@ def test_a_cuda_error_is_left_to_another_process(
         pass
 
     def execv(program: str, words: list[str]) -> None:
-        assert program == sys.executable and words[1:3] == ["-m", "benchmarks.suite_steps"]
+        assert program == sys.executable and words[1:3] == ["-m", "benchmarks.gpu_suite.steps"]
         raise Replaced
 
     monkeypatch.setattr(suite_steps, "sweep", sweep)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import ROOT, start
 
 import fastimagenet
 from fastimagenet import cli
@@ -48,6 +47,7 @@ from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 from pipelines.files import Row
+from tests.commands import ROOT, start
 
 MODULE = "fastimagenet.lr_find"
 SHORT = ["--device", "cpu", "--num-it", 24]

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from test_dawnbench import write_run
 
-from benchmarks.expected_accuracy import epochs_for, expected_accuracy
-from benchmarks.plan import batch_note, main, parser, train_flags
-from benchmarks.plan_results import check, write_results
-from benchmarks.planner import (
+from benchmarks.plan.__main__ import batch_note, check, main, parser, train_flags, write_results
+from benchmarks.plan.prediction import (
     Probe,
     SizeRates,
     candidates,
+    epochs_for,
+    expected_accuracy,
     longest_within,
     predict,
     sizes_of,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastimagenet import evaluate, train
+from fastimagenet import evaluate
+from fastimagenet.train import main as train_main
 from pipelines.backends import make_loader
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
@@ -134,7 +135,7 @@ def test_both_figures_side_by_side_at_any_world_size(
     run = tmp_path / "run"
     settings = ["--set", "phases.1.rect=true", "--set", "phases.1.batch_size=6"]
     flags = ["--recipe", str(recipe), "--epochs", "1", "--output", str(run), *settings]
-    assert train.main([*data, "1", *flags]) == 0
+    assert train_main([*data, "1", *flags]) == 0
     summary = json.loads((run / "summary.json").read_text())
     capfd.readouterr()
     best = str(run / "checkpoints" / "last.pt")

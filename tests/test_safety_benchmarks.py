@@ -5,10 +5,17 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from benchmarks.checkpoint_cost import main as checkpoint_cost
-from benchmarks.fault_runs import KINDS, Outcome
-from benchmarks.faults import LAST_STEP, START_UP_SECONDS, drawn, table
+import pytest
+
+from benchmarks.research.checkpoint_cost import main as checkpoint_cost
+from pipelines.errors import UserError
 from pipelines.files import read_object
+from tests.commands import SMALL
+from tests.faults import __main__ as campaign
+from tests.faults import runs
+from tests.faults.__main__ import LAST_STEP, START_UP_SECONDS, drawn, fingerprint, table
+from tests.faults.hosts import permitted
+from tests.faults.runs import KINDS, Outcome
 
 
 def test_the_same_seed_draws_the_same_faults() -> None:
@@ -28,16 +35,45 @@ def test_the_same_seed_draws_the_same_faults() -> None:
 def test_what_a_fault_may_cost() -> None:
     met = Outcome("SIGKILL worker", 1, 20, 0.1, saved=25, done=28, identical=True)
     met.starts, met.resumed_at = 2, [25]
-    assert (met.went_on_at, met.repeated, met.harmless) == (25, 3, True)
+    assert (met.first_step, met.repeated, met.harmless) == (25, 3, True)
     met.resumed_at = [20]  # the checkpoint of step 25 was not used
     assert (met.repeated, met.harmless) == (8, False)
     assert "| 28 | 25 | 20 | 8 TOO MANY |" in table([met])
     met.resumed_at = []  # it began anew
-    assert (met.went_on_at, met.repeated, met.harmless) == (0, 28, False)
+    assert (met.first_step, met.repeated, met.harmless) == (0, 28, False)
     met.starts = 1  # it never stopped
-    assert (met.went_on_at, met.repeated, met.harmless) == (28, 0, True)
+    assert (met.first_step, met.repeated, met.harmless) == (28, 0, True)
     met.identical = False
     assert not met.harmless
+
+
+@pytest.mark.skipif(not permitted(), reason="network namespaces are not permitted here")
+def test_a_run_that_meets_a_fault_ends_like_one_that_does_not(
+    undisturbed: Path,
+    cifar10: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A killed worker on one of two hosts, beside the run that two processes of one host made."""
+    flags = ("--nodes", 2, "--nproc-per-node", 1, "--checkpoint-steps", 3, "--timeout", 5)
+    monkeypatch.setattr(runs, "FLAGS", (*SMALL, *flags))
+    monkeypatch.setattr(campaign, "drawn", lambda kind, _: Outcome(kind, 1, 10, 0.0))
+    monkeypatch.setattr(campaign, "measured", lambda _: (1.0, fingerprint(undisturbed)))
+    output = tmp_path / "result.json"
+    assert campaign.main(["--faults", "1", "--data", str(cifar10), "--json", str(output)]) == 0
+    assert "| 1 | SIGKILL worker | " in capsys.readouterr().out
+    written = read_object(output)
+    assert written["identical"] == 1
+    (outcome,) = written["outcomes"]
+    assert [statuses[-1] for statuses in outcome["commands"]] == [0, 0]
+
+
+def test_the_number_of_faults_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--faults: must be .*, not 0"):
+        campaign.main(["--faults", "0"])
+    with pytest.raises(UserError, match=r"--json: .* is a folder: name"):
+        campaign.main(["--json", str(tmp_path)])
 
 
 def test_the_cost_of_a_checkpoint_is_measured(tmp_path: Path) -> None:

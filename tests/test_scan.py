@@ -15,7 +15,7 @@ import pytest
 from odd_files import Odd, write_odd_files
 from PIL import Image
 
-from fastimagenet import train
+from fastimagenet.train import main as train_main
 from pipelines.cli import exit_status
 from pipelines.datasets.checks import check_file
 from pipelines.datasets.images import ImageFile, whole_files
@@ -250,12 +250,12 @@ def test_training_ends_at_the_start_or_finishes_with_the_skip_list(
     shutil.copytree(root / "train" / "plain", data / "train" / "plain")
     command = ["--data", str(data), "--device", "cpu", "--nproc-per-node", "1"]
     command += ["--recipe", str(recipe), "--output", str(run)]
-    assert exit_status(train.main, command) == 2
+    assert exit_status(train_main, command) == 2
     path = " ".join(str(data / "train" / "odd" / min(bad)).split())
     error = capsys.readouterr().err
     assert error.startswith(f"error: {path} ") and error.count("\n") == 1
     assert not run.exists()
-    assert exit_status(train.main, [*command, "--skip-list", str(decoded[1])]) == 0
+    assert exit_status(train_main, [*command, "--skip-list", str(decoded[1])]) == 0
     plan = json.loads((run / "plan.json").read_text())
     assert plan["num_train"] == plan["num_val"] == len(small) + GOOD
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +14,15 @@ import pytest
 from PIL import Image
 
 from benchmarks import compare
-from benchmarks.run_results import Data, Result, SeedResult, run_result
-from benchmarks.run_table import table
-from benchmarks.superconvergence import main
+from benchmarks.common.matrix import Data
+from benchmarks.superconvergence import Result, SeedResult, main, run_result, table
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.superconvergence import STUDY, study_recipe
 from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
 from pipelines.files import read_object
+from tests.commands import Child, call
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -30,25 +31,18 @@ SMALL = (
     *("--set", "phases.0.batch_size=10"),
 )
 """Two runs of two epochs of 50 updates."""
+MODULE = "benchmarks.superconvergence"
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.superconvergence", *map(str, arguments)],
+        [sys.executable, "-m", MODULE, *map(str, arguments)],
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def run(*arguments: object, status: int = 0) -> tuple[str, str]:
-    """Standard output and error of a command that ends with `status`."""
-    process = start(*arguments)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
-    return out, err
 
 
 def curves(folder: Path) -> list[tuple[Any, ...]]:
@@ -61,13 +55,14 @@ def curves(folder: Path) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def output(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished rehearsal."""
+    """The folder of a finished rehearsal, trained in this process."""
     folder = tmp_path_factory.mktemp("study")
-    run("--data", cifar10, "--output", folder, *SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.common.matrix.subprocess.Popen", Child)
+        assert call(MODULE, "--data", cifar10, "--output", folder, *SMALL) == 0
     return folder
 
 
-@pytest.mark.slow
 def test_runs_are_compared(
     output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,7 +77,6 @@ def test_runs_are_compared(
         compare.main([str(tmp_path / "nowhere")])
 
 
-@pytest.mark.slow
 def test_a_rehearsal_writes_table_json_and_picture(output: Path) -> None:
     result = read_object(output / "superconvergence.json")
     assert result["command"].startswith("python -m benchmarks.superconvergence --data")
@@ -114,32 +108,35 @@ def test_a_rehearsal_writes_table_json_and_picture(output: Path) -> None:
     assert (output / "superconvergence.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-def test_a_finished_run_is_not_repeated(output: Path, cifar10: Path) -> None:
+def test_a_finished_run_is_not_repeated(
+    output: Path, cifar10: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     runs = [path for path in output.rglob("*") if path.is_file() and path.parent != output]
     before = {path: path.stat().st_mtime_ns for path in runs}
     table_before = (output / "table.md").read_text()
-    out, _ = run("--data", cifar10, "--output", output, *SMALL)
-    assert out.count("finished before") == 2
+    assert call(MODULE, "--data", cifar10, "--output", output, *SMALL) == 0
+    assert capfd.readouterr().out.count("finished before") == 2
     assert {path: path.stat().st_mtime_ns for path in runs} == before
     assert (output / "table.md").read_text() == table_before
 
 
-@pytest.mark.slow
-def test_a_run_with_other_settings_is_refused(output: Path, cifar10: Path) -> None:
+def test_a_run_with_other_settings_is_refused(
+    output: Path, cifar10: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     flags = ("--data", cifar10, "--output", output, *SMALL, "--set", "max_lr=0.1")
-    _, err = run(*flags, status=2)
+    assert call(MODULE, *flags) == 2
+    err = capfd.readouterr().err
     assert err.startswith(f"error: --output: {output / '3b-seed0'} holds a run with another recipe")
     assert "recipe field max_lr: give the --data, --set," in err
     assert err.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_a_stopped_study_goes_on_to_the_same_end(
-    output: Path, cifar10: Path, tmp_path: Path
+def test_a_stopped_study_resumes_to_the_same_end(
+    output: Path, cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM in the middle of the second run: the first is in the table, and stays as it is."""
     first, second = tmp_path / "3b-seed0", tmp_path / "steps-seed0"
+    shutil.copytree(output / first.name, first)
     process = start("--data", cifar10, "--output", tmp_path, *SMALL)
     deadline = time.monotonic() + 300
     while not rows_of("step", read_rows(second)) and time.monotonic() < deadline:
@@ -153,7 +150,8 @@ def test_a_stopped_study_goes_on_to_the_same_end(
     rows = read_object(tmp_path / "superconvergence.json")["runs"]
     assert [row["run"] for row in rows] == ["3b"]
     finished = (first / "summary.json").stat().st_mtime_ns
-    run("--data", cifar10, "--output", tmp_path, *SMALL)
+    monkeypatch.setattr("benchmarks.common.matrix.subprocess.Popen", Child)
+    assert call(MODULE, "--data", cifar10, "--output", tmp_path, *SMALL) == 0
     assert (first / "summary.json").stat().st_mtime_ns == finished
     for name in (first.name, second.name):
         assert curves(tmp_path / name) == curves(output / name)
@@ -164,10 +162,16 @@ def test_a_stopped_study_goes_on_to_the_same_end(
     assert ended[0] == ended[1]
 
 
-@pytest.mark.slow
-def test_a_run_that_fails_ends_the_study_with_its_error(cifar10: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_ends_the_study_with_its_error(
+    cifar10: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("benchmarks.common.matrix.subprocess.Popen", Child)
     flags = (*SMALL, "--set", "max_lr=1e9")
-    out, err = run("--data", cifar10, "--output", tmp_path, *flags, status=2)
+    assert call(MODULE, "--data", cifar10, "--output", tmp_path, *flags) == 2
+    out, err = capfd.readouterr()
     assert "error: the loss is not finite at step" in err
     assert "run steps" not in out
     assert not (tmp_path / "table.md").exists()

@@ -8,16 +8,18 @@ import pytest
 import torch
 from test_trainer import make_trainer
 
-from benchmarks.ceilings import ByteCounter, step_costs
-from benchmarks.intervals import estimate
-from benchmarks.phase_rates import PhaseRates
+from benchmarks.common.rates import ByteCounter, PhaseRates, step_costs
+from benchmarks.common.statistics import estimate
 from benchmarks.throughput import main, phase_result
 from pipelines.errors import UserError
 from pipelines.files import read_object
 
 
-@pytest.mark.slow
-def test_every_phase_of_a_recipe_is_measured(tmp_path: Path) -> None:
+def test_every_phase_of_a_recipe_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.common.rates.MATRIX", {"cpu": 64})
+    monkeypatch.setattr("benchmarks.common.rates.COPY_BYTES", {"cpu": 1 << 16})
     flags = ["--device", "cpu", "--rounds", "2", "--seconds", "0.1", "--output", str(tmp_path)]
     assert main(flags) == 0
     result = read_object(tmp_path / "throughput.json")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.step_variants import synthetic_trainer
+from benchmarks.training_step import synthetic_trainer
 from fastimagenet.recipes.recipe import Phase, Recipe
 from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
@@ -22,8 +22,8 @@ from pipelines.backends import make_loader
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
 from pipelines.loader import Loader, LoaderSpec, Stage
+from tests.commands import start, stop_soon, train
 from tests.test_faults import wait_for, workers
-from tests.test_train import start, stop_soon, train
 
 EPOCHS = 30
 LONG = [

@@ -142,7 +142,7 @@ def test_ddp_over_nccl_with_one_process(tmp_path: Path) -> None:
     code = (
         "import torch, torch.distributed as dist\n"
         "from torch.nn.parallel import DistributedDataParallel\n"
-        "from fastimagenet.communication import CommunicationTimer\n"
+        "from fastimagenet.training.ddp import CommunicationTimer\n"
         "dist.init_process_group('nccl')\n"
         "model = DistributedDataParallel(torch.nn.Linear(8, 8).cuda(), device_ids=[0],\n"
         "    gradient_as_bucket_view=True, static_graph=True)\n"

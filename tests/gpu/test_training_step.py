@@ -7,14 +7,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_step_variants import CLASSES, IMAGENET, LR, MOMENTUM, batches, check_losses, small_recipe
+from test_step_variants import (
+    CLASSES,
+    IMAGENET,
+    LR,
+    MOMENTUM,
+    batches,
+    check_losses,
+    with_model,
+)
 
-from benchmarks.step_variants import VARIANTS, synthetic_trainer, variant_recipe
-from benchmarks.training_step import sweep
-from fastimagenet.recipes.recipe import Phase
+from benchmarks.training_step import VARIANTS, sweep, synthetic_trainer, variant_recipe
+from fastimagenet.recipes.recipe import Phase, Recipe
 from fastimagenet.training.trainer import Trainer
 
 GPU = "cuda:0"
+
+
+def small_recipe(variant: str) -> Recipe:
+    return variant_recipe(with_model("resnet18"), variant, 32, 16)
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +66,7 @@ def test_a_step_never_waits_for_the_gpu(variant: str) -> None:
 def updated(trainer: Trainer, count: int) -> list[torch.Tensor]:
     """The weights after an update of `count` batches."""
     trainer.model.train()
-    update = tuple((a.to(GPU).half(), b.to(GPU)) for a, b in list(batches(32, 16))[:count])
+    update = tuple((a.to(GPU).half(), b.to(GPU)) for a, b in batches(32, 16, count))
     for _ in range(3):
         trainer.update(update, LR, MOMENTUM, trainer.plan.phases[0])
     return [weight.detach().clone() for weight in trainer.model.parameters()]
@@ -84,7 +95,7 @@ def test_graphs_of_two_sizes_take_turns() -> None:
 
 
 def test_memory_ends_a_sweep_and_leaves_the_gpu_usable() -> None:
-    recipe = replace(IMAGENET, model="resnet18")
+    recipe = with_model("resnet18")
     rates = sweep(
         (224,), ("eager", "graphs"), (16, 1 << 17),
         device=GPU, seconds=0.5, report=print, recipe=recipe,

@@ -1,0 +1,292 @@
+"""Variants of a recipe x seeds, each a `python -m fastimagenet.train` in a folder of its own.
+
+What is finished stays, what was stopped resumes: the same command continues where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastimagenet.recipes.plan import Plan
+from fastimagenet.recipes.recipe import Recipe
+from fastimagenet.report.run import rows_of
+from fastimagenet.run import with_copies
+from fastimagenet.training.recorder import read_rows
+from pipelines.backends import BACKENDS
+from pipelines.cli import Parser, at_least, output_folder
+from pipelines.datasets.known import dataset_name
+from pipelines.datasets.split import check_classes, read_split
+from pipelines.errors import UserError
+from pipelines.files import Row, read_object
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One row of the matrix: what is trained with every seed."""
+
+    name: str
+    recipe: Recipe
+    """As `train` makes it of the flags."""
+    flags: list[str]
+    """Of `train`, beside --data, --seed, --output and --resume."""
+    num_train: int
+    """Training images."""
+    global_batch: int | None = None
+    """--global-batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One variant with one seed, in its own folder."""
+
+    run: str
+    seed: int
+    plan: Plan
+    folder: Path
+    flags: list[str]
+    """Of `python -m fastimagenet.train`."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training has ended."""
+        return (self.folder / "summary.json").exists()
+
+    @property
+    def title(self) -> str:
+        """The name in messages."""
+        return f"run {self.run}, seed {self.seed}"
+
+    @property
+    def summary(self) -> Row:
+        """What the finished training has left."""
+        return read_object(self.folder / "summary.json")
+
+    @property
+    def epochs(self) -> list[Row]:
+        """The epochs' rows."""
+        return rows_of("epoch", read_rows(self.folder))
+
+    def check_folder(self, data: str) -> None:
+        """Raise UserError if the folder holds a run of another recipe or of other data."""
+        path = self.folder / "plan.json"
+        if not path.exists():
+            return
+        found = read_object(path)
+        wanted = json.loads(json.dumps(self.plan.to_dict() | {"data": data}))
+        facts = ("data", "num_train", "world_size")
+        other = [name for name in facts if found.get(name) != wanted[name]]
+        recipe = found.get("recipe", {})
+        other += [f"recipe field {k}" for k, v in wanted["recipe"].items() if recipe.get(k) != v]
+        if other:
+            raise UserError(
+                f"--output: {self.folder} holds a run with another {', '.join(other)}: give the "
+                "--data, --set, --epochs and --precision that it began with, or name another folder"
+            )
+
+
+@dataclass(kw_only=True)
+class Matrix:
+    """Trainings in the order in which they run: seed by seed, so that what disturbs the machine
+    disturbs all variants alike, and a stopped matrix has something of each."""
+
+    trainings: list[Training]
+    failed: list[Training] = field(default_factory=list)
+    """Those that ended with an error, where that does not end the matrix."""
+
+    @classmethod
+    def of(
+        cls,
+        variants: Sequence[Variant],
+        seeds: Sequence[int],
+        output: Path,
+        data: Path,
+        world_size: int = 1,
+        folder: Callable[[str, int], str] = "{}-seed{}".format,
+    ) -> Matrix:
+        """Plan all trainings. Raises UserError where a recipe cannot be planned, and where a folder
+        holds a run of another recipe or of other data."""
+        trainings = []
+        for seed in seeds:
+            for variant in variants:
+                path = output / folder(variant.name, seed)
+                flags = ["--seed", str(seed), "--output", str(path), "--resume", "auto"]
+                recipe = with_copies(variant.recipe, data)
+                num_train, batch = variant.num_train, variant.global_batch
+                plan = Plan.of(recipe, world_size, num_train, batch)
+                trainings.append(
+                    Training(
+                        run=variant.name,
+                        seed=seed,
+                        plan=plan,
+                        folder=path,
+                        flags=[*variant.flags, *flags],
+                    )
+                )
+        for training in trainings:
+            training.check_folder(os.path.abspath(data))
+        return cls(trainings=trainings)
+
+    @property
+    def finished(self) -> list[Training]:
+        """Those that have ended, in order."""
+        return [training for training in self.trainings if training.finished]
+
+    def run(
+        self,
+        around: Callable[[Training], AbstractContextManager[None]] = lambda _: nullcontext(),
+        keep_going: bool = False,
+    ) -> int:
+        """Train what is not finished, one after the other; returns the exit status.
+
+        SIGTERM, Ctrl-C and a closed terminal make the training save and exit, and end the matrix.
+        So does a training that fails, unless `keep_going`: then it is added to `failed`. `around`
+        is entered before each training and left after it.
+        """
+        stopped_by: list[int] = []
+        child: subprocess.Popen[bytes] | None = None
+
+        def stop(number: int, _frame: object) -> None:
+            stopped_by.append(number)
+            if child is not None:
+                child.terminate()
+
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {number: signal.signal(number, stop) for number in signals}
+        try:
+            for training in self.trainings:
+                if training.finished:
+                    print(f"{training.title}: finished before, in {training.folder}", flush=True)
+                    continue
+                command = ["-m", "fastimagenet.train", *training.flags]
+                print(f"\n{training.title}: {shlex.join(['python', *command])}", flush=True)
+                with around(training):
+                    # In a session of its own: Ctrl-C reaches it by us alone, as SIGTERM.
+                    child = subprocess.Popen([sys.executable, *command], start_new_session=True)
+                    if stopped_by:  # before there was a child to stop
+                        child.terminate()
+                    status = child.wait()
+                if stopped_by:
+                    print(f"{training.title}: stopped; the same command resumes", flush=True)
+                    return 128 + stopped_by[0]
+                if status:
+                    print(f"{training.title}: ended with status {status}", file=sys.stderr)
+                    if not keep_going:
+                        return status if status > 0 else 128 - status
+                    self.failed.append(training)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The head of a result: what was run on what, and when."""
+
+    command: str
+    date: str
+    hardware: str
+    """Of all machines that the runs were made on."""
+    precision: str
+    versions: dict[str, str]
+
+
+def measured(summaries: Sequence[Row], command: str) -> Row:
+    """Return the fields of `Measured` from the summaries of finished runs."""
+    return {
+        "command": command,
+        "date": max(summary["started"] for summary in summaries)[:10],
+        "hardware": each([summary["hardware"] for summary in summaries]),
+        "precision": each([summary["precision"] for summary in summaries]),
+        "versions": {
+            name: each([summary["versions"].get(name, "none") for summary in summaries])
+            for name in summaries[0]["versions"]
+        },
+    }
+
+
+def each(values: Sequence[str]) -> str:
+    """List the different values; the runs may have been made on several machines."""
+    return ", ".join(dict.fromkeys(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What was trained and validated on."""
+
+    name: str
+    dataset: str | None
+    """ "CIFAR10" where the classes are CIFAR-10's."""
+    train_images: int
+    val_images: int
+    suffixes: dict[str, int]
+    """Images of both splits by the end of their file names, such as ".png"."""
+
+    @property
+    def is_cifar10(self) -> bool:
+        """Whether it is all of CIFAR-10."""
+        counts = (self.train_images, self.val_images)
+        return self.dataset == "CIFAR10" and counts == (50_000, 10_000)
+
+    @property
+    def is_jpeg(self) -> bool:
+        """Whether any image is compressed with loss, by its name."""
+        return not {".jpg", ".jpeg"}.isdisjoint(self.suffixes)
+
+    @property
+    def counts(self) -> str:
+        """Both numbers of images and the kinds of files, in words."""
+        images = f"{self.train_images:,} training and {self.val_images:,} validation images"
+        return f"{images} ({', '.join(self.suffixes)})"
+
+
+def describe(folder: Path) -> Data:
+    """Count the images. Raises UserError naming the folder."""
+    train, val = (read_split(folder, split, check_files=False) for split in ("train", "val"))
+    check_classes(train, val)
+    suffixes = Counter(Path(file.path).suffix.lower() for file in (*train.files, *val.files))
+    return Data(
+        name=folder.resolve().name,
+        dataset=dataset_name(train.classes),
+        train_images=len(train),
+        val_images=len(val),
+        suffixes=dict(suffixes),
+    )
+
+
+def add_matrix_flags(parser: Parser, runs: int, output: Path) -> None:
+    """Add the flags of commands that train on all of a data set, by one process each."""
+    add = parser.add_argument
+    add("--runs", type=at_least(1), default=runs, metavar="N", help=f"seeds; default {runs}")
+    add("--seed", type=at_least(0), default=0, metavar="S", help="the first seed; default 0")
+    help_text = f"default {output}"
+    add("--output", type=output_folder, default=output, metavar="DIR", help=help_text)
+    add("--epochs", type=int, metavar="E", help="a rehearsal: stretch the recipes to E epochs")
+    help_text = "a rehearsal: change a recipe field in all runs; repeatable"
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help=help_text)
+    help_text = "as of train; default memory: decoded once, so that no loader holds a GPU back"
+    add("--backend", choices=BACKENDS, default="memory", help=help_text)
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="as of train")
+
+
+def matrix_flags(args: argparse.Namespace, settings: Sequence[str] = ()) -> list[str]:
+    """Return the flags of `train` that correspond to those of `add_matrix_flags`, and --data.
+
+    `settings` are those of the variant, which follow --set. One process: the batch size of a recipe
+    is then that of all processes together.
+    """
+    flags = ["--data", str(args.data), "--nproc-per-node", "1"]
+    flags += ["--backend", args.backend, "--device", args.device]
+    flags += [word for setting in (*args.set, *settings) for word in ("--set", setting)]
+    return flags + ([] if args.epochs is None else ["--epochs", str(args.epochs)])

@@ -1,0 +1,66 @@
+"""What all commands that measure share: facts about the machine, flags, tables, their images."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.cli import Parser, at_least, output_file, positive
+from pipelines.datasets.split import Split, left_out_note, read_split
+from pipelines.environment import processor, versions
+from pipelines.files import Row
+from pipelines.formats import NO_BREAK
+
+
+def facts(name: str, argv: Sequence[str]) -> Row:
+    """Return what every result file tells of the machine; to be called before measuring.
+
+    `load_average` is that of the minute before: well above 0, other processes ran too.
+    """
+    return {
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": processor(),
+        "versions": versions(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def add_round_flags(parser: Parser, seconds: float, rounds: int = 5) -> None:
+    """Add the flags of commands whose contestants take turns."""
+    add = parser.add_argument
+    help_text = f"at least 2, for the intervals; default {rounds}"
+    add("--rounds", type=at_least(2), default=rounds, help=help_text)
+    help_text = f"of each turn; default {seconds:g}"
+    add("--seconds", type=positive, default=seconds, help=help_text)
+
+
+def add_data_flag(parser: Parser) -> None:
+    """Add the required --data of commands that read the training images of a folder."""
+    help_text = "image folder: DIR/train/CLASS/IMAGE"
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help=help_text)
+
+
+def add_json_flag(parser: Parser) -> None:
+    """Add --json, the file that the result is written to."""
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the result")
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Format a table whose first row is its header, aligned for the terminal, too."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded).replace(NO_BREAK, " ")
+
+
+def training_images(root: Path) -> Split:
+    """Read the training images; a line on standard error tells which bad files are left out."""
+    split = read_split(root, "train", on_bad_image="skip")
+    if split.left_out:
+        print(left_out_note(split), file=sys.stderr)
+    return split

@@ -1,0 +1,241 @@
+"""How fast DALI decodes full-size photographs on this device, and with which settings.
+
+    python -m benchmarks.research.decode_sweep --data DIR --json FILE
+
+The training transform, mixed decoding on a GPU, from files that the page cache holds: the training
+images of DIR, named again and again up to --entries. First the default settings at every size; then
+at one size the shares of the hardware decoder with all numbers of threads, prefetch depths and
+preallocation with the best of them; at last the best settings at every size. FILE is written after
+each measurement; one that fails is in it with its error, and the others follow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.common.measuring import markdown, training_images
+from benchmarks.common.rates import WARM_UP_BATCHES, calls_per_sec, endless
+from benchmarks.common.statistics import Estimate, estimate
+from fastimagenet import cli
+from pipelines.backends import make_loader
+from pipelines.cli import Parser, at_least, make_parser, output_file, positive
+from pipelines.datasets.split import Split
+from pipelines.files import write_object
+from pipelines.loader import DaliSettings, LoaderSpec, Stage
+from pipelines.workers import num_cores
+
+ROUNDS = 3
+SWEPT_SIZE = 224
+"""Where it is among the sizes, else the last of them."""
+HW_DECODER_LOADS = (0.0, 0.5, 0.75, 0.99)
+PREFETCHES = (1, 3, 5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRate:
+    """One measurement."""
+
+    image_size: int
+    batch_size: int
+    threads: int
+    settings: DaliSettings
+    images_per_sec: Estimate | None
+    """None where it failed."""
+    error: str = ""
+
+    @property
+    def mean(self) -> float:
+        """0 where it failed."""
+        return 0.0 if self.images_per_sec is None else self.images_per_sec.mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is measured on what."""
+
+    split: Split
+    device: torch.device
+    batch_size: int
+    seconds: float
+    """Of each measurement."""
+
+    def measure(self, image_size: int, threads: int, settings: DaliSettings) -> DecodeRate:
+        """Measure the rate over ROUNDS turns of one loader, whose start is not counted."""
+        on_gpu = self.device.type == "cuda"
+        stage = Stage(epochs=1, image_size=image_size, batch_size=self.batch_size)
+        spec = LoaderSpec(
+            split=self.split,
+            stages=(stage,),
+            training=True,
+            device=str(self.device),
+            half=on_gpu,
+            num_threads=threads,
+            dali=settings,
+        )
+        found, error = None, ""
+        try:
+            with closing(make_loader("dali", spec)) as loader:
+                batches = endless(loader)
+                rates = [
+                    calls_per_sec(
+                        lambda: next(batches),
+                        self.device,
+                        self.seconds / ROUNDS,
+                        # More than any depth: the buffers have their size, the stock is used up.
+                        0 if turn else WARM_UP_BATCHES + settings.prefetch,
+                    )
+                    for turn in range(ROUNDS)
+                ]
+            found = estimate([rate * self.batch_size for rate in rates])
+        except Exception as reason:  # one setting must not end the sweep
+            error = f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
+        return DecodeRate(
+            image_size=image_size,
+            batch_size=self.batch_size,
+            threads=threads,
+            settings=settings,
+            images_per_sec=found,
+            error=error,
+        )
+
+    def sweep(self, sizes: Sequence[int], threads: Sequence[int]) -> Iterator[DecodeRate]:
+        """Yield all measurements, in the order of their importance."""
+        default = DaliSettings()
+        for size in sizes:
+            yield self.measure(size, max(threads), default)
+        at = SWEPT_SIZE if SWEPT_SIZE in sizes else sizes[-1]
+        on_gpu = self.device.type == "cuda"
+        loads = HW_DECODER_LOADS if on_gpu else (default.hw_decoder_load,)
+        swept = []
+        for load in loads[::-1]:
+            for count in sorted(threads, reverse=True):
+                swept.append(self.measure(at, count, replace(default, hw_decoder_load=load)))
+                yield swept[-1]
+        best = fastest(swept)
+        for depth in PREFETCHES:
+            settings = replace(best.settings, prefetch=depth)
+            swept.append(self.measure(at, best.threads, settings))
+            yield swept[-1]
+        best = fastest(swept)
+        if on_gpu and self.split.shapes is not None:
+            high, wide = (int(side) for side in self.split.shapes.max(0))
+            settings = replace(best.settings, width_hint=wide, height_hint=high)
+            swept.append(self.measure(at, best.threads, settings))
+            yield swept[-1]
+            best = fastest(swept)
+        for size in sizes:
+            yield self.measure(size, best.threads, best.settings)
+
+
+def fastest(rates: Sequence[DecodeRate]) -> DecodeRate:
+    """Return the one with the highest mean."""
+    return max(rates, key=lambda rate: rate.mean)
+
+
+def repeated(split: Split, entries: int) -> Split:
+    """Repeat the images of the split until there are so many."""
+    return split.take(np.resize(np.arange(len(split)), max(len(split), entries)))
+
+
+def row(rate: DecodeRate) -> tuple[str, ...]:
+    """Format the cells of one measurement."""
+    settings = rate.settings
+    return (
+        f"{rate.image_size} px",
+        str(rate.threads),
+        f"{settings.hw_decoder_load:g}",
+        str(settings.prefetch),
+        f"{settings.width_hint} x {settings.height_hint}" if settings.width_hint else "-",
+        str(rate.images_per_sec or rate.error),
+    )
+
+
+HEADER = ("size", "threads", "hardware share", "prefetch", "preallocated", "images/s")
+
+
+def parser() -> Parser:
+    """Build the command line."""
+    result = make_parser(
+        "benchmarks.research.decode_sweep",
+        __doc__.partition("\n")[0],
+        "python -m benchmarks.research.decode_sweep --data imagenet --json decode.json",
+    )
+    cli.add_device_flag(result)
+    add = result.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="folder with train/CLASS/IMAGE")
+    add("--entries", type=at_least(1), default=20_000, metavar="N", help="at least; default 20000")
+    sizes = [128, 160, 192, 224, 288]
+    add("--image-size", type=at_least(1), nargs="+", default=sizes, metavar="S")
+    add(
+        "--threads",
+        type=at_least(1),
+        nargs="+",
+        metavar="T",
+        help="default 4, 8, 16, up to the cores",
+    )
+    add("--batch-size", type=at_least(1), default=256)
+    add("--seconds", type=positive, default=1.2, help="of each measurement, default 1.2")
+    add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
+    add("--json", type=output_file, metavar="FILE", help="write the result")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 1 where a measurement failed. Raises UserError."""
+    start = time.monotonic()
+    args = parser().parse_args(argv)
+    cores = num_cores()
+    threads = args.threads or [count for count in (4, 8, 16) if count <= cores] or [cores]
+    originals = training_images(args.data)
+    task = Task(
+        split=repeated(originals, args.entries),
+        device=cli.one_device(args.device),
+        batch_size=args.batch_size,
+        seconds=args.seconds,
+    )
+    rates: list[DecodeRate] = []
+    print(", ".join(HEADER))
+    for rate in task.sweep(args.image_size, threads):
+        rates.append(rate)
+        print(", ".join(row(rate)), flush=True)
+        over = time.monotonic() - start > args.limit
+        if args.json is not None:
+            write_object(args.json, result(args, task, len(originals), rates, over))
+        if over:
+            break
+    print(f"\n{markdown([HEADER, *map(row, rates)])}")
+    failed = [rate.error for rate in rates if rate.error]
+    if failed:
+        print(
+            f"error: {len(failed)} of {len(rates)} failed; the first: {failed[0]}", file=sys.stderr
+        )
+    return 1 if failed else 0
+
+
+def result(
+    args: argparse.Namespace, task: Task, images: int, rates: list[DecodeRate], cut: bool
+) -> dict[str, object]:
+    """Return what the file gets; `cut`: the limit came before the end of the sweep."""
+    return {
+        "device": task.device.type,
+        "decoder": "mixed" if task.device.type == "cuda" else "cpu",
+        "photographs": images,
+        "entries": len(task.split),
+        "seconds": args.seconds,
+        "rounds": ROUNDS,
+        "cut_by_limit": cut,
+        "rates": [asdict(rate) for rate in rates],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(cli.exit_status(main, None))
