@@ -279,9 +279,7 @@ def fake_measure(recipe: Recipe, device: str, seconds: float) -> tuple[list[floa
     return [10.0 * recipe.phases[0].batch_size] * 5, 123
 
 
-def test_memory_ends_a_sweep_and_an_error_only_its_variant(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_memory_ends_a_sweep_and_an_error_only_its_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_step, "measure", fake_measure)
     reported: list[StepRate] = []
     recipe = with_model("smallnet")

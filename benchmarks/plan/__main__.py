@@ -19,6 +19,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.common.measuring import facts, markdown
+from benchmarks.common.plots import time_bars
 from benchmarks.plan.prediction import MIN_STEPS, Candidate, candidates, with_fitting_batch
 from fastimagenet import cli
 from fastimagenet.distributed.world import World
@@ -26,7 +27,6 @@ from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.figures import new_figure, with_legend, write_files
-from fastimagenet.report.plots import TIME_COLOURS
 from fastimagenet.run import check_output, read_data, with_copies
 from fastimagenet.training.clock import Stopwatch
 from pipelines.cli import Parser, at_least, make_parser, output_folder, positive
@@ -252,17 +252,9 @@ def picture(found: list[Candidate], minutes: float) -> Figure:
     """Plot the predicted wall time of every candidate by its parts, and the budget."""
     unit, length = time_unit(60 * minutes)
     figure, (axes,) = new_figure(size=(6.6, 1.6 + 0.55 * len(found)))
-    places, left = range(len(found)), [0.0] * len(found)
-    for part, colour in TIME_COLOURS.items():
-        values = [each.seconds.get(part, 0.0) / length for each in found]
-        if any(values):
-            label = part.replace("_", " ")
-            axes.barh(places, values, 0.6, left, color=colour, label=label)
-        left = [start + value for start, value in zip(left, values, strict=True)]
+    time_bars(axes, {in_picture(each): each.seconds for each in found}, length)
     axes.axvline(60 * minutes / length, color="#333333", linestyle="--", linewidth=1.2)
-    axes.set_yticks(places, [in_picture(each) for each in found])
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 1.05 * max(60 * minutes, *(each.wall_seconds for each in found)) / length)
     axes.set(xlabel=f"predicted wall time ({unit}); dashed: the budget")
     return with_legend(figure, ncols=3)
 
