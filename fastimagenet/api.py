@@ -188,7 +188,7 @@ _OWN_ARGUMENT = ("recipe", "data", "folder", "output", "launch", "entry")
 
 
 def _known(name: str, known: Collection[str]) -> None:
-    """Raise UserError for an argument that there is none of, with the nearest name."""
+    """Raise UserError for an unknown argument, with the nearest name."""
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
@@ -196,7 +196,7 @@ def _known(name: str, known: Collection[str]) -> None:
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    """The value as the hint has it: paths may be text, and floats whole numbers."""
+    """Convert a value to the hint's type: text to a path, a whole number to a float."""
     kinds = get_args(hint) or (hint,)
     if Path in kinds and isinstance(value, str):
         return Path(value)
@@ -209,6 +209,6 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
 
 
 def _several(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
-    """One number or several, as a tuple of floats."""
+    """Convert one number, or several, to a tuple of floats."""
     several = values if isinstance(values, list | tuple) else [values]
     return tuple(_checked(name, value, float) for value in several)

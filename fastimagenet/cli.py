@@ -25,7 +25,7 @@ from fastimagenet.machine import keep_freed_memory, wait_passively
 from fastimagenet.recipes.recipe import PRECISIONS
 from pipelines import cli
 from pipelines.backends import BACKENDS
-from pipelines.datasets.remote import SCHEME, fetched
+from pipelines.datasets.remote import is_url, local_copy
 from pipelines.datasets.split import ON_BAD_IMAGE
 from pipelines.errors import UserError
 
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """--data and where and how to compute: the same for train, evaluate and lr_find."""
+    """Add --data and where and how to compute: the same for train, evaluate and lr_find."""
     add = parser.add_argument
     add(
         "--data",
         type=data_argument,
         metavar="DIR",
-        help="image folder DIR/train/CLASS/*, DIR/val/CLASS/*, or shards; s3://BUCKET/PREFIX is "
-        "copied to the user's cache first; default: the embedded digits",
+        help="image folder DIR/train/CLASS/*, DIR/val/CLASS/*, or shards; those at a URL "
+        "(s3://, gs://, hf://) are copied to the user's cache first; default: the embedded digits",
     )
     add("--skip-list", type=Path, metavar="FILE", help="paths of images to leave out, one per line")
     add(
@@ -88,20 +88,20 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    """--device, as every command has it."""
+    """Add --device."""
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
 
 
 def data_argument(text: str) -> Path:
-    """A folder, or the local copy of shards in a bucket."""
+    """Parse --data: a folder, or a URL whose shards are copied."""
     try:
-        return fetched(text) if text.startswith(SCHEME) else Path(text)
+        return local_copy(text) if is_url(text) else Path(text)
     except UserError as error:  # argparse would say "invalid value" instead
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def node_range(text: str) -> tuple[int, int]:
-    """--nodes: (MIN, MAX), or (0, N) for a fixed number. Raises ArgumentTypeError."""
+    """Parse --nodes to (MIN, MAX), or (0, N) for a fixed number. Raises ArgumentTypeError."""
     least, colon, most = text.rpartition(":")
     if not most.isdecimal() or (colon and not least.isdecimal()):
         raise argparse.ArgumentTypeError(f"must be a number of nodes or MIN:MAX, not {text}")
@@ -115,7 +115,7 @@ def node_range(text: str) -> tuple[int, int]:
 def add_run_flags(
     parser: argparse.ArgumentParser, output: str, folder: Callable[[str], Path] = Path
 ) -> None:
-    """What to run and where to leave it: the same for train and lr_find but for the default.
+    """Add --recipe, --set, --seed, --output and the like: the same for train and lr_find.
 
     `folder` is --output's type: of several processes, not all need to be able to write there.
     """
@@ -140,7 +140,7 @@ def add_run_flags(
 
 
 def launch_of(args: argparse.Namespace, *, elastic: bool = False) -> Launch:
-    """The processes that the flags ask for; `elastic`: the command takes --nodes MIN:MAX.
+    """Build the Launch that the flags ask for; `elastic`: the command takes --nodes MIN:MAX.
 
     Raises UserError naming the flag.
     """
@@ -159,7 +159,7 @@ def launch_of(args: argparse.Namespace, *, elastic: bool = False) -> Launch:
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:
-    """What `add_machine_flags` asks to be read."""
+    """Build the DataConfig of `add_machine_flags`."""
     return DataConfig(
         folder=args.data,
         skip_list=args.skip_list,
@@ -169,7 +169,7 @@ def data_config(args: argparse.Namespace) -> DataConfig:
 
 
 def run_config(args: argparse.Namespace, *, elastic: bool = False, **more: Any) -> RunConfig:
-    """What `add_machine_flags` and `add_run_flags` ask for, and `more` fields.
+    """Build the RunConfig of `add_machine_flags` and `add_run_flags`, with `more` fields.
 
     Raises UserError naming the flag or the recipe's field.
     """
@@ -188,14 +188,14 @@ def run_config(args: argparse.Namespace, *, elastic: bool = False, **more: Any) 
 
 
 def one_device(device: str) -> torch.device:
-    """That of a command of a single process. Raises UserError where --device is not there."""
+    """Choose the device of a command of one process. Raises UserError if --device is not there."""
     import torch
 
     return torch.device(Launch(1, 1, device).resolved().first_device)
 
 
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """As that of `pipelines.cli`, and 1 where files are missing or another process is.
+    """Run a command as `pipelines.cli` does; status 1 if files or another process are missing.
 
     In a process of our own launcher the line is left to it.
     """
@@ -225,7 +225,7 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
 
 @contextmanager
 def stopping_on_signals(trainer: Trainer) -> Iterator[list[int]]:
-    """In the block SIGTERM and Ctrl-C ask the trainer to stop; the list gets their numbers.
+    """Have SIGTERM and Ctrl-C ask the trainer to stop; the list gets the signals' numbers.
 
     Outside of the main thread, where Python takes no signals, nothing changes.
     """
@@ -247,7 +247,7 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[list[int]]:
 
 
 def stopped_status(numbers: list[int]) -> int:
-    """The exit status of a stopped command; without a number the signal went to another process."""
+    """Return the exit status of a stopped command; the signal may have gone to another process."""
     return 128 + (numbers[0] if numbers else signal.SIGTERM)
 
 

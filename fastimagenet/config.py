@@ -31,7 +31,7 @@ def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images are read, and by which back end."""
+    """The images to read, and the back end that reads them."""
 
     folder: Path | None = None
     """Image folder or shards; None: the embedded digits."""
@@ -63,7 +63,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EntryFacts:
-    """What a DAWNBench entry says beside the results. Raises UserError naming the flag."""
+    """The facts of a DAWNBench entry beside its results. Raises UserError naming the flag."""
 
     author: str = "anonymous"
     author_email: str = "unknown"
@@ -133,7 +133,7 @@ class RunConfig:
         return self.output
 
     def with_output(self, prefix: str = "") -> RunConfig:
-        """This config with a folder: that of the checkpoint it resumes from, or a new one."""
+        """Choose the folder: that of the checkpoint to resume from, or a new one in runs/."""
         if self.output is not None:
             return self
         if self.resume is not None:
@@ -149,7 +149,7 @@ class RunConfig:
         )
 
     def flags(self) -> list[str]:
-        """The flags that ask for the same, in their shortest form."""
+        """List the flags that ask for the same, in their shortest form."""
         launch = self.launch
         name = self.recipe.name if self.recipe.name in RECIPES else "digits"
         least = f"{launch.min_nodes}:" if launch.min_nodes else ""
@@ -174,7 +174,7 @@ _NO_FLAG = ("recipe", "nodes", "min_nodes")
 
 
 def chosen_recipe(name: str | None, data: Path | None, nodes: int = 1) -> Recipe:
-    """The recipe called `name`, in its variant for this number of nodes, or that of a TOML file.
+    """Look up the recipe called `name`, for this number of nodes, or read a TOML file.
 
     Without a name it is that of the digits where there is no `data` folder, else ImageNet's.
     Raises UserError naming the recipe or the file.
@@ -186,6 +186,6 @@ def chosen_recipe(name: str | None, data: Path | None, nodes: int = 1) -> Recipe
 def changed_recipe(
     recipe: Recipe, settings: Mapping[str, Any] | Sequence[str], epochs: int | None = None
 ) -> Recipe:
-    """The recipe with these settings, stretched to so many epochs. Raises UserError."""
+    """Apply settings to a recipe and stretch it to so many epochs. Raises UserError."""
     recipe = toml.with_settings(recipe, settings) if settings else recipe
     return recipe if epochs is None else recipe.stretched(epochs)

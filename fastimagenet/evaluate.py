@@ -30,7 +30,7 @@ MAX_IMAGE_SIZE = 65535
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the parser with all flags of the command."""
     result = make_parser(
         "fastimagenet.evaluate",
         "Evaluate a checkpoint: exact top-1 and top-5 over all validation images.",
@@ -38,17 +38,26 @@ def parser() -> Parser:
     )
     result.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     cli.add_machine_flags(result)
-    result.add_argument("--tta", choices=TTA, default="none", help="reported beside the plain one")
-    result.add_argument("--image-size", type=int, metavar="S", help="in place of the recipe's last")
     result.add_argument(
-        "--rect", action="store_true", help="also on rectangles of the images' own aspect ratios"
+        "--tta",
+        choices=TTA,
+        default="none",
+        help="test-time augmentation, reported beside the plain accuracy",
+    )
+    result.add_argument(
+        "--image-size", type=int, metavar="S", help="override the recipe's last image size"
+    )
+    result.add_argument(
+        "--rect",
+        action="store_true",
+        help="evaluate also on rectangles of the images' own aspect ratios",
     )
     result.add_argument("--json", action="store_true", help="print one JSON object")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    """Run the command and return the exit status. Raises UserError for the user's mistakes."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     processes = Processes.of(cli.launch_of(args))
@@ -150,7 +159,7 @@ def evaluate_checkpoint(
 
 
 def trained_model(recipe: Recipe, state: dict[str, Any], num_classes: int) -> Any:
-    """The network with its trained weights: the average of them where the recipe keeps one."""
+    """Build the network with its trained weights, averaged where the recipe averages them."""
     from fastimagenet.models import build_model
 
     model = build_model(recipe, num_classes)
@@ -167,7 +176,7 @@ def trained_model(recipe: Recipe, state: dict[str, Any], num_classes: int) -> An
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The figures as text, TTA and rectangles beside the plain ones."""
+    """Format the figures, TTA and rectangles beside the plain ones."""
     text = (
         f"{result['images']:,} images in {result['seconds']:.1f} s: top-1 {result['top1']:.2%}, "
         f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"

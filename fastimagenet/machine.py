@@ -10,7 +10,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what this process frees, for what it allocates next; elsewhere do nothing.
+    """Have glibc keep freed memory for the next allocation; without glibc do nothing.
 
     By default it gives large blocks back, and the kernel maps and clears their pages anew: every
     activation of every step. speednet in batches of 1,000 in bf16, two cores of an AMD EPYC: 534

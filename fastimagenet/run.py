@@ -31,6 +31,7 @@ from fastimagenet.training.clock import Stopwatch
 from fastimagenet.training.recorder import Recorder
 from pipelines.backends import start_workers
 from pipelines.datasets.copies import best_copy, find_copies, read_copy
+from pipelines.datasets.known import AUTO, ORIGINAL
 from pipelines.datasets.split import (
     Split,
     check_classes,
@@ -40,7 +41,7 @@ from pipelines.datasets.split import (
 )
 from pipelines.errors import UserError
 from pipelines.files import write_object
-from pipelines.loader import AUTO, ORIGINAL, Stage
+from pipelines.loader import Stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,7 +54,7 @@ WHITENING_IMAGES = 2000
 
 
 def read_data(data: DataConfig, say_notes: bool) -> tuple[Split, Split]:
-    """Both splits, with their files checked. Raises UserError naming the folder or file.
+    """Read both splits and check their files. Raises UserError naming the folder or file.
 
     `say_notes`: print what was left out on standard error.
     """
@@ -70,7 +71,7 @@ def read_data(data: DataConfig, say_notes: bool) -> tuple[Split, Split]:
 
 
 def with_copies(recipe: Recipe, root: Path) -> Recipe:
-    """The recipe with the copies in the data folder that its phases train on.
+    """Choose the copies in the data folder that the phases train on.
 
     Raises UserError where a phase names one that is not there, or not finished.
     """
@@ -132,7 +133,7 @@ def check_same_on_all_ranks(
 def build_loaders(
     config: RunConfig, plan: Plan, world: World, train: Split, val: Split
 ) -> tuple[Loader, Loader]:
-    """This process's loaders of the training and the validation images.
+    """Open this process's loaders of the training and the validation images.
 
     Raises UserError for a back end that is not installed and for copies that are missing.
     """
@@ -170,8 +171,11 @@ def build_trainer(
     recorder: Recorder | None = None,
     folder: Path | None = None,
 ) -> Trainer:
-    """The trainer with its network and loaders; without a `recorder` it writes no rows, without a
-    `folder` no checkpoints. Raises UserError for what this machine cannot do."""
+    """Build the trainer with its network and loaders.
+
+    Without a `recorder` it writes no rows, without a `folder` no checkpoints. Raises UserError for
+    what this machine cannot do.
+    """
     import torch
 
     from fastimagenet.models import build_model
@@ -237,7 +241,7 @@ def write_plan(folder: Path, plan: Plan, train: Split, val: Split) -> None:
 
 
 def dry_run(config: RunConfig) -> str:
-    """The plan as text; no image is looked at, nothing is written."""
+    """Format the plan; no image is looked at, nothing is written."""
     recipe = with_copies(config.recipe, config.data.root)
     world_size = Processes.of(config.launch).world_size
     train = read_split(config.data.root, "train", config.data.skip_list, check_files=False)
@@ -278,7 +282,7 @@ def _train(
     clock: Stopwatch,
     argv: Sequence[str],
 ) -> int:
-    """What one process does: model, training, and on rank 0 the files of the run."""
+    """Train in one process; on rank 0 write the files of the run."""
     from fastimagenet.errors import Stopped
     from fastimagenet.report.summary import write_results
     from fastimagenet.training.profiling import StepProfiler
@@ -350,10 +354,17 @@ def sweep(
     train, val = read_data(config.data, processes.is_first)
     plan = Plan.of(recipe, processes.world_size, len(train), config.global_batch)
     check_validation(plan, len(val))
-    # Folders are listed by class, and each iteration is evaluated on one batch.
-    val = val.take(np.random.default_rng(config.seed).permutation(len(val)))
+    val = shuffled(val, config.seed)
     work = partial(_sweep, config, settings, plan, train=train, val=val, clock=clock, argv=argv)
     return processes.run("fastimagenet.lr_find", argv, work)
+
+
+def shuffled(split: Split, seed: int) -> Split:
+    """Return the same images in random order.
+
+    Folders are listed by class, and a sweep evaluates each iteration on one batch.
+    """
+    return split.take(np.random.default_rng(seed).permutation(len(split)))
 
 
 def _sweep(

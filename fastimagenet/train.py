@@ -17,7 +17,7 @@ from pipelines.cli import Parser, make_parser
 
 
 def parser() -> Parser:
-    """All flags of the command."""
+    """Build the parser with all flags of the command."""
     result = make_parser(
         "fastimagenet.train",
         "Train an image classifier: DALI, progressive resizing, 1cycle, DDP, mixed precision.",
@@ -85,7 +85,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    """Run the command and return the exit status. Raises UserError for the user's mistakes."""
     clock = Stopwatch(seconds_since_launch())
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)

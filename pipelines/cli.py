@@ -1,4 +1,4 @@
-"""What every command shares: a parser and errors of one line, exit status."""
+"""Share among all commands: a parser with errors of one line, types of arguments, exit status."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT),
 )
-"""What the user's folders can do to us; any other OSError is a defect."""
+"""Errors that the user can correct; any other OSError is a defect."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as every other error of the commands."""
+    """An ArgumentParser whose errors are one line, as all errors of the commands."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
 def make_parser(module: str, description: str, example: str) -> Parser:
-    """A parser whose help ends with an example."""
+    """Make a parser whose help ends with an example."""
     return Parser(
         prog=f"python -m {module}",
         description=description,
@@ -40,13 +40,13 @@ def make_parser(module: str, description: str, example: str) -> Parser:
 
 
 def check_seed(seed: int) -> None:
-    """Raise UserError unless every random generator that we use takes the --seed."""
+    """Raise UserError unless every random generator in use takes the --seed."""
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed must be from 0 to {2**63 - 1} (2^63 - 1), not {seed}")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from `least` on."""
+    """Make an argparse type: integers from `least` on."""
 
     def number(text: str) -> int:
         if (value := int(text)) < least:
@@ -64,18 +64,18 @@ def positive(text: str) -> float:
 
 
 def output_folder(text: str) -> Path:
-    """An argparse type: a folder that is there or can be made, and can be written to."""
+    """An argparse type: a writable folder, or one that can be made."""
     path = Path(text)
-    there = next(each for each in (path, *path.parents) if os.path.exists(each))
-    if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{there} is a file: name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{there} cannot be written to: name another folder")
+    existing = next(each for each in (path, *path.parents) if os.path.exists(each))
+    if not existing.is_dir():
+        raise argparse.ArgumentTypeError(f"{existing} is a file: name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{existing} cannot be written to: name another folder")
     return path
 
 
 def output_file(text: str) -> Path:
-    """An argparse type: a file that can be written, with its folder where that is missing."""
+    """An argparse type: a file that can be written, or made with its folder."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder: name a file")
@@ -84,7 +84,7 @@ def output_file(text: str) -> Path:
 
 
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """Run a command; the user's mistake is one line on standard error and status 2."""
+    """Run a command; a UserError becomes one line on standard error and status 2."""
     try:
         return command(argv)
     except UserError as error:

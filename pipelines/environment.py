@@ -1,4 +1,4 @@
-"""What a figure was measured on: processor and package versions."""
+"""Name what a figure was measured on: processor and package versions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def processor() -> str:
-    """Number and name of the cores that this process may run on, such as "2 x AMD EPYC"."""
+    """Name the cores that this process may run on, such as "2 x AMD EPYC"."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -30,7 +30,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that figures depend on, as far as they are installed."""
+    """List the versions of Python and of those PACKAGES that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -1,14 +1,14 @@
-"""The one exception that commands turn into a one-line message and exit status 2."""
+"""Define the exceptions: `UserError`, a one-line message and exit status 2 of a command."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something the user can put right; the text names the field, file or flag and the remedy."""
+    """A mistake that the user can correct; the text names field, file or flag, and the remedy."""
 
 
 class Damage(Exception):
-    """A file that would stop a back end; `text` goes on after the path."""
+    """A file that no back end can read; `text` continues a line that begins with its path."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(kind, text)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON objects read back."""
+"""Write files whole or not at all, and read JSON objects back."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from pipelines.errors import UserError
 
 
 def cache_folder() -> Path:
-    """Where this user keeps what can be made again; perhaps not there yet."""
+    """Name the user's cache folder, which may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastimagenet"
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` once all of it is on the disk.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Write to a temporary file and rename it to `path` after fsync.
 
-    If writing fails the half-written file is removed and `path` stays as it was.
+    If writing fails, the temporary file is removed and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield beside
-        with beside.open("rb") as file:
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Make `text` the whole of the file, or leave the file as it was."""
-    with written_beside(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    """Replace the file by `text`, or leave it as it was."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_object(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object; NaN and infinity, which JSON does not have, raise ValueError."""
+    """Write a JSON object; NaN and infinity, which JSON lacks, raise ValueError."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager
 def scratch_folder(root: Path) -> Iterator[Path]:
-    """`root/.partial`, empty, where `written_in` keeps files until they are whole; then removed.
+    """Make `root/.partial`, empty, for the temporary files of `atomic_write_in`; then remove it.
 
-    For very many files, where `written_beside` would wait for the disk at each of them. What a
-    killed process has left there is removed. Raises UserError while another one works on `root`.
+    For very many files, where `atomic_write` would wait for the disk at each of them. Leftovers of
+    a killed process are removed. Raises UserError while another process works on `root`.
     """
     root.mkdir(parents=True, exist_ok=True)
     folder = root / ".partial"
@@ -75,23 +75,23 @@ def scratch_folder(root: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def written_in(scratch: Path, path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that becomes `path`, in one step, when the block ends without an error.
+def atomic_write_in(scratch: Path, path: Path) -> Iterator[BinaryIO]:
+    """Write to a temporary file in `scratch` and rename it to `path`, without fsync.
 
-    A process writes one at a time. The bytes may reach the disk later: a power cut, unlike a
-    killed process, can leave an empty file. OSError names `path`.
+    A process writes one at a time. A power cut, unlike a killed process, can leave an empty file.
+    OSError names `path`.
     """
-    beside = scratch / str(os.getpid())
+    temporary = scratch / str(os.getpid())
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
         try:
-            beside.replace(path)
+            temporary.replace(path)
         except FileNotFoundError:  # the first of its folder
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside.replace(path)
+            temporary.replace(path)
     except OSError as error:
-        if error.filename in (None, str(beside)):
+        if error.filename in (None, str(temporary)):
             error.filename = str(path)
         raise
 
@@ -101,7 +101,7 @@ Row = dict[str, Any]
 
 
 def read_object(path: Path) -> Row:
-    """The JSON object in `path`; UserError where there is none."""
+    """Read the JSON object in `path`; UserError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

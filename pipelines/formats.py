@@ -1,4 +1,4 @@
-"""Numbers as text, for people: in the HTML pages and on the terminal."""
+"""Format numbers for people, in the HTML pages and on the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NO_BREAK = "\u00a0"
 
 
 def number(value: float | None, form: str = ",", unit: str = "") -> str:
-    """A number as text, with its unit on the same line; "-" for None."""
+    """Format a number, with its unit on the same line; "-" for None."""
     if value is None:
         return "-"
     if not math.isfinite(value):
@@ -17,19 +17,19 @@ def number(value: float | None, form: str = ",", unit: str = "") -> str:
 
 
 def percent(fraction: float | None, digits: int = 2) -> str:
-    """0.9412 -> "94.12 %"."""
+    """Format a fraction: 0.9412 -> "94.12 %"."""
     return number(None if fraction is None else 100 * fraction, f".{digits}f", "%")
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
-    """The unit that suits a span of time, and its length in seconds."""
+    """Choose the unit that suits a duration, and its length in seconds."""
     if seconds < 180:
         return "s", 1.0
     return ("min", 60.0) if seconds < 3 * 3600 else ("h", 3600.0)
 
 
 def duration(seconds: float | None) -> str:
-    """A span of time in the unit that suits it."""
+    """Format a duration in the unit that suits it."""
     if seconds is None:
         return "-"
     unit, length = time_unit(seconds)
@@ -37,7 +37,7 @@ def duration(seconds: float | None) -> str:
 
 
 def plain(value: float | None, digits: int = 6) -> str:
-    """A number of any size as short as its digits allow: "0.24", "1e-5", "100", "-" for None."""
+    """Format a number as short as its digits allow: "0.24", "1e-5", "100"; "-" for None."""
     if value is None:
         return "-"
     return f"{float(f'{value:.{digits}g}'):g}".replace("e-0", "e-").replace("e+0", "e+")

@@ -1,4 +1,5 @@
-"""What a loader is asked for (`LoaderSpec`), what it promises (`Loader`), and the shard arithmetic.
+"""Define what a loader is asked for (`LoaderSpec`), what it promises (`Loader`), and which batches
+each shard reads.
 
 Plain values only: this module knows nothing of training, recipes or torch.distributed.
 """
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipelines.datasets.known import IMAGENET_MEAN, IMAGENET_STD
+from pipelines.datasets.known import AUTO, IMAGENET_MEAN, IMAGENET_STD, ORIGINAL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,36 +20,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DaliSettings:
-    """Settings of a pipeline, whose threads are those of the `LoaderSpec`. The last three hold on a
-    GPU only; the defaults are not yet measured there."""
+    """Settings of a DALI pipeline; its threads are `LoaderSpec.num_threads`. The last three hold on
+    a GPU only; the defaults are not yet measured there."""
 
     prefetch: int = 2
-    """Batches that are made ahead."""
+    """Batches that are prefetched."""
     hw_decoder_load: float = 0.99
     """Share of the images that the hardware decoder takes where there is one."""
     width_hint: int = 0
-    """Pixels of the widest image, for which buffers are made at the start; 0: they grow."""
+    """Width of the widest image in pixels, to allocate buffers at the start; 0: they grow."""
     height_hint: int = 0
-    """Likewise of the highest."""
+    """Height of the highest image in pixels, likewise."""
 
 
 AUTO_AUGMENT = ("none", "trivial", "rand")
 MAGNITUDES = 31
-"""Steps between nothing and the largest magnitude of an operation of `auto_augment`."""
-
-
-AUTO, ORIGINAL = "auto", "original"
-"""What stands for the copy that serves best, and for none."""
+"""Number of magnitudes of an operation of `auto_augment`, from nothing to the largest."""
 DECODE_MARGIN = 256 / 224
 """Validation: the short side is resized to this times the size of the centre crop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transforms:
-    """What happens to an image between decoding and the network.
+    """How decoded images become the network's input.
 
-    A recipe is one of these, and so is a `LoaderSpec`: every field is declared here once. Training
-    crops and flips, then augments batches on the device in the order of the fields below.
+    `Recipe` and `LoaderSpec` inherit these fields. Training crops and flips, then augments batches
+    on the device in the order of the fields below.
     """
 
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -90,31 +87,31 @@ class Transforms:
         return self.mixup > 0 or self.cutmix > 0
 
     def transforms(self) -> dict[str, Any]:
-        """These fields alone, as keyword arguments of another `Transforms`."""
+        """Return these fields as keyword arguments of another `Transforms`."""
         return {field.name: getattr(self, field.name) for field in fields(Transforms)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Consecutive epochs that are read alike."""
+    """Consecutive epochs of one image size, batch size and crop scale."""
 
     epochs: int
     image_size: int
-    """Height and width of the images handed out, in pixels."""
+    """Height and width of the images in a batch, in pixels."""
     batch_size: int
-    """Images a batch and shard."""
+    """Images per batch and shard."""
     min_scale: float = 0.25
     """Training: smallest share of the image's area that a random crop keeps, in (0, 1]."""
     data: str = AUTO
-    """Training: the copy of the data that is read, such as "160"; "original", and "auto" where
-    nothing has been chosen for it, is the split itself."""
+    """Training: name of the copy of the data to read, such as "160"; "original" is the split
+    itself, and so is "auto" where no copy has been chosen for it."""
     rect: bool = False
-    """Validation: images are sorted by aspect ratio, and each batch has a shape of its own, of
-    which `image_size` is the shorter side."""
+    """Validation: sort images by aspect ratio; each batch has a shape of its own, whose shorter
+    side is `image_size`."""
 
     @property
     def copy(self) -> str:
-        """Which of the spec's copies is read; "" is the split itself."""
+        """Name of the spec's copy to read; "" is the split itself."""
         return "" if self.data in (AUTO, ORIGINAL) else self.data
 
 
@@ -122,7 +119,7 @@ class Stage:
 class LoaderSpec(Transforms):
     """Everything a back end needs to read one split for a whole run.
 
-    The last stage goes on for as many epochs as are asked for.
+    The last stage lasts for as many epochs as are asked for.
     """
 
     split: Split
@@ -133,23 +130,23 @@ class LoaderSpec(Transforms):
     """This process's global rank."""
     num_shards: int = 1
     accumulation: int = 1
-    """Training: this shard reads what as many shards would have read, batch after batch: the
-    batches of an update whose gradients are added up."""
+    """Training: micro-batches per update. This shard reads, batch after batch, what as many shards
+    would have read."""
     seed: int = 0
     """The run's seed, the same on every shard."""
     device: str = "cpu"
-    """Where the batches end up: "cpu" or "cuda:INDEX"."""
+    """Device of the batches: "cpu" or "cuda:INDEX"."""
     half: bool = False
-    """Hand out float16 (on a GPU only) in place of float32."""
+    """Yield float16 images (on a GPU only) in place of float32."""
     num_threads: int = 2
     """Decoding threads (dali, memory) or worker processes (torchvision; 0: this process reads)."""
     copies: Mapping[str, Split] = field(default_factory=dict)
-    """The same images, one by one, in other files, such as smaller ones."""
+    """By name: the same images in the same order in other files, such as smaller ones."""
     dali: DaliSettings = field(default_factory=DaliSettings)
-    """For the back end dali; no other one looks at it."""
+    """For the back end dali; the others ignore it."""
 
     def stage_at(self, epoch: int) -> Stage:
-        """The stage that holds for `epoch` (from 0)."""
+        """Find the stage of `epoch` (from 0)."""
         for stage in self.stages:
             if epoch < stage.epochs:
                 return stage
@@ -157,7 +154,7 @@ class LoaderSpec(Transforms):
         return self.stages[-1]
 
     def steps_at(self, epoch: int) -> int:
-        """Batches that this shard yields in `epoch`."""
+        """Count the batches that this shard yields in `epoch`."""
         stage, count = self.stage_at(epoch), len(self.split)
         if self.training:
             shards = self.num_shards * self.accumulation
@@ -167,68 +164,68 @@ class LoaderSpec(Transforms):
             return len(eval_range(num_batches, self.shard_id, self.num_shards))
         return -(-len(eval_range(count, self.shard_id, self.num_shards)) // stage.batch_size)
 
-    def place(self, step: int) -> tuple[int, int]:
-        """The step and the shard of which batch `step` of an epoch is, counted as if each batch of
-        an update had a shard of its own."""
-        step, part = divmod(step, self.accumulation)
-        return step, self.shard_id * self.accumulation + part
+    def step_and_shard(self, step: int) -> tuple[int, int]:
+        """Convert batch `step` of an epoch to the step and shard that it would have if each
+        micro-batch of an update had a shard of its own."""
+        step, micro_batch = divmod(step, self.accumulation)
+        return step, self.shard_id * self.accumulation + micro_batch
 
     def resized_side(self, image_size: int) -> int:
         """Validation: the shorter side of an image before the crop, in pixels."""
         return int(image_size * self.resize_ratio + 0.5)
 
     def source(self, stage: Stage) -> Split:
-        """The files that a stage reads."""
+        """Return the split or copy whose files a stage reads."""
         return self.copies[stage.copy] if stage.copy else self.split
 
 
 class Loader(Protocol):
     """Reads one epoch a pass.
 
-    - `for images, labels in loader` yields what is left of the current epoch: images
+    - `for images, labels in loader` yields the rest of the current epoch: images
       (B, 3, S, S), or (B, 3, H, W) as each batch has it where the stage is `rect`, float32 or
       float16, normalised, channels_last in memory, on the device; labels (B,) int64 on the device,
       but with mixup or cutmix, in training, (B, classes) float32 probabilities: torch's
-      cross_entropy takes both. A finished pass moves `epoch` on by one; a pass that the caller
-      breaks off stays where it is and goes on with the very next batch.
+      cross_entropy takes both. A finished pass increments `epoch`; after a pass that the caller
+      breaks off, the next one resumes with the very next batch.
     - Training: the same number of full batches on every shard, no image twice in an epoch,
       fewer than one global batch left out, another order each epoch. The order, the crops, the
-      flips and what else augments follow from the seed, the epoch, the step and the shard alone.
+      flips and all other augmentation follow from seed, epoch, step and shard alone.
     - Validation: each image exactly once over all shards, the last batch may be smaller.
     - A batch that cannot be decoded raises `UserError` with the file's path.
     """
 
     epoch: int
-    """The epoch, from 0, that the next pass reads (or goes on reading). May be set between passes;
-    going anywhere but on loses what was read ahead."""
+    """The epoch, from 0, that the next pass reads or resumes. May be set between passes; a jump
+    discards prefetched batches."""
 
     def __len__(self) -> int:
-        """Batches in the whole of the current epoch."""
+        """Count the batches of the whole current epoch."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The exact position, in plain values that `torch.load(weights_only=True)` accepts.
+        """Return the exact position, in plain values that `torch.load(weights_only=True)` accepts.
 
-        Taken before a pass has ended but after its last batch, it gives a next pass that yields
-        nothing and moves `epoch` on.
+        Where it was taken after the last batch of a pass but before its end, the next pass yields
+        nothing and increments `epoch`.
         """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position that `state_dict` of a loader with an equal spec has given."""
+        """Restore the position that `state_dict` of a loader with an equal spec returned."""
 
     def close(self) -> None:
         """Free threads, processes and memory; closing twice is fine."""
 
 
 def train_steps(num_images: int, batch_size: int, num_shards: int) -> int:
-    """Full batches that every shard can read without a global batch being short."""
+    """Count the full batches that every shard reads in an epoch."""
     return num_images // (batch_size * num_shards)
 
 
 def eval_range(count: int, shard_id: int, num_shards: int) -> range:
-    """What one shard has of `count` images or batches.
+    """Return the part of `count` images or batches that one shard reads.
 
-    Contiguous, disjoint, together all; the sizes differ by one at most.
+    The parts are contiguous and disjoint, cover all, and differ in size by one at most.
     """
     return range(count * shard_id // num_shards, count * (shard_id + 1) // num_shards)

@@ -1,4 +1,4 @@
-"""The HTML pages: templates that extend base.html.jinja, one self-contained file each."""
+"""Render the HTML pages: self-contained files from templates that extend base.html.jinja."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.formats import duration, number, percent
 
 
 def render(template: Path, **values: Any) -> str:
-    """Fill in the template; every value is escaped unless it is Markup, and each has to be given.
+    """Render a template; values are escaped unless they are Markup, and a missing one raises.
 
     Templates have the filters of `pipelines.formats`: percent, duration, number.
     """

@@ -1,4 +1,4 @@
-"""Many small jobs on all cores, in processes that end with this one."""
+"""Run many small jobs on all cores, in processes that end with this one."""
 
 from __future__ import annotations
 
@@ -23,32 +23,31 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 PRELOADED = "torchvision.transforms.v2"
 AHEAD = 4
-"""Jobs per worker that are handed over at a time: results of a million need no memory."""
+"""Jobs per worker that are submitted at a time, so that a million results need no memory."""
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def in_processes(
     function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
 ) -> Generator[Result]:
-    """`function(job)` for each job, in the order in which they are done.
+    """Yield `function(job)` for each job, in the order of completion.
 
-    `function` is one of an importable module. Whatever it raises is raised here; jobs not begun are
-    dropped then, and when the caller stops reading. Raises UserError where a worker is killed.
+    `function` has to be importable. What it raises is raised here; then, and when the caller stops
+    reading, pending jobs are dropped. Raises UserError where a worker is killed.
     """
     context = multiprocessing.get_context("forkserver")
-    left = iter(jobs)
+    pending = iter(jobs)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     try:
         running: set[Future[Result]] = set()
         while True:
-            room = AHEAD * workers - len(running)
-            handed_over = list(islice(left, room))
+            submitted = list(islice(pending, AHEAD * workers - len(running)))
             with hidden_main():
-                running |= {pool.submit(function, job) for job in handed_over}
+                running |= {pool.submit(function, job) for job in submitted}
             if not running:
                 return
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -64,9 +63,9 @@ def in_processes(
 
 @contextmanager
 def hidden_main() -> Iterator[None]:
-    """Let processes that are started here do without the caller's script.
+    """Keep processes that are started here from importing the caller's script.
 
-    Each would import it again: seconds for one that imports torch, an endless chain for one without
+    That takes seconds if the script imports torch, and never ends for one without
     `if __name__ == "__main__":`.
     """
     main = sys.modules["__main__"]
@@ -78,12 +77,12 @@ def hidden_main() -> Iterator[None]:
 
 
 def preload_torchvision() -> None:
-    """Have it imported once for all processes that are to come, beside what the caller does next.
+    """Import torchvision once for all future worker processes, in the background.
 
-    Too late once any process was started here: then each imports it, which takes seconds.
+    To be called before the first is started: after that each imports it, which takes seconds.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
-    # Until it has imported, the server would die of a Ctrl-C with a traceback.
+    # While the server imports, Ctrl-C would end it with a traceback.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         forkserver.ensure_running()
@@ -92,8 +91,8 @@ def preload_torchvision() -> None:
 
 
 def start_worker() -> None:
-    """Leave Ctrl-C to the parent, end with it however it ends, and keep Pillow's warnings quiet."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # each has a core, should it import torch
+    """Ignore Ctrl-C, end whenever the parent ends, and silence Pillow's warnings."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # one core a worker, should it import torch
     if "torch" in sys.modules:  # preloaded
         sys.modules["torch"].set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -102,6 +101,7 @@ def start_worker() -> None:
 
 
 def end_with_parent() -> None:
+    """Wait for the parent process, then exit at once."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

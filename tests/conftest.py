@@ -89,7 +89,7 @@ def digits() -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of two processes, 20 steps."""
-    from tests.test_train import TWO, train
+    from tests.commands import TWO, train
 
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     train("--data", cifar10, "--output", folder, *TWO)

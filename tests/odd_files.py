@@ -177,9 +177,9 @@ def broken_pngs(small: Image.Image) -> Iterator[Odd]:
     yield Odd("last-bytes-missing.png", whole[:-2], ("truncated",))
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :]
-    yield Odd("bit-flip-in-pixels.png", flipped, ("corrupt",), hidden=True)
+    yield Odd("bit-flip-in-pixels.png", flipped, ("corrupt",))
     checksum = whole[:-16] + bytes(4) + whole[-12:]
-    yield Odd("wrong-checksum.png", checksum, ("corrupt",), hidden=True)
+    yield Odd("wrong-checksum.png", checksum, ("corrupt",))
     yield Odd("bit-flip-in-header.png", whole[:17] + b"\1" + whole[18:], ("corrupt",))
     yield Odd("trailer.png", whole + b"appended")
     bomb = chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(80_000_000)))

@@ -39,7 +39,7 @@ def test_train_does_what_the_command_does(cifar10: Path, tmp_path: Path) -> None
     )
     folder = tmp_path / "command"
     flags = ["--recipe", "tests/small.toml", "--device", "cpu", "--epochs", "2", "--seed", "3"]
-    flags += ["--data", str(cifar10), "--output", str(folder), "--set", "max_lr=.05"]
+    flags += ["--data", str(cifar10), "--output", str(folder), "--set", "max_lr=0.05"]
     assert main(flags) == 0
     assert rows(run.folder) == rows(folder)
     assert [row["epoch"] for row in run.epochs] == [0, 1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,23 @@ LAYERS = {
     "benchmarks": {"benchmarks", "fastimagenet", "pipelines"},
 }
 OURS = set(LAYERS) | {"tests"}
+PARTS = {
+    "fastimagenet": (
+        *("errors", "machine", "recipes", "models", "distributed", "config", "training"),
+        *("report", "lr_finder", "cli", "run"),
+    ),
+    "pipelines": (
+        *("errors", "files", "formats", "pages", "workers", "cli", "environment", "datasets"),
+        *("loader", "sampling", "augment", "backends", "prepare", "parity"),
+    ),
+}
+"""Files and folders from the bottom to the top: each imports only what stands before it. Commands
+and the Python API, which are not listed, and `__main__` may import all of them."""
 
 
-def imported(path: Path) -> set[str]:
-    """Full names of all modules that a file imports, in functions too."""
+@cache
+def imported(path: Path) -> frozenset[str]:
+    """Full names of all modules that a file imports, in functions and for type checkers too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -28,11 +43,21 @@ def imported(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def files(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
+
+
+def modules() -> dict[str, Path]:
+    """All modules of the product by name; a package is its __init__."""
+    found = {}
+    for folder in LAYERS:
+        for path in files(folder):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
 @pytest.mark.parametrize("folder", LAYERS)
@@ -42,8 +67,40 @@ def test_imports_point_one_way(folder: str) -> None:
         assert ours <= LAYERS[folder], f"{path} imports {ours - LAYERS[folder]}"
 
 
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    known = modules()
+    graph = {}
+    for name, path in known.items():
+        edges = {other for other in imported(path) & known.keys() if other != name}
+        # `from package import module` needs the module, not what the package's __init__ has.
+        graph[name] = {e for e in edges if not any(o.startswith(f"{e}.") for o in edges)}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("package", PARTS)
+def test_the_parts_of_a_package_stand_on_one_another(package: str) -> None:
+    parts = PARTS[package]
+    for name, path in modules().items():
+        part = [*name.split("."), ""][1]
+        if name.partition(".")[0] != package or part not in parts or path.stem == "__main__":
+            continue
+        for other in imported(path):
+            target = [*other.split("."), "", ""][1]
+            if other.partition(".")[0] == package and target in parts:
+                assert parts.index(target) <= parts.index(part), f"{name} imports {other}"
+
+
+def test_nothing_below_the_commands_sees_argparse() -> None:
+    top = {"cli", "train", "evaluate", "lr_find", "__main__"}
+    for path in files("fastimagenet"):
+        assert path.stem in top or "argparse" not in imported(path), path
+
+
 def test_the_schedule_imports_only_math() -> None:
-    packages = {n.partition(".")[0] for n in imported(ROOT / "fastimagenet/schedule.py")}
+    packages = {n.partition(".")[0] for n in imported(ROOT / "fastimagenet/recipes/schedule.py")}
     assert packages <= {"__future__", "math", "collections", "dataclasses"}
 
 
@@ -56,7 +113,7 @@ def test_one_file_reads_the_launchers_environment() -> None:
     for path in files("fastimagenet") + files("pipelines"):
         text = path.read_text(encoding="utf-8")
         mentions = any(word in text for word in ('"RANK"', '"WORLD_SIZE"', '"SLURM_'))
-        assert not mentions or path.name == "distributed.py", path
+        assert not mentions or path.name == "world.py", path
 
 
 def test_only_the_trainer_wraps_in_ddp() -> None:
@@ -66,22 +123,26 @@ def test_only_the_trainer_wraps_in_ddp() -> None:
 
 
 @pytest.mark.parametrize(
-    "code",
+    ("code", "unwanted"),
     [
-        "import fastimagenet, pipelines",
-        "from fastimagenet.train import main; main(['--list-recipes'])",
-        "from fastimagenet.train import main; main(['--print-recipe', '--recipe', 'imagenet'])",
-        "from fastimagenet.train import main; main(['--dry-run', '--device', 'cpu'])",
-        "import fastimagenet.evaluate, fastimagenet.lr_find, pipelines.parity.__main__",
+        ("import fastimagenet, pipelines", ()),
+        ("from fastimagenet.train import main; main(['--list-recipes'])", ()),
+        (
+            "from fastimagenet.train import main; main(['--print-recipe', '--recipe', 'imagenet'])",
+            (),
+        ),
+        ("from fastimagenet.train import main; main(['--dry-run', '--device', 'cpu'])", ()),
+        ("import fastimagenet.evaluate, fastimagenet.lr_find, pipelines.parity.__main__", ()),
+        (
+            "import fastimagenet.recipes, fastimagenet.recipes.plan",
+            ("pipelines.datasets.index", "pipelines.datasets.shards", "pipelines.workers"),
+        ),
     ],
 )
-def test_quick_answers_import_neither_torch_nor_dali(code: str) -> None:
-    check = "; import sys; bad = {'torch', 'nvidia.dali', 'matplotlib'} & set(sys.modules)"
+def test_quick_answers_import_neither_torch_nor_dali(code: str, unwanted: tuple[str, ...]) -> None:
+    bad = {"torch", "nvidia.dali", "matplotlib", *unwanted}
+    check = f"; import sys; bad = {bad!r} & set(sys.modules); assert not bad, bad"
     result = subprocess.run(
-        [sys.executable, "-c", code + check + "; assert not bad, bad"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [sys.executable, "-c", code + check], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0, result.stderr

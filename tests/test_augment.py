@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import SMALL, train
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import v2
@@ -25,7 +23,6 @@ from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
 from pipelines.augment.colours import OPERATIONS, auto_augment, draw_operations, level_table
 from pipelines.augment.mixing import (
-    JITTER,
     augment,
     draw_boxes,
     draw_jitter,
@@ -38,6 +35,8 @@ from pipelines.backends import make_loader
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.loader import MAGNITUDES, LoaderSpec, Stage, Transforms
+from pipelines.sampling import Stream
+from tests.commands import SMALL, train
 
 EVERYTHING = Transforms(
     auto_augment="rand", color_jitter=0.4, random_erasing=0.5, mixup=0.2, cutmix=1.0
@@ -51,6 +50,10 @@ def pixels(photographs: Path) -> Tensor:
     files = read_split(photographs, "val").files[:: 500 // MAGNITUDES][:MAGNITUDES]
     images = [Image.open(file.path).convert("RGB").resize((SIZE, SIZE)) for file in files]
     return torch.stack([functional.pil_to_tensor(image) for image in images])
+
+
+CHANGED = ("auto_augment", "color_jitter", "random_erasing", "mixup", "cutmix")
+"""The fields of EVERYTHING that are not the defaults, each of which changes a batch."""
 
 
 def spec_of(wanted: Transforms, **other: Any) -> LoaderSpec:
@@ -96,9 +99,9 @@ TORCHVISION: dict[str, Callable[[Tensor, float], Tensor]] = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_is_torchvisions(name: str, policy: str, pixels: Tensor) -> None:
     """On uint8 images, at every magnitude and with both signs: 1 of 255 apart at most."""
-    place = list(OPERATIONS).index(name)
-    for levels in level_table(policy, SIZE)[place]:
-        operations = np.full((1, len(pixels)), place)
+    index = list(OPERATIONS).index(name)
+    for levels in level_table(policy, SIZE)[index]:
+        operations = np.full((1, len(pixels)), index)
         ours = auto_augment(pixels.float(), operations, levels[None])
         for image, original, level in zip(ours, pixels, levels.tolist(), strict=True):
             expected = TORCHVISION[name](original, level).float()
@@ -109,9 +112,9 @@ def test_every_operation_is_torchvisions(name: str, policy: str, pixels: Tensor)
 def test_one_colour_stays_as_it_is() -> None:
     grey = torch.full((2, 3, 16, 16), 77.0)
     for name in ("auto_contrast", "equalize"):
-        place = list(OPERATIONS).index(name)
+        index = list(OPERATIONS).index(name)
         level = np.full((1, 2), 0.5, np.float32)
-        assert torch.equal(auto_augment(grey.clone(), np.full((1, 2), place), level), grey)
+        assert torch.equal(auto_augment(grey.clone(), np.full((1, 2), index), level), grey)
 
 
 def test_the_magnitudes_are_those_of_the_papers() -> None:
@@ -155,16 +158,16 @@ def test_colour_jitter_is_torchvisions(step: int, pixels: Tensor) -> None:
     spec = spec_of(Transforms(color_jitter=0.4), seed=3, shard_id=1, num_shards=2)
     images = pixels.float() / 255
     ours, _ = augment(normalised(images, spec), torch.zeros(31).long(), spec, 2, step)
-    order, factors = draw_jitter(0.4, np.random.default_rng((JITTER, 3, 2, step, 1)), 31)
+    order, factors = draw_jitter(0.4, Stream.JITTER.generator(3, 2, step, 1), 31)
     adjust = (
         functional.adjust_brightness,
         functional.adjust_contrast,
         functional.adjust_saturation,
     )
     expected = list(images)
-    for place in order:
-        pairs = zip(expected, factors[place].tolist(), strict=True)
-        expected = [adjust[place](image, factor) for image, factor in pairs]
+    for colour in order:
+        pairs = zip(expected, factors[colour].tolist(), strict=True)
+        expected = [adjust[colour](image, factor) for image, factor in pairs]
     assert (ours - normalised(torch.stack(expected), spec)).abs().max() < 1e-4
     assert 0.6 <= factors.min() < 0.7 and 1.3 < factors.max() < 1.4
 
@@ -236,7 +239,7 @@ def test_shares_follow_the_beta_distribution_and_batches_get_one_of_two() -> Non
     assert 0.55 < cut.mean() < 0.75 and cut.min() < 0.2 and cut.max() > 0.99
 
 
-@pytest.mark.parametrize("field", asdict(EVERYTHING))
+@pytest.mark.parametrize("field", ["rand_augment", *CHANGED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_dtype_and_layout_stay_and_arguments_are_not_changed(
     field: str, dtype: torch.dtype, pixels: Tensor
@@ -257,7 +260,7 @@ def test_dtype_and_layout_stay_and_arguments_are_not_changed(
 
 
 def test_each_kind_has_random_numbers_of_its_own(pixels: Tensor) -> None:
-    """Erased are the same places whatever else is on; another step, epoch, shard, seed: others."""
+    """The same rectangles are erased whatever else is on, others at another position."""
     images, labels = normalised(pixels / 255, spec_of(EVERYTHING)), torch.zeros(31).long()
 
     def erased(wanted: Transforms, epoch: int = 0, step: int = 0, **other: int) -> Tensor:
@@ -283,8 +286,7 @@ def test_back_ends_give_the_same_augmented_batches(reflect_pad: int, cifar10: Pa
             split=read_split(cifar10, "train"),
             stages=(Stage(epochs=1, image_size=32, batch_size=100),),
             training=True,
-            **vars(EVERYTHING),
-            reflect_pad=reflect_pad,
+            **vars(EVERYTHING) | {"reflect_pad": reflect_pad},
             num_threads=0 if backend == "torchvision" else 1,
         )
         loader = make_loader(backend, spec)
@@ -305,7 +307,7 @@ def test_back_ends_give_the_same_augmented_batches(reflect_pad: int, cifar10: Pa
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_training_with_everything_on(processes: int, cifar10: Path, tmp_path: Path) -> None:
     """Three epochs at three sizes, on labels that are probabilities, smoothed as well."""
-    wanted = [f"{name}={value}" for name, value in asdict(EVERYTHING).items() if value != (2, 9)]
+    wanted = [f"{name}={getattr(EVERYTHING, name)}" for name in CHANGED]
     train(
         *("--data", cifar10, "--output", tmp_path / "run", *SMALL),
         *("--nproc-per-node", processes, *(part for line in wanted for part in ("--set", line))),
@@ -319,9 +321,9 @@ def test_a_training_with_everything_on(processes: int, cifar10: Path, tmp_path: 
 
 def test_the_recipe_says_it_in_one_line_each() -> None:
     recipe = named_recipe("imagenet")
-    assert recipe.augmentation == Transforms()
+    assert Transforms(**recipe.transforms()) == Transforms()
     settings = ["auto_augment=rand", "rand_augment=[1, 5]", "random_erasing=0.1", "cutmix=1"]
-    changed = with_settings(recipe, settings).augmentation
-    assert changed == Transforms(
+    changed = with_settings(recipe, settings)
+    assert Transforms(**changed.transforms()) == Transforms(
         auto_augment="rand", rand_augment=(1, 5), random_erasing=0.1, cutmix=1.0
     )

@@ -14,11 +14,11 @@ import pytest
 import torch
 from fastimagenet.assemble import with_copies
 
-from fastimagenet import train
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase
 from fastimagenet.recipes.toml import with_settings
+from fastimagenet.train import main as train_main
 from pipelines.backends import make_loader
 from pipelines.datasets.copies import ORIGINAL, best_copy, find_copies, read_copy
 from pipelines.datasets.split import Split, read_split
@@ -107,7 +107,7 @@ def test_an_image_without_a_copy_is_named(copied: Path) -> None:
 
 
 def spec_of(split: Split, copies: dict[str, Split], *names: str, **fields: int) -> LoaderSpec:
-    stages = tuple(Stage(epochs=1, image_size=16, batch_size=6, copy=name) for name in names)
+    stages = tuple(Stage(epochs=1, image_size=16, batch_size=6, data=name) for name in names)
     return LoaderSpec(split=split, copies=copies, stages=stages, training=True, **fields)
 
 
@@ -143,6 +143,6 @@ def test_training_says_what_it_reads(data: Path, tmp_path: Path) -> None:
     flags = ["--data", str(data), "--recipe", str(recipe), "--output", str(run)]
     settings = [f"phases.{index}.batch_size=9" for index in range(3)]
     flags += [word for setting in settings for word in ("--set", setting)]
-    assert train.main([*flags, "--device", "cpu", "--nproc-per-node", "1"]) == 0
+    assert train_main([*flags, "--device", "cpu", "--nproc-per-node", "1"]) == 0
     plan = json.loads((run / "plan.json").read_text())
     assert [phase["data"] for phase in plan["phases"]] == ["24", "24", "60"]

@@ -16,22 +16,22 @@ import torch
 
 pytest.importorskip("nvidia.dali")
 
-from pipelines.backends.dali.finish import Memory
+from pipelines.backends.dali.finish import BufferPool
 from pipelines.backends.dali.graph import decoder_options
 from pipelines.backends.dali.loader import (
-    HELD_BATCHES,
+    MAX_KEPT,
     DaliLoader,
     Feed,
     build,
     check_one_dali,
-    held,
+    keep_until_consumed,
     with_paths,
 )
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
 from pipelines.loader import DaliSettings, LoaderSpec, Stage
-from pipelines.sampling import Batch, Order
+from pipelines.sampling import Batch, BatchSampler
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = (
@@ -96,40 +96,39 @@ def test_the_graph_for_a_gpu_gives_what_torch_gives_on_a_cpu(
     stages = (Stage(epochs=1, image_size=96, batch_size=20),)
     split = read_split(photographs, "train").take(np.arange(0, 400, 20))
     spec = LoaderSpec(**{"split": split, "stages": stages, "training": True} | fields)
-    feed = Feed(spec, with_paths(Order(spec).batches(0, 0)), finish=True)
+    feed = Feed(spec, with_paths(BatchSampler(spec).batches(0, 0)), finish=True)
     decoded, labels = build(spec, feed, packed=False).run()
     images = torch.from_dlpack(decoded.as_tensor()).permute(0, 3, 1, 2)
     loader = DaliLoader(spec)
     if spec.reflect_pad:
-        draws = feed.taken().draws
-        assert draws is not None
-        images = loader.reflect_crop(images, draws)
+        crops = feed.in_flight.popleft().crops
+        assert crops is not None
+        images = loader.reflect_crop(images, crops)
     expected, expected_labels = next(iter(loader))
     loader.close()
     assert torch.equal(torch.from_dlpack(labels.as_tensor()), expected_labels)
     assert (images - expected).abs().mean() * 255 * 0.226 < 0.5
 
 
-def test_memory_is_used_again_once_no_part_of_it_is_held() -> None:
-    memory = Memory()
-    first = memory.take((4, 8, 8, 3))
+def test_a_buffer_is_reused_once_no_tensor_refers_to_it() -> None:
+    buffers = BufferPool()
+    first = buffers.take((4, 8, 8, 3))
     address, part = first.data_ptr(), first.permute(0, 3, 1, 2)[2:]
     del first
-    second = memory.take((4, 8, 8, 3))
-    assert second.data_ptr() != address, "a part of it is held"
+    second = buffers.take((4, 8, 8, 3))
+    assert second.data_ptr() != address, "part is a view of it"
     del part
-    assert memory.take((4, 8, 8, 3)).data_ptr() == address
-    assert memory.take((4, 9, 9, 3)).shape == (4, 9, 9, 3)
+    assert buffers.take((4, 8, 8, 3)).data_ptr() == address
+    assert buffers.take((4, 9, 9, 3)).shape == (4, 9, 9, 3)
 
 
 DAMAGE = """
 import sys
 from pathlib import Path
-from pipelines.dali import DaliLoader
+from pipelines.backends.dali.loader import DaliLoader
 from pipelines.errors import UserError
-from pipelines.split import read_split
+from pipelines.datasets.split import read_split
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.order import Batch, Order
 
 root = Path(sys.argv[1])
 broken = next((root / "train" / "ship").iterdir())
@@ -165,7 +164,7 @@ def test_a_damaged_file_is_named_and_never_ends_the_process(cifar10: Path, tmp_p
 def test_a_batch_on_a_gpu_is_given_back_after_the_work_on_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A stream of a GPU that does nothing until it is waited for, in place of a real one."""
+    """A fake CUDA stream that does nothing until it is waited for."""
     log: list[str] = []
 
     class Event:
@@ -199,10 +198,9 @@ def test_a_batch_on_a_gpu_is_given_back_after_the_work_on_it(
             return torch.from_numpy(memory)
 
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    spec = LoaderSpec(split=Split(whole_files(["a"]), [0], ("a",)), stages=STAGES, training=True)
     outputs = ((Decoded(number), torch.zeros(2), cast("Batch", None)) for number in range(99))
-    batches = held(spec, outputs)
-    for _ in range(HELD_BATCHES + 3):
+    batches = keep_until_consumed(outputs)
+    for _ in range(MAX_KEPT + 3):
         next(batches)
     assert log == [
         *("work 0 is over", "memory 0 is given back"),
@@ -217,4 +215,4 @@ def test_a_batch_on_a_gpu_is_given_back_after_the_work_on_it(
         for what, end in (("work", "over"), ("memory", "given back"))
     ]
     batches.close()
-    assert log[10] == "all is over" and len(log) == 11 + HELD_BATCHES + 4 - 5
+    assert log[10] == "all is over" and len(log) == 11 + MAX_KEPT + 4 - 5

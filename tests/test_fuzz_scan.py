@@ -1,4 +1,4 @@
-"""Thousands of mutated files through the scan: a verdict on each, within memory and time."""
+"""Many mutated files through the scan: a verdict on each, within memory and time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from odd_files import odd_files
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.index import check_images
 from pipelines.prepare.examine import Examined, examine_all
-from pipelines.prepare.scan import DAMAGE, NOTES, examine_files
+from pipelines.prepare.findings import DAMAGE, NOTES
+from pipelines.prepare.scan import examine_files
 
-NUM_FILES = 5000
+NUM_FILES = 1500
 MAX_RESIDENT = 1 << 20
 """KiB that a process which examines them may come to hold."""
 SEED = 2018

@@ -1,11 +1,10 @@
-"""Thousands of mutated shards, indexes and manifests: each is read, or refused in one line."""
+"""Many mutated shards, indexes and manifests: each is read, or refused in one line."""
 
 from __future__ import annotations
 
 import json
 import os
 import resource
-import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -13,9 +12,12 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines.datasets.index import check_images
+from pipelines.datasets.known import CIFAR10_CLASSES
 from pipelines.datasets.shards import list_shards
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main
@@ -23,7 +25,7 @@ from pipelines.prepare.__main__ import main
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
-NUM_MUTANTS = 2500
+NUM_MUTANTS = 500
 MAX_MEMORY = 256 << 20
 """Bytes that reading one may take on top of what the process has."""
 MAX_SECONDS = 20.0
@@ -48,13 +50,14 @@ mutants = st.tuples(st.lists(mutation, min_size=1, max_size=3), st.booleans())
 
 
 @pytest.fixture(scope="module")
-def whole(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """A shard of 20 JPEGs of 1 KB in 10 classes, its index and its manifest."""
     root = tmp_path_factory.mktemp("whole")
-    for folder in sorted((cifar10 / "train").iterdir()):
-        (root / "src" / "train" / folder.name).mkdir(parents=True)
-        for path in sorted(folder.iterdir())[:2]:
-            shutil.copy(path, root / "src" / "train" / folder.name)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 24, 3), np.uint8)
+    for number, image in enumerate(pixels):
+        folder = root / "src" / "train" / CIFAR10_CLASSES[number // 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number:04}.jpg")
     assert main(["shard", str(root / "src"), str(root / "dst"), "--workers", "1"]) == 0
     return {name: (root / "dst" / name).read_bytes() for name in FILES}
 
@@ -157,5 +160,7 @@ def test_every_mutated_shard_is_read_or_refused(whole: dict[str, bytes], tmp_pat
 
     each()
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted([*FILES, "shards"])
-    assert outcomes.total() >= 2000, outcomes
-    assert all(outcomes[what] > 100 for what in ("refused", "damaged images", "read")), outcomes
+    assert outcomes.total() >= NUM_MUTANTS * 4 // 5, outcomes
+    assert all(
+        outcomes[what] > NUM_MUTANTS // 25 for what in ("refused", "damaged images", "read")
+    ), outcomes

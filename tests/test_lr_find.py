@@ -1,9 +1,11 @@
-"""The command lr_find as a user types it, in processes of its own, on the embedded digits."""
+"""The command lr_find: what it leaves, says and refuses, on the embedded digits."""
 
 from __future__ import annotations
 
 import fcntl
+import io
 import json
+import math
 import os
 import pty
 import shlex
@@ -12,28 +14,54 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import ROOT, run, start
 
-from fastimagenet import cli, lr_find
-from fastimagenet.lr_find import shuffled
-from fastimagenet.lr_finder.analysis import Ended, Sweep, SweepRecord
-from fastimagenet.lr_finder.results import choose, momentum_setting, recipe_max_lr, verdict
+import fastimagenet
+from fastimagenet import cli
+from fastimagenet import run as runs
+from fastimagenet.config import DataConfig, RunConfig
+from fastimagenet.distributed.world import World
+from fastimagenet.lr_find import main
+from fastimagenet.lr_finder.analysis import (
+    Ended,
+    Sweep,
+    SweepConfig,
+    SweepRecord,
+    choose,
+    momentum_setting,
+    recipe_max_lr,
+)
+from fastimagenet.lr_finder.results import Sweeps, verdict
 from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.digits import digits as digits_recipe
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
+from fastimagenet.train import main as train_main
+from fastimagenet.training.clock import Stopwatch
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split
+from pipelines.errors import UserError
 from pipelines.files import Row
+from tests.commands import ROOT, start
 
 MODULE = "fastimagenet.lr_find"
-SHORT = ["--device", "cpu", "--num-it", 30]
+SHORT = ["--device", "cpu", "--num-it", 24]
 ENDLESS = ["--device", "cpu", "--num-it", 100_000, "--end-lr", 2e-5]
 """The LR stays so low that nothing ends it but the user."""
+
+
+def sweep(*arguments: object, status: int = 0) -> tuple[str, str]:
+    """Run the command in this process; return its standard output and error."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(cli, "keep_freed_memory", lambda: None)  # not that of the tests to come
+        assert cli.exit_status(main, list(map(str, arguments))) == status
+    return out.getvalue(), err.getvalue()
 
 
 def found_in(folder: Path) -> dict[str, Any]:
@@ -62,9 +90,9 @@ def wait_for_rows(folder: Path, process: subprocess.Popen[Any]) -> None:
 def check_stopped(folder: Path) -> None:
     """What a stopped sweep has recorded is there, in rows, figures and page."""
     found, rows = found_in(folder), rows_in(folder)
-    (sweep,) = found["sweeps"]
-    assert sweep["ended"] == "stopped"
-    assert sweep["iterations"] == len(rows) >= 25
+    (entry,) = found["sweeps"]
+    assert entry["ended"] == "stopped"
+    assert entry["iterations"] == len(rows) >= 25
     assert (folder / "loss_against_lr.svg").exists()
     assert "<svg" in (folder / "lr_find.html").read_text()
 
@@ -73,8 +101,8 @@ def check_stopped(folder: Path) -> None:
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of two finished sweeps, and what the command printed."""
     folder = tmp_path_factory.mktemp("sweeps")
-    out, err = run(
-        *(MODULE, *SHORT, "--wd", "1e-1", "1e-4", "--momentum", "0.8"),
+    out, err = sweep(
+        *(*SHORT, "--wd", "1e-1", "1e-4", "--momentum", "0.8"),
         *("--output", folder / "out", "--recipe-out", folder / "mine.toml"),
     )
     assert err == ""
@@ -97,7 +125,7 @@ def test_two_sweeps_leave_rows_figures_page_and_result(swept: tuple[Path, str]) 
     assert chosen["suggestions"] == best["suggestions"]
     assert chosen["lr"] == best["suggestions"]["steepest"]
     assert found["max_lr"] == pytest.approx(chosen["lr"], rel=0.005)  # three digits
-    assert "sweep 2 of 2: weight decay 0.0001, momentum 0.8: 30 iterations, up to lr 6.31" in out
+    assert "sweep 2 of 2: weight decay 0.0001, momentum 0.8: 24 iterations, up to lr 5.62" in out
     assert f", steepest {chosen['lr']:.3g}, " in out
     assert f"report: {folder / 'lr_find.html'}" in out
 
@@ -111,14 +139,14 @@ def test_every_sweep_starts_from_the_same_state(swept: tuple[Path, str]) -> None
     assert first[0]["loss"] == second[0]["loss"]
     assert [row["loss"] for row in first] != [row["loss"] for row in second]
     for row in rows:
-        lr = 1e-5 * (10 / 1e-5) ** (row["iteration"] / 30)
+        lr = 1e-5 * (10 / 1e-5) ** (row["iteration"] / 24)
         assert row["lr"] == pytest.approx(lr)
         assert row["momentum"] == 0.8
         assert {"val_loss", "top1", "top5"} <= set(row)
 
 
 def test_the_recipe_and_the_flags_are_the_same_and_train_takes_both(
-    swept: tuple[Path, str],
+    swept: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = swept
     found = found_in(folder / "out")
@@ -126,14 +154,80 @@ def test_the_recipe_and_the_flags_are_the_same_and_train_takes_both(
     assert flags[1] == f"max_lr={found['max_lr']}"
     assert flags[3].startswith("weight_decay=")
     assert flags[5] == "use_clr_beta=[10.0, 20.0, 0.95, 0.8]"
-    train = "fastimagenet.train"
-    assert run(train, "--print-recipe", *flags)[0] == (folder / "mine.toml").read_text()
-    plan, _ = run(train, "--dry-run", "--device", "cpu", "--recipe", folder / "mine.toml")
-    assert f"peak lr {found['max_lr']:.5g} " in plan
-    _, err = run(MODULE, *SHORT, "--recipe-out", folder / "mine.toml", status=2)
+    assert train_main(["--print-recipe", *flags]) == 0
+    assert capsys.readouterr().out == (folder / "mine.toml").read_text()
+    train_main(["--dry-run", "--device", "cpu", "--recipe", str(folder / "mine.toml")])
+    assert f"peak lr {found['max_lr']:.5g} " in capsys.readouterr().out
+    _, err = sweep(*SHORT, "--recipe-out", folder / "mine.toml", status=2)
     assert "mine.toml exists and is left alone: name a new file" in err
-    _, err = run(MODULE, *SHORT, "--output", folder / "out", status=2)
+    _, err = sweep(*SHORT, "--output", folder / "out", status=2)
     assert "holds another run" in err
+
+
+def test_the_folder_is_read_back_and_lr_find2_gives_its_rows_bit_for_bit(
+    swept: tuple[Path, str],
+) -> None:
+    folder, out = swept
+    read = Sweeps.open(folder / "out")
+    assert repr(read) in out
+    chosen = found_in(folder / "out")["chosen"]
+    assert read.suggestion is not None
+    assert (read.suggestion.lr, list(read.suggestion.settings)) == (
+        chosen["lr"],
+        chosen["settings"],
+    )
+    config = RunConfig(recipe=digits_recipe(), data=DataConfig())
+    train, val = runs.read_data(config.data, say_notes=False)
+    plan = Plan.of(config.recipe, 1, len(train))
+    val = runs.shuffled(val, config.seed)
+    trainer = runs.build_trainer(config, plan, World(), train, val, Stopwatch())
+    found = fastimagenet.lr_find2(trainer, num_it=24, wds=1e-4, momentum=0.8)
+    trainer.train_loader.close()
+    trainer.eval_loader.close()
+    assert found == read.runs[1]
+
+
+def test_sweeps_are_plotted_as_asked_for(swept: tuple[Path, str]) -> None:
+    read = Sweeps.open(swept[0] / "out")
+    best = read.runs[found_in(swept[0] / "out")["chosen"]["index"]]
+    assert best.linear is False
+    lengths = {len(line.get_xdata()) for line in read.plot().axes[0].lines}  # type: ignore[arg-type]
+    assert lengths == {len(run.shown()) for run in read.runs}
+    figure = read.plot(skip_first=2, skip_last=0, smoothed=False)
+    losses, top1 = figure.axes[0].lines, figure.axes[2].lines
+    assert len(losses) == len(top1) == 2  # no faint line beside the values themselves
+    for line, run in zip(top1, read.runs, strict=True):
+        wanted = [100 * record.top1 for record in run.records[2:]]
+        assert list(line.get_ydata()) == pytest.approx(wanted)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="skip_last must be 0 or more, not -1"):
+        read.plot(skip_last=-1)
+
+
+def test_infinite_losses_are_read_back_as_nan(tmp_path: Path) -> None:
+    """JSON has neither: they are null in the rows."""
+    run = falling(4, 0, "not finite")
+    row = {"kind": "sweep", "step": 0, "sweep": 0, **vars(run.records[0]), "loss": None}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    entry = {"weight_decay": 1e-4, "momentum": 0.9, "ended": "not finite"}
+    summary = {"num_it": 4, "linear": False, "sweeps": [entry], "chosen": None}
+    (tmp_path / "lr_find.json").write_text(json.dumps(summary))
+    read = Sweeps.open(tmp_path)
+    assert read.suggestion is None
+    assert math.isnan(read.runs[0].records[0].loss)
+    assert replace(read.runs[0].records[0], loss=2) == run.records[0]
+
+
+def test_settings_give_the_flags_that_ask_for_the_same() -> None:
+    settings = SweepConfig(
+        start_lr=1e-4, num_it=7, weight_decays=(0.1, 1e-5), momenta=(0.5,), linear=True,
+        stop_dv=False, recipe_out=Path("mine.toml"),
+    )  # fmt: skip
+    asked: list[SweepConfig] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "sweep", lambda _, settings, *__: asked.append(settings))
+        main(settings.flags())
+        main(SweepConfig().flags())
+    assert asked == [settings, SweepConfig()]
 
 
 def test_ctrl_c_on_a_terminal_keeps_and_draws_what_there_is(tmp_path: Path, digits: Path) -> None:
@@ -166,8 +260,8 @@ def test_ctrl_c_on_a_terminal_keeps_and_draws_what_there_is(tmp_path: Path, digi
     assert str(tmp_path / "out" / "lr_find.html").encode() in text.replace(b"\r\n", b"")
 
 
-@pytest.mark.slow
 def test_a_stopped_group_keeps_and_draws_what_there_is(tmp_path: Path, digits: Path) -> None:
+    """Two processes, of which the first alone writes and prints."""
     recipe = tmp_path / "mine.toml"
     process = start(
         *(MODULE, *ENDLESS, "--nproc-per-node", 2, "--output", tmp_path / "out"),
@@ -178,28 +272,30 @@ def test_a_stopped_group_keeps_and_draws_what_there_is(tmp_path: Path, digits: P
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143, out + err
     check_stopped(tmp_path / "out")
+    found = found_in(tmp_path / "out")
+    assert (found["world_size"], found["global_batch"]) == (2, 128)
+    assert out.count("sweep 1 of 1") == 1
     assert f"--recipe-out {recipe} is not written: the sweep was stopped" in out
     assert not recipe.exists()
 
 
-@pytest.mark.slow
-def test_two_processes_and_the_recipes_own_units(tmp_path: Path, digits: Path) -> None:
-    """A global batch of 2 x 64 where the recipe's LR is meant for 256: half of max_lr."""
-    flags = ("--nproc-per-node", 2, "--output", tmp_path / "out")
-    out, err = run(MODULE, *SHORT, *flags, "--set", "lr_reference_batch=256")
+def test_the_recipes_own_units(
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A global batch of 64 where the recipe's LR is meant for 128: half of max_lr."""
+    monkeypatch.setattr("fastimagenet.lr_finder.results.draw", lambda sweeps: {})
+    out, err = sweep(*SHORT, "--output", tmp_path / "out", "--set", "lr_reference_batch=128")
     assert err == ""
     found = found_in(tmp_path / "out")
-    assert (found["world_size"], found["global_batch"]) == (2, 128)
     assert found["max_lr"] == pytest.approx(2 * found["chosen"]["lr"], rel=0.005)
     assert pasted(out) == ["--set", f"max_lr={found['max_lr']}"]
     assert len(rows_in(tmp_path / "out")) == found["sweeps"][0]["iterations"]
-    assert out.count("sweep 1 of 1") == 1
 
 
 def test_nothing_to_suggest_is_said_and_is_no_error(tmp_path: Path, digits: Path) -> None:
     recipe = tmp_path / "mine.toml"
-    out, _ = run(
-        *(MODULE, *SHORT, "--start-lr", "1e30", "--end-lr", "1e31"),
+    out, _ = sweep(
+        *(*SHORT, "--start-lr", "1e30", "--end-lr", "1e31"),
         *("--output", tmp_path / "out", "--recipe-out", recipe),
     )
     assert "no learning rate can be suggested: the loss is not finite" in out
@@ -230,20 +326,13 @@ def test_nothing_to_suggest_is_said_and_is_no_error(tmp_path: Path, digits: Path
     ],
 )
 def test_a_wrong_flag_is_one_line_and_nothing_written(
-    flags: list[str],
-    message: str,
-    digits: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    flags: list[str], message: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)  # not that of the tests to come
     Path("folder.toml").mkdir()
     Path("folder.toml/file").touch()
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    assert cli.exit_status(lr_find.main, ["--device", "cpu", *flags]) == 2
-    err = capsys.readouterr().err
+    _, err = sweep("--device", "cpu", *flags, status=2)
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
@@ -315,7 +404,7 @@ def test_a_curve_that_still_falls_and_one_cut_short_say_so() -> None:
     plan = Plan.of(digits_recipe(), 1, 1438)
 
     def said(sweep: Sweep) -> str:
-        return "\n".join(verdict([sweep], choose(plan, [sweep], False, False)))
+        return "\n".join(verdict([sweep], choose(plan, [sweep], SweepConfig())))
 
     assert "still falls where the sweep ends: a higher --end-lr" in said(falling(60, 0, "finished"))
     assert "still falls" not in said(falling(60, 20, "finished"))
@@ -329,13 +418,13 @@ def test_a_curve_that_still_falls_and_one_cut_short_say_so() -> None:
     [
         (falling(4, 0, "finished"), "too few iterations: try a higher --num-it"),
         (falling(4, 0, "stopped"), "stopped too early"),
-        (falling(4, 0, "not finite"), "not finite, or runs away, within the first iterations"),
+        (falling(4, 0, "not finite"), "not finite, or diverges, in the first iterations"),
         (falling(60, 60, "finished"), "the loss never fell"),
     ],
 )
 def test_why_nothing_is_suggested(sweep: Sweep, reason: str) -> None:
     plan = Plan.of(digits_recipe(), 1, 1438)
-    assert choose(plan, [sweep], False, False) is None
+    assert choose(plan, [sweep], SweepConfig()) is None
     (line,) = verdict([sweep], None)
     assert line.startswith("no learning rate can be suggested: ")
     assert reason in line
@@ -371,9 +460,9 @@ def test_validation_batches_hold_all_classes() -> None:
         [i // 10 for i in range(100)],
         tuple("0123456789"),
     )
-    mixed = shuffled(split, seed=1)
+    mixed = runs.shuffled(split, seed=1)
     assert sorted(zip(mixed.files, mixed.labels, strict=True)) == sorted(
         zip(split.files, split.labels, strict=True)
     )
     assert len(set(mixed.labels[:50])) == 10
-    assert mixed.files == shuffled(split, seed=1).files != shuffled(split, seed=2).files
+    assert mixed.files == runs.shuffled(split, seed=1).files != runs.shuffled(split, seed=2).files

@@ -22,14 +22,13 @@ from pipelines.augment.crops import (
     take_rows,
     window_crop,
 )
-from pipelines.backends import make_loader
-from pipelines.backends import memory as squares
+from pipelines.backends import make_loader, memory
 from pipelines.backends.memory import MemoryLoader
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.sampling import Order
+from pipelines.sampling import BatchSampler
 from pipelines.workers import in_processes
 
 STAGES = (
@@ -129,10 +128,10 @@ def test_random_crops_of_other_images_are_the_same_crops(mixed: Split) -> None:
 def test_processes_read_what_one_does(
     cifar10: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fields: dict[str, Any]
 ) -> None:
-    """The same images in the same places; a file that cannot be decoded is named by them, too."""
+    """The same images at the same indices; a file that cannot be decoded is named by them, too."""
     split = read_split(cifar10, "val")
     expected = batches("memory", spec_of(split, num_threads=2, **fields))
-    monkeypatch.setattr(squares, "MANY", len(split))
+    monkeypatch.setattr(memory, "MANY", len(split))
     for ours, theirs in zip(
         batches("memory", spec_of(split, num_threads=2, **fields)), expected, strict=True
     ):
@@ -154,19 +153,19 @@ def test_processes_find_torchvision_imported_and_keep_to_one_core() -> None:
 
 
 def test_the_augmentation_is_pad_crop_and_flip(cifar10: Path) -> None:
-    """Each image of a batch by hand: Pillow, torch's own padding, the drawn place, the flip."""
+    """Each image of a batch by hand: Pillow, torch's own padding, the drawn offset, the flip."""
     split = read_split(cifar10, "train")
     stages = (Stage(epochs=1, image_size=32, batch_size=100),)
     spec = spec_of(split, stages=stages, reflect_pad=4, seed=3, **PIXELS)
     (images, _), *_ = batches("memory", spec)
-    batch = Order(spec).batch(0, 0)
-    assert batch.draws is not None
+    batch = BatchSampler(spec).batch(0, 0)
+    assert batch.crops is not None
     for row, file in enumerate(batch.files):
         pixels = torch.from_numpy(np.array(Image.open(file.path).convert("RGB"))).permute(2, 0, 1)
         padded = pad(pixels.float(), (4, 4, 4, 4), mode="reflect")
-        top, left = (int(value * 9) for value in batch.draws.offset[row].tolist())
+        top, left = (int(value * 9) for value in batch.crops.offset[row].tolist())
         expected = padded[:, top : top + 32, left : left + 32]
-        expected = expected.flip(2) if batch.draws.mirror[row] else expected
+        expected = expected.flip(2) if batch.crops.mirror[row] else expected
         assert torch.allclose(images[row], expected, atol=1e-4)
 
 
@@ -235,7 +234,7 @@ def test_a_crop_narrower_than_a_pixel_is_that_pixel() -> None:
     assert torch.allclose(got, torch.full((1, 8, 8, 3), 3.0))
 
 
-def test_what_is_kept(cifar10: Path, mixed: Split) -> None:
+def test_what_is_cached(cifar10: Path, mixed: Split) -> None:
     """The shard's part, no larger than the files' own, once for sizes that need the same."""
     split = read_split(cifar10, "train")
     loader = MemoryLoader(spec_of(split))
@@ -250,7 +249,7 @@ def test_what_is_kept(cifar10: Path, mixed: Split) -> None:
     assert {len(images) for images in share.images.values()} == {167}
 
 
-def test_images_are_kept_until_the_loader_is_closed(cifar10: Path) -> None:
+def test_the_cache_is_kept_until_the_loader_is_closed(cifar10: Path) -> None:
     loader = MemoryLoader(spec_of(read_split(cifar10, "train"), reflect_pad=4))
     kept = loader.images["", 32]
     first = next(iter(loader))

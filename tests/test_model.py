@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -61,16 +59,6 @@ def last_gamma(block: nn.Module) -> Tensor:
     return (block.bn3 if hasattr(block, "bn3") else block.bn2).weight
 
 
-def test_names_and_checks_need_no_torch() -> None:
-    code = """
-import sys
-from fastimagenet.model import MODELS, check_model
-check_model("smallnet")
-assert "torch" not in sys.modules and "torchvision" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 @pytest.mark.parametrize(("name", "num_classes"), NUM_PARAMETERS)
 def test_published_number_of_parameters(name: str, num_classes: int) -> None:
     with torch.device("meta"):
@@ -81,12 +69,13 @@ def test_published_number_of_parameters(name: str, num_classes: int) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_at_every_size(name: str) -> None:
-    """Shapes alone, without the arithmetic."""
+    """Shapes alone, without the arithmetic; the deep ones have resnet50's blocks, only more."""
+    deep = name in ("resnet101", "resnet152")
     variants = [{}, {"blur_pool": True}, {"small_stem": True, "blur_pool": True}]
-    for options in variants if name in RESNETS else [{}]:
+    for options in variants[2:] if deep else variants if name in RESNETS else [{}]:
         with torch.device("meta"):
             model = make_model(name, 7, **options)
-            for size in (16, 33, 64) if name == "smallnet" else (16, 33, 288):
+            for size in (33,) if deep else (16, 33, 64) if name == "smallnet" else (16, 33, 288):
                 assert model(torch.empty(2, 3, size, size + 8)).shape == (2, 7)
 
 
@@ -248,13 +237,12 @@ def test_blur_pool_starts_from_the_same_weights() -> None:
 
 
 def test_unknown_names_and_options_are_named() -> None:
-    with pytest.raises(UserError, match=r"^model: .*'resnet51'; known are resnet18, .*speednet$"):
+    with pytest.raises(UserError, match=r"field model .* resnet18, .*speednet, not 'resnet51'$"):
         make_model("resnet51", 10)
     for name in ("resnet56", "smallnet"):
-        with pytest.raises(UserError, match=f"^blur_pool: {name} .*resnet152"):
-            make_model(name, 10, blur_pool=True)
-        with pytest.raises(UserError, match=f"^small_stem: {name} "):
-            make_model(name, 10, small_stem=True)
+        for option in ("blur_pool", "small_stem"):
+            with pytest.raises(UserError, match=f"field {option} must be false for model {name}"):
+                make_model(name, 10, **{option: True})
 
 
 @pytest.mark.parametrize("name", MODELS)

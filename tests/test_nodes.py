@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from fastimagenet import evaluate
 from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
+from tests.commands import SMALL, summary_of
 from tests.faults.hosts import Hosts, hosts, permitted
 from tests.test_faults import check_equal, wait_for
-from tests.test_train import SMALL, run, summary_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,30 +44,14 @@ def end(node: subprocess.Popen[str], status: int = 0) -> str:
     return out + err
 
 
-def test_two_nodes_do_what_two_processes_of_one_do(
+def test_two_nodes_do_what_two_processes_do_though_a_link_is_cut(
     three: Hosts,
     undisturbed: Path,
     cifar10: Path,
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder = tmp_path / "run"
-    for node in [begin(three, index, cifar10, folder, "2") for index in range(2)]:
-        end(node)
-    check_equal(folder, undisturbed)
-    last = folder / "checkpoints" / "last.pt"
-    flags = ("--data", cifar10, "--device", "cpu", "--json", "--tta", "flip+crop")
-    alone = json.loads(run("fastimagenet.evaluate", last, *flags)[0])
-    assert alone["images"] == 200
-    for name in ("top1", "top5", "tta_top1"):
-        assert alone[name] == summary_of(folder)[name], name
-
-
-def test_a_link_that_is_cut_and_restored(
-    three: Hosts,
-    undisturbed: Path,
-    cifar10: Path,
-    tmp_path: Path,
-) -> None:
+    """And one process evaluates the checkpoint to the figures that the nodes have found."""
     folder = tmp_path / "run"
     nodes = [begin(three, i, cifar10, folder, "2", "--timeout", 5) for i in range(2)]
     wait_for((folder / "checkpoints" / "last.pt").exists, nodes[0])
@@ -76,6 +61,13 @@ def test_a_link_that_is_cut_and_restored(
     said = [end(node) for node in nodes]
     assert any(": no word from rank " in text for text in said)
     check_equal(folder, undisturbed)
+    last = folder / "checkpoints" / "last.pt"
+    flags = ("--data", cifar10, "--device", "cpu", "--json", "--tta", "flip+crop")
+    evaluate.main([str(word) for word in (last, *flags)])
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["images"] == 200
+    for name in ("top1", "top5", "tta_top1"):
+        assert alone[name] == summary_of(folder)[name], name
 
 
 def test_an_elastic_run_takes_a_host_in_and_lets_it_go(

@@ -26,9 +26,8 @@ from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.loader import LoaderSpec, Stage
 from pipelines.parity.__main__ import evenly, main
-from pipelines.parity.compare import MIN_SCALE, Comparison
-from pipelines.parity.crop_shapes import crop_test, kolmogorov_smirnov, our_crops
-from pipelines.sampling import Order, crop_box
+from pipelines.parity.compare import MIN_SCALE, Comparison, crop_test, kolmogorov_smirnov, our_crops
+from pipelines.sampling import BatchSampler, crop_box
 
 pytest.importorskip("nvidia.dali")
 
@@ -41,9 +40,9 @@ HOSTILE = "<img src=x onerror=alert(1)>&'\".png"
 def some(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """15 of the photographs in three classes, the same ones in both splits."""
     root = tmp_path_factory.mktemp("some")
-    for place, path in enumerate(sorted((photographs / "val").glob("*/*"))[:450:30]):
+    for index, path in enumerate(sorted((photographs / "val").glob("*/*"))[:450:30]):
         for split in ("train", "val"):
-            folder = root / split / f"class{place % 3}"
+            folder = root / split / f"class{index % 3}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / path.name).symlink_to(path.resolve())
     return root
@@ -83,18 +82,18 @@ def expected_images(root: Path, training: bool, size: int) -> dict[str, tuple[fl
     loader = make_loader("dali", spec)
     images = next(iter(loader))[0].permute(0, 2, 3, 1).double().numpy().copy()
     loader.close()
-    batch = Order(spec).batch(0, 0)
+    batch = BatchSampler(spec).batch(0, 0)
     found = {}
     for index, (file, ours) in enumerate(zip(batch.files, images, strict=True)):
         image = Image.open(file.path).convert("RGB")
-        if batch.draws is None:
+        if batch.crops is None:
             expected = centre_view(image, size)
         else:
-            box = crop_box(image.height, image.width, batch.draws, index, (3 / 4, 4 / 3))
+            box = crop_box(image.height, image.width, batch.crops, index, (3 / 4, 4 / 3))
             top, left, high, wide = (int(edge) for edge in box)
             image = image.crop((left, top, left + wide, top + high)).resize((size, size), BILINEAR)
             expected = np.asarray(image, np.float64)
-            expected = expected[:, ::-1] if batch.draws.mirror[index] else expected
+            expected = expected[:, ::-1] if batch.crops.mirror[index] else expected
         difference = np.abs(ours - expected)
         found[str(Path(file.path).relative_to(root))] = (difference.mean(), difference.max())
     return found
@@ -304,8 +303,8 @@ def dali_crops(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
         std=(1 / 255, 1 / 255, 1 / 255),
     )
     # The slope of a straight line through the inner pixels, which DALI's repeated edges leave.
-    places = np.arange(1, size - 1)
-    weights = (places - places.mean()) / ((places - places.mean()) ** 2).sum()
+    x = np.arange(1, size - 1) - (size - 1) / 2
+    weights = x / (x**2).sum()
     loader = make_loader("dali", spec)
     high, wide = [], []
     for images, _ in loader:

@@ -97,13 +97,13 @@ def test_reflect_pad_is_torchs(backend: str, cifar10: Path) -> None:
     images, labels = next(iter(loader))
     images, labels = images.clone(), labels.tolist()
     loader.close()
-    places = []
+    drawn = []
     for image, index in zip(images, labels, strict=True):
         pixels = np.array(Image.open(split.files[index].path).convert("RGB"))
         padded = torch.nn.functional.pad(
             torch.from_numpy(pixels).permute(2, 0, 1).float(), (4, 4, 4, 4), mode="reflect"
         )
-        places.append(
+        drawn.append(
             next(
                 (top, left, flipped)
                 for top in range(9)
@@ -116,7 +116,7 @@ def test_reflect_pad_is_torchs(backend: str, cifar10: Path) -> None:
                 )
             )
         )
-    tops, lefts, flips = zip(*places, strict=True)
+    tops, lefts, flips = zip(*drawn, strict=True)
     assert set(tops) == set(lefts) == set(range(9))
     assert 0.35 < sum(flips) / len(flips) < 0.65
 

@@ -22,7 +22,7 @@ from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main
-from pipelines.prepare.tar import read_bytes, read_members
+from pipelines.prepare.archives import read_bytes, read_members
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -202,7 +202,7 @@ def many_images(path: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_call_leaves_whole_files_and_is_gone_on_with(
+def test_a_stopped_call_leaves_whole_files_and_is_resumed(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     count, dst = 3_000, tmp_path / "imagenet"
@@ -329,7 +329,7 @@ def test_mutated_archives_end_in_an_error_or_in_their_files() -> None:
     draw = random.Random(5)
     whole = tar_of({f"name-{index}": bytes([index]) * 700 for index in range(4)})
     outcomes = {True: 0, False: 0}
-    for _ in range(1500):
+    for _ in range(600):
         content = bytearray(whole[: draw.choice((len(whole), draw.randrange(len(whole))))])
         for _ in range(draw.choice((0, 1, 8))):
             # Most of the bytes of an archive are its files', which nobody reads here.
@@ -345,7 +345,7 @@ def test_mutated_archives_end_in_an_error_or_in_their_files() -> None:
             outcomes[True] += 1
         except UserError:
             outcomes[False] += 1
-    assert min(outcomes.values()) > 100, outcomes
+    assert min(outcomes.values()) > 40, outcomes
 
 
 def test_files_that_are_not_the_archives_are_told(archives: Path, tmp_path: Path) -> None:

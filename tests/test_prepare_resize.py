@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, JpegImagePlugin
 
+from pipelines.cli import exit_status
 from pipelines.datasets.images import ImageFile
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
@@ -67,10 +68,11 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: object) -> tuple[int, str, str]:
-    process = start(*arguments)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of the command, in this process."""
+    capsys.readouterr()
+    status = exit_status(main, ["resize", *map(str, arguments)])
+    return status, *capsys.readouterr()
 
 
 def pixels_of(path: Path | str) -> np.ndarray:
@@ -182,13 +184,17 @@ def test_every_kind_of_image_looks_to_a_model_as_the_original_does(
     from pipelines.backends.torchvision import decode
 
     kinds = odd_images(photo, tmp_path / "src" / "train" / "class")
-    shutil.copytree(tmp_path / "src" / "train", tmp_path / "src" / "test")
+    (tmp_path / "src" / "test" / "class").mkdir(parents=True)
+    for name in ("grey.jpg", "alpha.png"):
+        shutil.copy(
+            tmp_path / "src" / "train" / "class" / name, tmp_path / "src" / "test" / "class"
+        )
     dst = tmp_path / "dst"
     assert resize(tmp_path / "src", dst, "--short-side", 375, 100, "--quality", 95) == 0
     for name, verdict in kinds.items():
         source = tmp_path / "src" / "train" / "class" / name
         original = Image.fromarray(decode(ImageFile(str(source))).permute(1, 2, 0).numpy())
-        copy = (dst / "375" / "test" / "class" / name).with_suffix(".jpg")
+        copy = (dst / "375" / "train" / "class" / name).with_suffix(".jpg")
         with Image.open(copy) as image:
             assert (image.format, image.size) == ("JPEG", original.size), name
         assert (copy.read_bytes() == source.read_bytes()) == (verdict == "verbatim"), name
@@ -199,6 +205,9 @@ def test_every_kind_of_image_looks_to_a_model_as_the_original_does(
             assert min(image.size) == min(100, *original.size), name
             assert image.mode == ("L" if name == "small-grey.jpg" else "RGB"), name
         assert difference(copy, original) < 3, name
+    for copy in dst.glob("*/test/class/*"):
+        assert copy.read_bytes() == Path(str(copy).replace("/test/", "/train/")).read_bytes()
+    assert len(list(dst.glob("*/test/class/*"))) == 4
 
 
 def test_orientation_and_rgb_profile_are_kept_but_not_applied(
@@ -259,7 +268,9 @@ def test_target_sizes(size: tuple[int, int], side: int, expected: tuple[int, int
     assert target_size(size, side) == expected
 
 
-def test_damaged_files_are_listed_and_the_rest_is_done(src: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_listed_and_the_rest_is_done(
+    src: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = next((src / "train" / "class0").iterdir()).read_bytes()
     folder = src / "train" / "class1"
     reasons = {
@@ -275,7 +286,7 @@ def test_damaged_files_are_listed_and_the_rest_is_done(src: Path, tmp_path: Path
     os.mkfifo(folder / "pipe.jpg")
     (folder / ".hidden").write_bytes(b"")
     (folder / "a folder").mkdir()
-    status, out, err = run(src, tmp_path / "dst", "--short-side", 160)
+    status, out, err = run(capsys, src, tmp_path / "dst", "--short-side", 160)
     assert status == 1, err
     lines = dict(line.split(": ", 1) for line in err.splitlines())
     expected = {name: reason for name, (_, reason) in reasons.items()}
@@ -316,6 +327,10 @@ def test_a_second_call_makes_what_is_missing_or_older_than_its_source(
         resize(src, dst, "--short-side", 160, "--quality", 80)
 
 
+COUNT = 160
+"""Photographs of a call that is stopped after 20."""
+
+
 def processes_of(session: int) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
@@ -330,12 +345,15 @@ def processes_of(session: int) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_call_leaves_whole_images_no_process_and_is_gone_on_with(
-    photographs: Path, tmp_path: Path, number: signal.Signals
+def test_a_stopped_call_leaves_whole_images_no_process_and_is_resumed(
+    photographs: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     src, dst = tmp_path / "src", tmp_path / "dst"
     (src / "train").mkdir(parents=True)
-    for folder in sorted((photographs / "train").iterdir())[:250]:
+    for folder in sorted((photographs / "train").iterdir())[:COUNT]:
         (src / "train" / folder.name).symlink_to(folder, target_is_directory=True)
     arguments = (src, dst, "--short-side", 160, "--workers", 2)
     process = start(*arguments)
@@ -354,15 +372,15 @@ def test_a_stopped_call_leaves_whole_images_no_process_and_is_gone_on_with(
         assert time.monotonic() < deadline, "its worker processes are still there"
         time.sleep(0.05)
     there = {path: path.stat().st_ino for path in dst.glob("160/train/*/*")}
-    assert 20 <= len(there) < 250
+    assert 20 <= len(there) < COUNT
     for path in there:
         assert min(pixels_of(path).shape[:2]) <= 160  # decodes to the end
     assert json.loads((dst / "160" / "dataset.json").read_text())["complete"] is False
     assert (dst / ".partial").exists() == (number == signal.SIGKILL)
-    status, out, err = run(*arguments)
+    status, out, err = run(capsys, *arguments)
     assert (status, err) == (0, ""), err
     assert f"{len(there)} were there" in out and not (dst / ".partial").exists()
-    assert len(list(dst.glob("160/train/*/*"))) == 250
+    assert len(list(dst.glob("160/train/*/*"))) == COUNT
     assert {path: path.stat().st_ino for path in there} == there
     assert json.loads((dst / "160" / "dataset.json").read_text())["complete"] is True
 
@@ -394,10 +412,12 @@ def test_images_of_one_stem_are_told_before_anything_is_written(src: Path, tmp_p
     assert not (tmp_path / "dst").exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_line(src: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_is_one_line(
+    src: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "dst" / "160" / "train").mkdir(parents=True)
     (tmp_path / "dst" / "160" / "train" / "class2").write_text("no folder")
-    status, _, err = run(src, tmp_path / "dst", "--short-side", 160)
+    status, _, err = run(capsys, src, tmp_path / "dst", "--short-side", 160)
     assert status == 2 and err.count("\n") == 1, err
     assert err.startswith(f"error: cannot use {tmp_path}/dst/160/train/class2")
     assert not (tmp_path / "dst" / ".partial").exists()

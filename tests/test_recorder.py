@@ -104,7 +104,7 @@ def test_rows_go_to_the_file_as_they_come_and_plain_lines_without_a_terminal(
     assert "top-1 25.00%  top-5 75.00%  with TTA 30.00%" in text
 
 
-def test_going_on_drops_the_rows_that_come_again(tmp_path: Path) -> None:
+def test_resuming_drops_the_rows_that_come_again(tmp_path: Path) -> None:
     first = Recorder(tmp_path, 40, io.StringIO())
     first.start(0, [])
     for step in (10, 20, 30):
@@ -139,7 +139,7 @@ def test_rows_that_a_full_disk_does_not_take_are_written_later(
     assert [row["step"] for row in read_rows(small_disk)] == list(range(501))
 
 
-def test_a_run_that_goes_on_in_a_new_folder_has_its_earlier_epochs(tmp_path: Path) -> None:
+def test_a_run_resumed_in_a_new_folder_has_its_earlier_epochs(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, 40, io.StringIO())
     recorder.start(20, [epoch_record(10), epoch_record(20)])
     recorder.close()

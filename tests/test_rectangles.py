@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fastimagenet import evaluate, train
+from fastimagenet import evaluate
+from fastimagenet.train import main as train_main
 from pipelines.backends import make_loader
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.sampling import Order, crop_shape
+from pipelines.sampling import BatchSampler, crop_shape
 
 SIZES = [(48, 64), (64, 48), (50, 50), (33, 90), (90, 33), (40, 300), (60, 80), (61, 59), (70, 40)]
 COUNT = 37
@@ -70,7 +71,7 @@ def test_every_image_once_in_the_same_batches_at_any_number_of_shards(
         found = []
         for shard in range(count):
             spec = spec_of(split, shard_id=shard, num_shards=count)
-            order = Order(spec)
+            order = BatchSampler(spec)
             parts = [order.batch(0, step) for step in range(spec.steps_at(0))]
             found += [(part.indices.tolist(), part.shape) for part in parts]
         return found
@@ -134,7 +135,7 @@ def test_both_figures_side_by_side_at_any_world_size(
     run = tmp_path / "run"
     settings = ["--set", "phases.1.rect=true", "--set", "phases.1.batch_size=6"]
     flags = ["--recipe", str(recipe), "--epochs", "1", "--output", str(run), *settings]
-    assert train.main([*data, "1", *flags]) == 0
+    assert train_main([*data, "1", *flags]) == 0
     summary = json.loads((run / "summary.json").read_text())
     capfd.readouterr()
     best = str(run / "checkpoints" / "last.pt")

@@ -1,8 +1,9 @@
-"""Two processes that begin again from a checkpoint train on as if nothing had been, bit for bit."""
+"""Two processes that resume from a checkpoint train on as if nothing had happened, bit for bit."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,16 @@ from torch import multiprocessing, nn
 
 from fastimagenet.distributed.collectives import process_group
 from fastimagenet.distributed.world import World
+from fastimagenet.models import build_model
+from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
+from fastimagenet.run import whiten
 from fastimagenet.training import checkpoint
+from fastimagenet.training.loaders import open_loader
 from fastimagenet.training.trainer import Trainer
-from pipelines.backends import make_loader
 from pipelines.datasets.split import Split, read_split
-from pipelines.loader import Loader, LoaderSpec
-from tests.test_train import free_endpoint
+from tests.commands import free_endpoint
 from tests.test_trainer import Killed, tiny_model
 
 RECIPE = Recipe(
@@ -31,48 +34,70 @@ RECIPE = Recipe(
     max_lr=0.1,
     ema_decay=0.9,
 )
-SCENARIOS = {"dali": 1, "torchvision": 1, "dali, gradients added up": 2}
-"""Batches an update; 500 images make 8, 8 and 12 updates of two processes, or half as many."""
+SPEED = named_recipe("cifar10-speed")
+SPEED = replace(
+    SPEED,
+    phases=tuple(replace(phase, image_size=16, batch_size=30) for phase in SPEED.phases),
+    ema_decay=0.9,
+    precision="fp32",
+).stretched(2)
+"""Muon, whitening, alternating flip and TTA, with an average of the weights."""
 
 
-def loader(
-    backend: str, plan: Plan, world: World, train: Split, val: Split, training: bool
-) -> Loader:
-    spec = LoaderSpec(
-        split=train if training else val,
-        stages=plan.phases if training else plan.eval_stages(),
-        training=training,
-        shard_id=world.rank,
-        num_shards=world.world_size,
-        accumulation=plan.accumulation if training else 1,
-        seed=3,
-        num_threads=1 if backend == "dali" else 0,
-    )
-    return make_loader(backend, spec)
+@dataclass(frozen=True)
+class Scenario:
+    """A training of 500 images, and when it is killed, counted from where a phase begins."""
+
+    backend: str
+    kill_offsets: tuple[int, ...]
+    recipe: Recipe = RECIPE
+    accumulation: int = 1
 
 
-def make(scenario: str, world: World, data: Path, folder: Path, every: int = 0) -> Trainer:
-    train, val = read_split(data, "train"), read_split(data, "val")
-    accumulation = SCENARIOS[scenario]
-    plan = Plan.of(RECIPE, 2, len(train), 60 * accumulation)
+SCENARIOS = (
+    Scenario("dali", (-1, 0, 1)),
+    Scenario("torchvision", (1,)),
+    Scenario("dali", (-1, 1), accumulation=2),
+    Scenario("memory", (1,), recipe=SPEED),
+)
+
+
+def make(
+    scenario: Scenario, world: World, splits: tuple[Split, Split], folder: Path, every: int = 0
+) -> Trainer:
+    recipe, (train, val) = scenario.recipe, splits
+    global_batch = recipe.phases[0].batch_size * 2 * scenario.accumulation
+    plan = Plan.of(recipe, 2, len(train), global_batch)
     torch.manual_seed(1)
-    model = tiny_model()
-    model[-1] = nn.Linear(8, 10)  # type: ignore[operator]
-    backend = scenario.partition(",")[0]
-    return Trainer(
-        plan,
-        model,
-        *(loader(backend, plan, world, train, val, training) for training in (True, False)),
-        world=world,
-        folder=folder,
-        checkpoint_steps=every,
-    )
+    if recipe is SPEED:
+        model = build_model(recipe, 10)
+        whiten(model, scenario.backend, recipe, train, world)
+    else:
+        model = tiny_model()
+        model[-1] = nn.Linear(8, 10)  # type: ignore[operator]
+    loaders = [
+        open_loader(
+            scenario.backend,
+            recipe,
+            train if training else val,
+            plan.phases if training else plan.eval_stages(),
+            world,
+            training=training,
+            half=False,
+            seed=3,
+            accumulation=plan.accumulation if training else 1,
+        )
+        for training in (True, False)
+    ]
+    return Trainer(plan, model, *loaders, world=world, folder=folder, checkpoint_steps=every)
 
 
 def end_of(trainer: Trainer) -> tuple[dict[str, torch.Tensor], list[object]]:
     """Weights with their averages, and the figures of every epoch."""
     assert trainer.ema is not None
-    figures: list[object] = [(r.train_loss, r.val_loss, r.top1) for r in trainer.records]
+    figures: list[object] = [
+        (r.train_loss, r.val_loss, r.top1, r.tta_top1) for r in trainer.records
+    ]
     return trainer.ema.state_dict() | trainer.model.state_dict(), figures
 
 
@@ -82,21 +107,27 @@ def one_process(rank: int, endpoint: str, data: Path, root: Path) -> None:
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
-    world = World(rank, rank, 2, 2)
+    world, splits = World(rank, rank, 2, 2), (read_split(data, "train"), read_split(data, "val"))
     with process_group(world, 120):
-        for scenario in SCENARIOS:
-            whole = make(scenario, world, data, root / scenario)
+        for index, scenario in enumerate(SCENARIOS):
+            whole = make(scenario, world, splits, root / str(index))
             whole.fit()
-            boundary = whole.plan.phases[1].first_step
-            for killed_at in (boundary - 1, boundary, boundary + 1):
-                check(scenario, whole, killed_at, world, data, root / f"{scenario} {killed_at}")
+            for offset in scenario.kill_offsets:
+                folder = root / f"{index} killed at {offset}"
+                check(scenario, whole, offset, world, splits, folder)
 
 
 def check(
-    scenario: str, whole: Trainer, killed_at: int, world: World, data: Path, folder: Path
+    scenario: Scenario,
+    whole: Trainer,
+    offset: int,
+    world: World,
+    splits: tuple[Split, Split],
+    folder: Path,
 ) -> None:
-    """Saved at `killed_at`, killed an update later, and gone on with by another trainer."""
-    first = make(scenario, world, data, folder, every=killed_at)
+    """Saved at that step, killed an update later, and resumed by another trainer."""
+    killed_at = whole.plan.phases[1].first_step + offset
+    first = make(scenario, world, splits, folder, every=killed_at)
     update = first.train_step
 
     def dying(*arguments: object) -> torch.Tensor:
@@ -108,7 +139,7 @@ def check(
     with pytest.raises(Killed):
         first.fit()
     torch.distributed.barrier()
-    second = make(scenario, world, data, folder)
+    second = make(scenario, world, splits, folder)
     torch.manual_seed(99)
     second.load_state_dict(checkpoint.load(folder / "checkpoints" / "last.pt"))
     assert second.step == killed_at
@@ -120,6 +151,6 @@ def check(
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_bit_for_bit(cifar10: Path, tmp_path: Path) -> None:
-    """One step before a phase begins, at its start and one after; both back ends; added up."""
+def test_two_processes_resume_bit_for_bit(cifar10: Path, tmp_path: Path) -> None:
+    """One step before a phase begins, at its start and one after; over all back ends."""
     multiprocessing.spawn(one_process, (free_endpoint(), cifar10, tmp_path), nprocs=2)

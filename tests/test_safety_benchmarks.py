@@ -10,12 +10,12 @@ import pytest
 from benchmarks.research.checkpoint_cost import main as checkpoint_cost
 from pipelines.errors import UserError
 from pipelines.files import read_object
+from tests.commands import SMALL
 from tests.faults import __main__ as campaign
 from tests.faults import runs
 from tests.faults.__main__ import LAST_STEP, START_UP_SECONDS, drawn, fingerprint, table
 from tests.faults.hosts import permitted
 from tests.faults.runs import KINDS, Outcome
-from tests.test_train import SMALL
 
 
 def test_the_same_seed_draws_the_same_faults() -> None:

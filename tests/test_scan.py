@@ -15,6 +15,7 @@ import pytest
 from odd_files import Odd, write_odd_files
 from PIL import Image
 
+from pipelines.cli import exit_status
 from pipelines.datasets.checks import check_file
 from pipelines.datasets.images import ImageFile, whole_files
 from pipelines.datasets.index import check_images
@@ -22,7 +23,8 @@ from pipelines.datasets.split import left_out_note, read_split
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main
 from pipelines.prepare.examine import Examined, examine_all
-from pipelines.prepare.scan import DAMAGE, NOTES, examine_files
+from pipelines.prepare.findings import DAMAGE, NOTES
+from pipelines.prepare.scan import examine_files
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = 12
@@ -62,6 +64,18 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.fixture(scope="module")
+def decoded(
+    odd: tuple[Path, dict[str, Odd]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    """The report of a scan of the odd folder with all pixels read, and its skip list."""
+    folder = tmp_path_factory.mktemp("decoded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        skip_list = folder / "skip.txt"
+        return scan(odd[0], "--decode", "--skip-list", skip_list, status=1), skip_list
+
+
 def scan(root: Path, *arguments: object, status: int = 0) -> dict[str, Any]:
     """The report of a scan that ends with `status`."""
     report = root.parent / "report.json"
@@ -85,14 +99,16 @@ def is_damage(file: Odd) -> bool:
     return any(kind in DAMAGE for kind in file.kinds)
 
 
-def test_the_verdict_on_every_kind_is_right(odd: tuple[Path, dict[str, Odd]]) -> None:
+def test_the_verdict_on_every_kind_is_right(
+    odd: tuple[Path, dict[str, Odd]], decoded: tuple[dict[str, Any], Path]
+) -> None:
     root, files = odd
     assert len(files) >= 100 and {kind for file in files.values() for kind in file.kinds} == {
         *DAMAGE,
         *NOTES,
     }
     headers = kinds_of(scan(root, status=1))
-    pixels = kinds_of(scan(root, "--decode", status=1))
+    pixels = kinds_of(decoded[0])
     for name, file in files.items():
         assert pixels.pop(name, ()) == file.kinds, name
         assert headers.pop(name, ()) == (() if file.hidden else file.kinds), name
@@ -119,8 +135,8 @@ def test_the_start_of_training_sees_what_a_scan_of_headers_sees(
 READ = """
 import json, resource, signal, sys
 from pipelines import make_loader
-from pipelines.images import whole_files
-from pipelines.split import Split
+from pipelines.datasets.images import whole_files
+from pipelines.datasets.split import Split
 from pipelines.loader import LoaderSpec, Stage
 
 # No allocation of 20 GB that the system would promise, and no FIFO that is waited for.
@@ -191,15 +207,19 @@ def test_what_a_scan_calls_damage_stops_a_back_end(odd: tuple[Path, dict[str, Od
     """Else good images would be left out."""
     pytest.importorskip("nvidia.dali")
     root, files = odd
-    damaged = [name for name in files if is_damage(files[name])]
-    jobs = [
-        (backend, 288, 5 if name == "fifo.jpg" else 120, [str(root / "train" / "odd" / name)])
-        for name in damaged
-        for backend in ("torchvision", "dali")
-    ]
-    results = read_by(jobs)
-    for index, name in enumerate(damaged):
-        assert results[2 * index : 2 * index + 2] != ["read", "read"], name
+    left = [name for name in files if is_damage(files[name])]
+    for backend in ("torchvision", "dali"):
+        jobs = [
+            (
+                backend,
+                288 if files[name].kinds[0].startswith("too-") else 32,
+                1 if name == "fifo.jpg" else 120,
+                [str(root / "train" / "odd" / name)],
+            )
+            for name in left
+        ]
+        left = [name for name, result in zip(left, read_by(jobs), strict=True) if result == "read"]
+    assert not left
 
 
 RECIPE = """
@@ -210,39 +230,47 @@ max_lr = 0.01
 """
 
 
-@pytest.mark.slow
 def test_training_ends_at_the_start_or_finishes_with_the_skip_list(
-    odd: tuple[Path, dict[str, Odd]], tmp_path: Path
+    odd: tuple[Path, dict[str, Odd]],
+    decoded: tuple[dict[str, Any], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     root, files = odd
-    recipe, skip_list = tmp_path / "odd.toml", tmp_path / "skip.txt"
+    recipe, data, run = tmp_path / "odd.toml", tmp_path / "data", tmp_path / "run"
     recipe.write_text(RECIPE)
-    command = [sys.executable, "-m", "fastimagenet.train", "--data", str(root), "--device", "cpu"]
-    command += ["--recipe", str(recipe), "--output", str(tmp_path / "run")]
-    run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    result = run(command)
-    first = min(name for name in files if is_damage(files[name]))
-    path = " ".join(str(root / "train" / "odd" / first).split())
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith(f"error: {path} ") and result.stderr.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-    scan(root, "--decode", "--skip-list", skip_list, status=1)
-    result = run([*command, "--skip-list", str(skip_list)])
-    assert result.returncode == 0, result.stderr[-2000:]
+    (data / "train" / "odd").mkdir(parents=True)
+    (data / "val").symlink_to("train")
     fine = [name for name in files if not is_damage(files[name]) and name != "folder.jpg"]
-    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
-    assert plan["num_train"] == plan["num_val"] == len(fine) + GOOD
+    small = [name for name in fine if (root / "train/odd" / name).stat().st_size < 50_000]
+    bad = [name for name in files if is_damage(files[name])]
+    for name in (*bad, *small):
+        (data / "train" / "odd" / name).symlink_to(root / "train" / "odd" / name)
+    shutil.copytree(root / "train" / "plain", data / "train" / "plain")
+    command = ["--data", str(data), "--device", "cpu", "--nproc-per-node", "1"]
+    command += ["--recipe", str(recipe), "--output", str(run)]
+    assert exit_status(train_main, command) == 2
+    path = " ".join(str(data / "train" / "odd" / min(bad)).split())
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path} ") and error.count("\n") == 1
+    assert not run.exists()
+    assert exit_status(train_main, [*command, "--skip-list", str(decoded[1])]) == 0
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["num_train"] == plan["num_val"] == len(small) + GOOD
 
 
 def test_the_skip_list_leaves_out_the_damaged_files_whatever_their_names(
-    odd: tuple[Path, dict[str, Odd]], tmp_path: Path
+    odd: tuple[Path, dict[str, Odd]],
+    decoded: tuple[dict[str, Any], Path],
+    root: Path,
+    tmp_path: Path,
 ) -> None:
-    root, files = odd
-    scan(root, "--decode", "--skip-list", tmp_path / "skip.txt", status=1)
-    split = read_split(root, "train", tmp_path / "skip.txt")
+    folder, files = odd
+    split = read_split(folder, "train", decoded[1])
     fine = {name for name in files if not is_damage(files[name]) and name != "folder.jpg"}
     assert {Path(path).name for path, *_ in split.files if "/odd/" in path} == fine
-    scan(root, "--skip-list", tmp_path / "skip.txt", status=1)  # its own list it may replace
+    scan(root, "--skip-list", tmp_path / "skip.txt")
+    scan(root, "--skip-list", tmp_path / "skip.txt")  # its own list it may replace
     (tmp_path / "mine.txt").write_text("train/cat/0.png\n")
     with pytest.raises(UserError, match=r"mine\.txt was not written by a scan"):
         scan(root, "--skip-list", tmp_path / "mine.txt")
@@ -396,23 +424,27 @@ def test_nothing_is_written_unasked(root: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.endswith("nothing is damaged\n")
 
 
+CRASHING = "train/dog/1.png"
+
+
 def examine_or_die(root: Path, names: list[str]) -> list[tuple[str, Examined]]:
     """A decoder with a defect: one file ends its process."""
-    if "train/dog/1.png" in names:
+    if CRASHING in names:
         os.abort()
     return examine_all(root, False, names)
 
 
 def test_a_file_that_ends_its_process_is_a_finding(root: Path) -> None:
-    names = sorted(str(path.relative_to(root)) for path in root.glob("*/*/*"))
+    names = sorted(str(path.relative_to(root)) for path in root.glob("train/*/[01].png"))
+    assert len(names) == 4 and CRASHING in names
     found = dict(
         result
-        for part in examine_files(partial(examine_or_die, root), names, 2, size=5)
+        for part in examine_files(partial(examine_or_die, root), names, 2, size=2)
         for result in part
     )
     assert sorted(found) == names
     kinds = {name: file.findings[0][0] for name, file in found.items() if file.findings}
-    assert kinds == {"train/dog/1.png": "corrupt"}
+    assert kinds == {CRASHING: "corrupt"}
 
 
 def test_processes_are_bounded_in_memory_and_time(root: Path) -> None:

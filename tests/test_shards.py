@@ -90,7 +90,10 @@ def verdict(image: ImageFile, pixels: bool) -> Header | str:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_file_of_any_kind_is_judged_alike_in_a_shard(photographs: Path, tmp_path: Path) -> None:
     photograph = min((photographs / "train").glob("*/*.JPEG"))
-    contents = [file.content for file in odd_files(photograph) if file.content]
+    slow = {"100-megapixels.jpg", "200-megapixels.png", "text-bomb.png"}
+    contents = [
+        file.content for file in odd_files(photograph) if file.content and file.name not in slow
+    ]
     for content in (contents[0], *contents[-3:]):
         contents += [content[:size] for size in (1, 2, 11, 33, 600, len(content) - 1)]
     paths = []

@@ -1,9 +1,6 @@
-"""The record holders' network: its whitening against numpy, its start, and a run that resumes."""
+"""The record holders' network: its whitening against numpy, its initialisation, its layout."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,16 +9,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor, nn
 
 from fastimagenet.models.speednet import WhiteningConv2d
-from fastimagenet.training import checkpoint
 from tests.networks import make_model
-from tests.test_train import losses_of, stop_soon, summary_of, train
-
-FLAGS = (
-    *("--recipe", "cifar10-speed", "--backend", "memory", "--device", "cpu"),
-    *("--precision", "fp32", "--set", "ema_decay=0.9", "--set", "phases.0.image_size=16"),
-    *("--set", "phases.0.batch_size=20", "--set", "phases.1.batch_size=20", "--epochs", 2),
-)
-"""Muon, alternating flip and an average of the weights, on 500 images."""
 
 
 def images(count: int, size: int) -> Tensor:
@@ -82,20 +70,3 @@ def test_its_published_number_of_parameters() -> None:
     filters = 24 * 12 + 9 * (24 * 64 + 64**2 + 64 * 256 + 256**2 + 2 * 256**2)
     others = 24 + 2 * 2 * (64 + 256 + 256) + 2560
     assert sum(p.numel() for p in make_model("speednet", 10).parameters()) == filters + others
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_stopped_in_mid_epoch_goes_on_bit_for_bit(
-    processes: int, cifar10: Path, tmp_path: Path
-) -> None:
-    flags: tuple[Any, ...] = ("--data", cifar10, *FLAGS, "--nproc-per-node", processes)
-    train(*flags, "--output", tmp_path / "whole")
-    stop_soon(*flags, "--output", tmp_path / "run")
-    state = checkpoint.load(tmp_path / "run" / "checkpoints" / "last.pt")
-    assert state["ranks"][0]["loader"]["step"] > 0, "in mid-epoch"
-    assert not torch.equal(state["model"]["first.weight"], torch.zeros(24, 3, 2, 2))
-    train(*flags, "--output", tmp_path / "run", "--resume", "auto")
-    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "whole")
-    one, two = (summary_of(tmp_path / name) for name in ("run", "whole"))
-    assert [one[key] for key in ("top1", "tta_top1")] == [two[key] for key in ("top1", "tta_top1")]

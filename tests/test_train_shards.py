@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastimagenet import train
 from fastimagenet.report.run import rows_of
+from fastimagenet.train import main as train_main
 from fastimagenet.training.recorder import read_rows
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
@@ -71,7 +71,7 @@ def test_training_on_shards_stops_and_goes_on(
 
     def run(name: str, *flags: str) -> int:
         data = ["--data", str(shards), "--backend", backend, "--output", str(tmp_path / name)]
-        return train.main([*data, *SMALL, *flags])
+        return train_main([*data, *SMALL, *flags])
 
     assert run("whole") == 0
     plan = json.loads((tmp_path / "whole" / "plan.json").read_text())

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def test_other_errors_are_no_matter_of_memory() -> None:
         raise RuntimeError("shapes do not match")
 
 
-def test_warm_up_leaves_the_model_as_it_was() -> None:
+def test_compiling_leaves_the_model_as_it_was() -> None:
     trainer = make_trainer()
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.compile_all_sizes()
@@ -221,21 +222,24 @@ def make_cifar10_trainer(cifar10: Path) -> Callable[..., Trainer]:
     return make
 
 
-@pytest.fixture(scope="module", params=["dali", "torchvision"])
-def whole(
-    request: pytest.FixtureRequest,
-    make_cifar10_trainer: Callable[..., Trainer],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[str, Trainer]:
-    """The back end, and a run over it that nothing has disturbed."""
-    torch.manual_seed(5)
-    trainer = make_cifar10_trainer(request.param, tmp_path_factory.mktemp("whole"))
-    trainer.fit()
-    return request.param, trainer
+@pytest.fixture(scope="module")
+def undisturbed_run(
+    make_cifar10_trainer: Callable[..., Trainer], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Trainer]:
+    """The run over a back end that nothing has disturbed; made once for each."""
+
+    @cache
+    def run(backend: str) -> Trainer:
+        torch.manual_seed(5)
+        trainer = make_cifar10_trainer(backend, tmp_path_factory.mktemp("whole"))
+        trainer.fit()
+        return trainer
+
+    return run
 
 
 def check_the_rest(whole: Trainer, resumed: Trainer, folder: Path) -> None:
-    """Train on from the checkpoint in the folder, to the weights and figures of `whole`."""
+    """Resume from the checkpoint in the folder, to the weights and figures of `whole`."""
     resumed.load_state_dict(checkpoint.load(folder / "checkpoints" / "last.pt"))
     resumed.fit()
     for name, value in whole.model.state_dict().items():
@@ -245,14 +249,16 @@ def check_the_rest(whole: Trainer, resumed: Trainer, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_at", [3, 16, 17])
-def test_a_stopped_training_goes_on_bit_for_bit(
+@pytest.mark.parametrize(
+    ("backend", "stop_at"), [("dali", 3), ("dali", 16), ("dali", 17), ("torchvision", 3)]
+)
+def test_a_stopped_training_resumes_bit_for_bit(
+    backend: str,
     stop_at: int,
-    whole: tuple[str, Trainer],
+    undisturbed_run: Callable[[str], Trainer],
     make_cifar10_trainer: Callable[..., Trainer],
     tmp_path: Path,
 ) -> None:
-    backend, undisturbed = whole
     first = make_cifar10_trainer(backend, tmp_path)
     update = first.train_step
 
@@ -267,24 +273,30 @@ def test_a_stopped_training_goes_on_bit_for_bit(
         first.fit()
     assert first.step == stop_at
     torch.manual_seed(99)
-    check_the_rest(undisturbed, make_cifar10_trainer(backend, tmp_path), tmp_path)
+    check_the_rest(undisturbed_run(backend), make_cifar10_trainer(backend, tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("checkpoint_steps", "killed_at", "saved_at"),
-    [(5, 8, 5), (15, 16, 15), (15, 17, 16), (17, 19, 17)],
-    ids=["mid-epoch", "before a phase", "at its start", "after it"],
+    ("backend", "checkpoint_steps", "killed_at", "saved_at"),
+    [
+        ("dali", 5, 8, 5),
+        ("dali", 15, 16, 15),
+        ("dali", 15, 17, 16),
+        ("dali", 17, 19, 17),
+        ("torchvision", 15, 16, 15),
+    ],
+    ids=["mid-epoch", "before a phase", "at its start", "after it", "torchvision"],
 )
-def test_a_killed_training_goes_on_bit_for_bit_from_its_last_checkpoint(
+def test_a_killed_training_resumes_bit_for_bit_from_its_last_checkpoint(
+    backend: str,
     checkpoint_steps: int,
     killed_at: int,
     saved_at: int,
-    whole: tuple[str, Trainer],
+    undisturbed_run: Callable[[str], Trainer],
     make_cifar10_trainer: Callable[..., Trainer],
     tmp_path: Path,
 ) -> None:
     """The second phase begins at step 16; the update after `killed_at` - 1 never ends."""
-    backend, undisturbed = whole
     torch.manual_seed(5)
     first = make_cifar10_trainer(backend, tmp_path, checkpoint_steps)
     update = first.train_step
@@ -301,7 +313,7 @@ def test_a_killed_training_goes_on_bit_for_bit_from_its_last_checkpoint(
     torch.manual_seed(99)
     second = make_cifar10_trainer(backend, tmp_path)
     assert checkpoint.load(tmp_path / "checkpoints" / "last.pt")["step"] == saved_at
-    check_the_rest(undisturbed, second, tmp_path)
+    check_the_rest(undisturbed_run(backend), second, tmp_path)
 
 
 def test_the_parts_of_a_run_add_up_to_its_wall_time(tmp_path: Path) -> None:
@@ -384,7 +396,7 @@ def test_another_model_is_refused() -> None:
         make_trainer(model=nn.Linear(3, 3)).load_state_dict(trainer.state_dict())
 
 
-def test_another_number_of_processes_goes_on_at_the_end_of_an_epoch_only() -> None:
+def test_another_number_of_processes_resumes_at_the_end_of_an_epoch_only() -> None:
     """The state is made one of two processes: 50 images make 1 update of them, not 3."""
     recipe = replace(RECIPE, lr_reference_batch=16)
     trainer = make_trainer(recipe)

@@ -41,7 +41,7 @@ from pipelines.backends.dali.loader import Feed, empty_pipeline, with_paths
 from pipelines.cli import Parser, at_least, make_parser
 from pipelines.files import write_object
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.sampling import Order
+from pipelines.sampling import BatchSampler
 
 STAGES = (
     *("feed", "read", "header", "window", "decode whole"),
@@ -96,7 +96,7 @@ def batches(stage: str, task: Task) -> Iterator[Any]:
         epochs=1, image_size=task.image_size, batch_size=task.batch_size, min_scale=MIN_SCALE
     )
     spec = LoaderSpec(split=task.split, stages=(size,), training=True, num_threads=task.threads)
-    feed = Feed(spec, with_paths(Order(spec).batches(0, 0)), finish=stage.startswith("dali"))
+    feed = Feed(spec, with_paths(BatchSampler(spec).batches(0, 0)), finish=stage.startswith("dali"))
     pipeline = empty_pipeline(spec)
     with pipeline:
         files, labels, draws, view = feed.nodes()

@@ -1,1 +1,1 @@
-"""The processes of a run: who they are, how they start, what they exchange."""
+"""The processes of a run: which there are, how they start, and their collectives."""

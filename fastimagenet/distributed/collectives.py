@@ -1,4 +1,4 @@
-"""What processes exchange, and the one line when another one is gone or hangs."""
+"""The collectives between processes, and the one line when another process dies or hangs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 ROLL_CALL_SECONDS = 3
 COMMUNICATION = re.compile(r"gloo|NCCL|[Cc]onnection|[Tt]imed out|Timeout|Broken pipe|Socket")
-"""What torch.distributed writes into its errors, which are of no class of their own."""
+"""Words of torch.distributed's errors, which have no class of their own."""
 
 
 @contextmanager
 def collective(what: str, world: World) -> Iterator[None]:
-    """Turn what torch.distributed raises in the block, named `what`, into PeerLost."""
+    """Turn the errors of torch.distributed in the block, named `what`, into PeerLost."""
     try:
         yield
     except RuntimeError as error:
@@ -33,18 +33,18 @@ def collective(what: str, world: World) -> Iterator[None]:
         reason = re.sub(r"\[\S+\.cc:\d+\] ", "", str(error).splitlines()[0])
         reason = reason.rpartition("RuntimeError: ")[2].partition(". ")[0].rstrip(".")
         raise PeerLost(
-            f"rank {world.rank}, in {what}: no word from {silent(world)} ({reason})"
+            f"rank {world.rank}, in {what}: no word from {silent_ranks(world)} ({reason})"
         ) from None
 
 
-def silent(world: World) -> str:
-    """The ranks that do not answer within seconds at the store where the processes have met."""
+def silent_ranks(world: World) -> str:
+    """Name the ranks that do not answer within seconds at the store where the processes met."""
     import torch
 
     heard: list[int] = []
 
     def call() -> None:
-        with suppress(Exception):  # the machine with the store may be gone, too
+        with suppress(Exception):  # the node with the store may be gone, too
             store = torch.distributed.distributed_c10d._get_default_store()
             store.set(f"lost/{world.rank}", "")
             until = time.monotonic() + ROLL_CALL_SECONDS
@@ -61,7 +61,7 @@ def silent(world: World) -> str:
 
 @contextmanager
 def process_group(world: World, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[None]:
-    """Join the other processes, leave them at the end; nothing to do where there are none.
+    """Join the process group and leave it at the end; does nothing for a single process.
 
     In between, waiting longer than the timeout for another process raises PeerLost.
     """
@@ -79,12 +79,12 @@ def process_group(world: World, timeout_seconds: float = TIMEOUT_SECONDS) -> Ite
             backend, rank=world.rank, world_size=world.world_size, timeout=timeout
         )
     yield
-    # Not after an error: NCCL's teardown waits for all, and the others wait in a collective.
+    # Not after an error: NCCL's teardown waits for the others, who wait in a collective.
     torch.distributed.destroy_process_group()
 
 
 def all_reduce_sum(tensor: Tensor, world: World, what: str) -> Tensor:
-    """The sum over all processes, on each of them; `tensor` itself is overwritten."""
+    """Sum `tensor` over all processes, in place, and return it."""
     if world.world_size > 1:
         import torch
 
@@ -94,7 +94,7 @@ def all_reduce_sum(tensor: Tensor, world: World, what: str) -> Tensor:
 
 
 def broadcast(tensors: Iterable[Tensor], world: World, what: str) -> None:
-    """Give every process the values that the first one has."""
+    """Overwrite the tensors of every process with those of rank 0."""
     if world.world_size > 1:
         import torch
 
@@ -104,7 +104,7 @@ def broadcast(tensors: Iterable[Tensor], world: World, what: str) -> None:
 
 
 def any_process(flag: bool, world: World, what: str) -> bool:
-    """Whether the flag is set on any process; every process has to ask."""
+    """Tell whether the flag is set on any process; every process has to call it."""
     if world.world_size == 1:
         return flag
     import torch
@@ -114,7 +114,7 @@ def any_process(flag: bool, world: World, what: str) -> bool:
 
 
 def gather_objects(value: Any, world: World, what: str) -> list[Any]:
-    """The plain values of all processes by rank, on each of them."""
+    """Gather the plain values of all processes, by rank, on each of them."""
     if world.world_size == 1:
         return [value]
     import torch

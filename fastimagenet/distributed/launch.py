@@ -1,4 +1,4 @@
-"""torch's elastic agent: starts the processes of this node, and again when one has died."""
+"""Start the processes of this node under torch's elastic agent, and restart them when one dies."""
 
 from __future__ import annotations
 
@@ -30,32 +30,121 @@ from fastimagenet.errors import NotWritten
 from pipelines.errors import UserError
 from pipelines.workers import num_cores
 
+RENDEZVOUS_TIMEOUT_SECONDS = 300
+"""How long the launchers wait for each other."""
 LAST_CALL_SECONDS = 10
 """How long an elastic run that could start waits for more nodes."""
-SIOCGIFADDR = 0x8915
 SHUTDOWN_TIMEOUT_SECONDS = 600
-"""Time to save in after SIGTERM: a process may be in the middle of an evaluation."""
+"""Time to save after SIGTERM: a process may be in the middle of an evaluation."""
 STOP_TIMEOUT_SECONDS = 30
-"""For those that another one's death has left, which start again and have nothing to save."""
+"""Time to end before a restart, in which nothing is saved."""
+SIOCGIFADDR = 0x8915
+"""ioctl for an interface's address, from <linux/sockios.h>."""
+
+
+def run_processes(launch: Launch, module: str, argv: list[str], seconds_before: float = 0.0) -> int:
+    """Start `python -m module argv` in every process of this node and wait for the run's end.
+
+    `seconds_before`: seconds since the command was typed, which count as the run's.
+    Returns the exit status of the first process that failed, otherwise 0. Raises UserError or
+    NotWritten where a process did, and UserError where the other nodes cannot be met.
+    """
+    if launch.nodes > 1 and not launch.rdzv_endpoint:
+        raise UserError(
+            f"--nodes {launch.nodes} needs --rdzv-endpoint HOST:PORT, the same on every node "
+            "(or start it under torchrun or srun)"
+        )
+    before = dict(os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.processes)))
+    # The same packages as here, whatever the working directory has.
+    ours = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONPATH"] = os.pathsep.join([ours, *filter(None, [before.get("PYTHONPATH")])])
+    os.environ["PYTHONSAFEPATH"] = "1"
+    os.environ[LAUNCHER] = str(os.getpid())
+    os.environ[STARTED] = str(time.time() - seconds_before)
+    # A new store at each restart: a shared one would still hold the dead processes' addresses.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    try:
+        return run_agent(launch, module, argv)
+    finally:  # what this process starts later does not belong to this run
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
+    """Meet the other nodes and run the agent of this one; otherwise as `run_processes`."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    agent: Agent | None = None
+    try:
+        meeting = rendezvous(launch)
+        handler = registry.get_rendezvous_handler(meeting)
+        spec = WorkerSpec(
+            role="",
+            local_world_size=launch.processes,
+            entrypoint=sys.executable,
+            args=("-u", "-m", module, *argv),
+            rdzv_handler=handler,
+            max_restarts=launch.max_restarts,
+            monitor_interval=0.1,
+            local_addr=meeting.local_addr,
+        )
+        agent = Agent(spec, DefaultLogsSpecs())
+        agent.elastic = launch.min_nodes > 0
+        result = agent.run()
+        handler.shutdown()
+    except SignalException as error:
+        if agent is not None:
+            agent.check_saved()
+        return 128 + int(error.sigval)
+    except RendezvousClosedError:
+        raise UserError("the run has ended on another node, which says why") from None
+    except RendezvousError as error:
+        if agent is not None and agent.started:  # the node that hosts the store ended first
+            agent.check_saved()
+            raise UserError("the run has ended on another node, which says why") from None
+        raise UserError(
+            f"--rdzv-endpoint {launch.rdzv_endpoint}: the {launch.nodes} nodes did not meet within "
+            f"{RENDEZVOUS_TIMEOUT_SECONDS} s ({error}); type the same command on every node"
+        ) from None
+    return 0 if result is None else status_of(result)
+
+
+def rendezvous(launch: Launch) -> RendezvousParameters:
+    """Describe how the nodes meet; gloo gets the network interface on the way there."""
+    address, is_host = address_towards(launch.rdzv_endpoint)
+    if launch.rdzv_endpoint and (interface := interface_of(address)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return RendezvousParameters(
+        backend="c10d",
+        endpoint=launch.rdzv_endpoint or "localhost:0",
+        run_id="fastimagenet",
+        min_nodes=launch.min_nodes or launch.nodes,
+        max_nodes=launch.nodes,
+        local_addr=address,
+        # Several launchers on one machine: the first one hosts, which torch finds out by itself.
+        is_host=None if ip_address(address).is_loopback else is_host,
+        join_timeout=RENDEZVOUS_TIMEOUT_SECONDS,
+        last_call_timeout=LAST_CALL_SECONDS,
+    )
 
 
 class Agent(LocalElasticAgent):
-    """The elastic agent, which says why it restarts, and lets be what ended on purpose."""
+    """An elastic agent that says why it restarts, and does not restart what ended on purpose."""
 
     elastic = False
-    """Whether the run goes on when nodes leave."""
+    """Whether the run continues when nodes leave."""
 
     @property
-    def met(self) -> bool:
-        """Whether the nodes have met: processes were started."""
+    def started(self) -> bool:
+        """Whether the nodes have met and processes were started."""
         return self._pcontext is not None
 
     def check_saved(self) -> None:
-        """After the processes have been ended: raise what one of them has reported."""
-        if self.met:
+        """Raise what one of the processes, which have ended, has reported."""
+        if self.started:
             status_of(super()._monitor_workers(self._worker_group))
 
-    # torch 2.11 has no argument for the time; later ones name theirs here, which is shorter.
+    # torch 2.11 has no argument for the time, and the default of later versions is shorter.
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 0) -> None:
         self._close(death_sig, SHUTDOWN_TIMEOUT_SECONDS)
         super()._shutdown(death_sig)
@@ -64,11 +153,11 @@ class Agent(LocalElasticAgent):
         self._close(signal.SIGTERM, STOP_TIMEOUT_SECONDS)
 
     def _close(self, death_sig: signal.Signals, seconds: int) -> None:
-        """End the processes, by SIGKILL those that are still there after `seconds`."""
+        """End the processes, with SIGKILL those that still run after `seconds`."""
         if self._pcontext is not None:
             self._pcontext.close(death_sig, seconds)
 
-    # The agent calls it several times a second.
+    # The agent calls this several times a second.
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
         failures = list(result.failures.values())
@@ -87,76 +176,22 @@ class Agent(LocalElasticAgent):
 
 
 def said_by(failure: ProcessFailure) -> str:
-    """What the process left by `report_to_launcher`; "" if it died of something else."""
+    """Return what the process left with `report_to_launcher`; "" if it died otherwise."""
     message = failure.error_file_data["message"]
     return str(message["message"]).partition(": ")[2] if isinstance(message, dict) else ""
 
 
 def cause(failure: ProcessFailure) -> str:
-    """How a process ended."""
+    """Say how a process ended."""
     if failure.exitcode < 0:
         return f"was killed by {signal.Signals(-failure.exitcode).name}"
     return f"ended with exit status {failure.exitcode}"
 
 
-def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
-    """As `fastimagenet.distributed.run_processes`."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # A new store for each start: in the shared one the dead processes still have their addresses.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    address, is_host = address_towards(launch.rdzv_endpoint)
-    if launch.rdzv_endpoint and (interface := interface_of(address)):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    meeting = RendezvousParameters(
-        backend="c10d",
-        endpoint=launch.rdzv_endpoint or "localhost:0",
-        run_id="fastimagenet",
-        min_nodes=launch.min_nodes or launch.nodes,
-        max_nodes=launch.nodes,
-        local_addr=address,
-        # Several launchers on one machine: the first one hosts, which torch finds out by itself.
-        is_host=None if ip_address(address).is_loopback else is_host,
-        join_timeout=RENDEZVOUS_TIMEOUT_SECONDS,
-        last_call_timeout=LAST_CALL_SECONDS,
-    )
-    agent: Agent | None = None
-    try:
-        handler = registry.get_rendezvous_handler(meeting)
-        spec = WorkerSpec(
-            role="",
-            local_world_size=launch.processes,
-            entrypoint=sys.executable,
-            args=("-u", "-m", module, *argv),
-            rdzv_handler=handler,
-            max_restarts=launch.max_restarts,
-            monitor_interval=0.1,
-            local_addr=address,
-        )
-        agent = Agent(spec, DefaultLogsSpecs())
-        agent.elastic = launch.min_nodes > 0
-        result = agent.run()
-        handler.shutdown()
-    except SignalException as error:
-        if agent is not None:
-            agent.check_saved()
-        return 128 + int(error.sigval)
-    except RendezvousClosedError:
-        raise UserError("the run has ended on another node, which says why") from None
-    except RendezvousError as error:
-        if agent is not None and agent.met:  # the node that hosts the store was the first to end
-            agent.check_saved()
-            raise UserError("the run has ended on another node, which says why") from None
-        raise UserError(
-            f"--rdzv-endpoint {launch.rdzv_endpoint}: the {launch.nodes} nodes did not meet within "
-            f"{RENDEZVOUS_TIMEOUT_SECONDS} s ({error}); type the same command on every node"
-        ) from None
-    return 0 if result is None else status_of(result)
-
-
 def address_towards(endpoint: str | None) -> tuple[str, bool]:
-    """This machine's address on the way to where the nodes meet, and whether that is here.
+    """Return this node's IP address on the way to the endpoint, and whether the endpoint is here.
 
-    Unlike the host's name, others can reach it. Raises UserError naming the flag.
+    Unlike the host's name, other nodes can reach it. Raises UserError naming the flag.
     """
     if endpoint is None:
         return "127.0.0.1", True
@@ -164,19 +199,18 @@ def address_towards(endpoint: str | None) -> tuple[str, bool]:
     if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise UserError(f"--rdzv-endpoint must be HOST:PORT, PORT from 1 to 65535, not {endpoint}")
     try:
-        family, *_, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[
-            0
-        ]
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
+        family, *_, target = found[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(place)  # UDP: nothing is sent
+            probe.connect(target)  # UDP: nothing is sent
             own = probe.getsockname()[0]
     except OSError as error:
         raise UserError(f"--rdzv-endpoint {endpoint}: {host} cannot be reached: {error}") from None
-    return own, own == place[0]
+    return own, own == target[0]
 
 
 def interface_of(address: str) -> str:
-    """The name of the network interface with this IP address, such as "eth0"; "" for none."""
+    """Return the name of the network interface with this IP address, "eth0"; "" for none."""
     if ":" in address:
         packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0]).hex()
         rows = Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines()
@@ -192,9 +226,9 @@ def interface_of(address: str) -> str:
 
 
 def status_of(result: RunResult) -> int:
-    """The exit status of the first process that failed, otherwise 0.
+    """Return the exit status of the first process that failed, otherwise 0.
 
-    Raises what a process has reported: processes that it took down with it die of other causes.
+    Raises what a process has reported: the processes it took down with it die of other causes.
     """
     failures = sorted(result.failures.values(), key=lambda failure: failure.timestamp)
     for failure in failures:
@@ -204,34 +238,3 @@ def status_of(result: RunResult) -> int:
         return 0
     code = failures[0].exitcode
     return 128 - code if code < 0 else code
-
-
-RENDEZVOUS_TIMEOUT_SECONDS = 300
-
-
-def run_processes(launch: Launch, module: str, argv: list[str], seconds_before: float = 0.0) -> int:
-    """Start `python -m module argv` in every process of this node and wait for the run's end.
-
-    `seconds_before` have passed since the command was typed: they count as the run's.
-    Returns the exit status: that of the first process that failed, otherwise 0. Raises UserError
-    or NotWritten where a process did, and UserError where the other nodes cannot be met.
-    """
-    if launch.nodes > 1 and not launch.rdzv_endpoint:
-        raise UserError(
-            f"--nodes {launch.nodes} needs --rdzv-endpoint HOST:PORT, the same on every node "
-            "(or start it under torchrun or srun)"
-        )
-
-    before = dict(os.environ)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.processes)))
-    # The same packages as here, whatever the working directory has.
-    ours = str(Path(__file__).resolve().parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join([ours, *filter(None, [before.get("PYTHONPATH")])])
-    os.environ["PYTHONSAFEPATH"] = "1"
-    os.environ[LAUNCHER] = str(os.getpid())
-    os.environ[STARTED] = str(time.time() - seconds_before)
-    try:
-        return run_agent(launch, module, argv)
-    finally:  # what this process starts later is not of this run
-        os.environ.clear()
-        os.environ.update(before)

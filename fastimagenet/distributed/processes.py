@@ -11,7 +11,7 @@ from fastimagenet.distributed.world import Launch, World, launched_world, starte
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that a command works in: this one alone, those of a launcher, or new ones."""
+    """The processes that a command runs in: this one alone, those of a launcher, or new ones."""
 
     launch: Launch
     """Resolved for this machine."""

@@ -1,6 +1,6 @@
-"""`World`, who this process is, and `Launch`, what a command asks for.
+"""`World`, this process among all, and `Launch`, the processes that a command asks for.
 
-The only reader of RANK, WORLD_SIZE and SLURM_*.
+The only module that reads RANK, WORLD_SIZE and SLURM_*.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from dataclasses import dataclass, replace
 from pipelines.errors import UserError
 
 TIMEOUT_SECONDS = 600
-"""How long a process waits for the others, unless --timeout says so."""
+"""Default of --timeout, how long a process waits for the others."""
 LAUNCHER = "FASTIMAGENET_LAUNCHER"
-"""Variable with the process number of our own launcher."""
+"""Environment variable with the process ID of our own launcher."""
 STARTED = "FASTIMAGENET_STARTED"
-"""Variable with the time at which that was started, in seconds since 1970."""
+"""Environment variable with the time at which that was started, in seconds since 1970."""
 STOPPED = (130, 143)
-"""Exit status of a process that was asked to stop, and has saved."""
+"""Exit statuses of a process that was asked to stop and has saved."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run's."""
+    """Identifies this process among all processes of the run."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    """Processes on this machine."""
+    """Number of processes on this node."""
     device: str = "cpu"
     """ "cpu" or "cuda:LOCAL_RANK"."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
 
@@ -59,10 +59,10 @@ class Launch:
     min_nodes: int = 0
     """Above 0: elastic, nodes may leave and join while there are so many."""
     timeout_seconds: float = TIMEOUT_SECONDS
-    """How long a process waits for the others."""
+    """How long a process waits for the others in a collective."""
 
     def resolved(self) -> Launch:
-        """Settle device and processes per node for this machine.
+        """Return a copy with device and processes per node settled for this node.
 
         Raises UserError naming the flag.
         """
@@ -90,23 +90,23 @@ class Launch:
 
     @property
     def processes(self) -> int:
-        """Processes per node, once it is `resolved`."""
+        """Number of processes per node, once `resolved`."""
         assert self.nproc_per_node is not None, "resolved() comes first"
         return self.nproc_per_node
 
     @property
     def world_size(self) -> int:
-        """Processes on all nodes, once it is `resolved`."""
+        """Number of processes on all nodes, once `resolved`."""
         return self.nodes * self.processes
 
     @property
     def first_device(self) -> str:
-        """The device of a process that is alone, once it is `resolved`: "cpu" or "cuda:0"."""
+        """Device of a process that runs alone, once `resolved`: "cpu" or "cuda:0"."""
         return "cpu" if self.device == "cpu" else "cuda:0"
 
 
 def gpu_count() -> int:
-    """CUDA devices that this process may use, asked of the driver without importing torch."""
+    """Count the CUDA devices that this process may use; asks the driver, without torch."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -118,7 +118,7 @@ def gpu_count() -> int:
 
 
 def launched_world(launch: Launch) -> World | None:
-    """The World that torchrun, srun or our own launcher has put this process in; None before that.
+    """Read the World that torchrun, srun or our own launcher set; None if none has started us.
 
     Raises UserError where what was launched differs from what `launch` asks for, and where a
     variable of the launcher is missing or no number.
@@ -133,7 +133,7 @@ def launched_world(launch: Launch) -> World | None:
         if "LOCAL_WORLD_SIZE" in env and launch.nproc_per_node not in (None, local_size):
             raise UserError(
                 f"--nproc-per-node {launch.nproc_per_node}, but {local_size} process(es) of this "
-                f"machine were launched: start it with torchrun --nproc-per-node "
+                f"node were launched: start it with torchrun --nproc-per-node "
                 f"{launch.nproc_per_node} or say --nproc-per-node {local_size}"
             )
     elif "SLURM_PROCID" in env and _number("SLURM_NTASKS", "1", least=1) > 1:
@@ -174,42 +174,44 @@ def _device(kind: str, local_rank: int) -> str:
         return "cpu"
     gpus = gpu_count()
     if gpus > 1 and local_rank >= gpus:
-        raise UserError(f"process {local_rank} of this machine has no GPU: it has {gpus}")
+        raise UserError(f"process {local_rank} of this node has no GPU: it has {gpus}")
     # srun --gpus-per-task=1 shows each process its own GPU alone.
     return f"cuda:{local_rank if gpus > 1 else 0}"
 
 
 def _first_host(node_list: str) -> str:
-    """The first name of a SLURM node list, such as "gpu[03-06,9],login1" -> "gpu03"."""
+    """Return the first name of a SLURM node list: "gpu[03-06,9],login1" -> "gpu03"."""
     first = re.match(r"([^,\[]|\[[^]]*\])+", node_list)
     assert first is not None
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", first.group())
 
 
 def started_by_us() -> bool:
-    """Whether our own launcher, which has checked flags and data, started this process."""
+    """Tell whether our own launcher, which has checked flags and data, started this process."""
     return LAUNCHER in os.environ and "RANK" in os.environ
 
 
 def restarted() -> bool:
-    """Whether torch's elastic agent has started the processes of this run before."""
+    """Tell whether torch's elastic agent has restarted this process."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def launched_before(moment: float) -> bool:
-    """Whether the run that this process belongs to was under way at `moment`, in seconds since
-    1970: what is from then is its own."""
+    """Tell whether this process's run had begun at `moment`, in seconds since 1970.
+
+    A checkpoint of that time is then the run's own.
+    """
     return float(os.environ[STARTED]) <= moment if started_by_us() else restarted()
 
 
 def seconds_since_launch() -> float:
-    """From the start of the command, which checked data and met other nodes, to that of this
-    process; 0 where our own launcher did not start it."""
+    """Return the seconds from the start of the command, which checked the data and met the other
+    nodes, to that of this process; 0 where our own launcher did not start it."""
     return max(0.0, time.time() - float(os.environ[STARTED])) if started_by_us() else 0.0
 
 
 def report_to_launcher(error: Exception) -> bool:
-    """Leave the error to our launcher, which says it once; False where there is none."""
+    """Hand the error to our launcher, which prints it once; False without a launcher."""
     if not started_by_us():
         return False
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -219,9 +221,9 @@ def report_to_launcher(error: Exception) -> bool:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this process when our launcher is gone: nobody else would stop it."""
+    """Have the kernel kill this process when our launcher dies, since nobody else would."""
     if not started_by_us():
         return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-    if str(os.getppid()) != os.environ[LAUNCHER]:  # it was gone before
+    if str(os.getppid()) != os.environ[LAUNCHER]:  # it died before the call
         os.kill(os.getpid(), signal.SIGKILL)

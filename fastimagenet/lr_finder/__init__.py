@@ -1,4 +1,4 @@
-"""The laboratory: sweeps of the learning rate, and what is read off them."""
+"""Learning-rate sweeps, and what is read off them."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from fastimagenet.training.trainer import Trainer
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object, write_object, write_text
-from pipelines.formats import plain
+from pipelines.formats import NO_BREAK, plain
 from pipelines.pages import render
 
 
@@ -215,8 +215,9 @@ def write_page(
         recipe="\n".join(recipe_lines if best else ()),
         figures={name: Markup(svg(figure, name)) for name, figure in figures.items()},
         headings=HEADINGS,
-        header=HEADER,
-        rows=[(sweep is best, row) for sweep, row in zip(sweeps, table(sweeps), strict=True)],
+        header=[name.replace("/ ", f"/{NO_BREAK}") for name in HEADER],
+        rows=table(sweeps),
+        best=None if best is None else list(sweeps).index(best),
         glossary=GLOSSARY,
         span=SPAN,
         facts=[(name, value) for name, value in facts if value not in (None, "")],

@@ -9,7 +9,7 @@ from fastimagenet.recipes.recipe import Recipe
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's network, freshly initialised with torch's random numbers.
+    """Build the recipe's network, initialised with torch's global random generator.
 
     Images (B, 3, H, W), normalised, -> logits (B, num_classes).
     """

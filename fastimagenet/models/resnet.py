@@ -1,4 +1,4 @@
-"""The networks that torchvision lacks, and the changes made to those that it has.
+"""torchvision's ResNets with a small stem or low-pass filters, and the ResNet-56 that it lacks.
 
 All take images (B, 3, H, W), best in channels_last memory, and return logits (B, num_classes).
 """
@@ -13,19 +13,20 @@ from torchvision.models import ResNet
 
 
 def conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias (BN follows) whose output has ceil(H / stride) rows."""
+    """Make a convolution without bias (BN follows) with ceil(H / stride) output rows."""
     padding = kernel_size // 2
     return nn.Conv2d(in_channels, channels, kernel_size, stride, padding, bias=False)
 
 
 def conv_bn(in_channels: int, channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
+    """Make such a convolution and its BN."""
     return nn.Sequential(conv(in_channels, channels, kernel_size, stride), nn.BatchNorm2d(channels))
 
 
 class BasicBlock(nn.Module):
     """ReLU(conv-BN-ReLU-conv-BN + shortcut), both 3x3; the first convolution has the stride.
 
-    The shortcut is the input itself; only where the shape changes is it a 1x1 convolution and BN.
+    The shortcut is the identity or, where the shape changes, a 1x1 convolution and BN.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
@@ -44,7 +45,7 @@ class BasicBlock(nn.Module):
 
 
 def initialise(model: nn.Module, zero_init_last_gamma: bool) -> None:
-    """He initialisation (He et al. 2015, arXiv:1502.01852), fan-out as torchvision's ResNets."""
+    """Initialise as torchvision's ResNets: He et al. 2015 (arXiv:1502.01852), fan-out."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -78,7 +79,7 @@ class ResNet56(nn.Module):
 
 
 def torchvision_resnet(name: str, num_classes: int, zero_init_last_gamma: bool) -> ResNet:
-    """torchvision's network of that name, without weights."""
+    """Make torchvision's network of that name, without trained weights."""
     model = torchvision.models.get_model(
         name, weights=None, num_classes=num_classes, zero_init_residual=zero_init_last_gamma
     )
@@ -87,16 +88,16 @@ def torchvision_resnet(name: str, num_classes: int, zero_init_last_gamma: bool) 
 
 
 def use_small_stem(model: ResNet) -> None:
-    """Let the first convolution be 3x3 with stride 1, and no max-pool follow: H, W stay whole."""
+    """Make the first convolution 3x3 with stride 1 and drop the max-pool: H and W are kept."""
     model.conv1 = conv(3, 64, 3)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
 
 
 class Blur(nn.Module):
-    """Each channel filtered by the 3x3 binomial (1 2 1; 2 4 2; 1 2 1) / 16, zeros outside.
+    """Filters each channel by the 3x3 binomial (1 2 1; 2 4 2; 1 2 1) / 16, zero-padded.
 
-    (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)). Nothing here is learned or saved.
+    (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)). No parameters, nothing saved.
     """
 
     kernel: Tensor
@@ -113,10 +114,10 @@ class Blur(nn.Module):
 
 
 class BlurredConv2d(nn.Conv2d):
-    """Filter, then convolve with stride 2; the weight has the plain convolution's name."""
+    """Filters, then convolves with stride 2; the weight is named as a plain convolution's."""
 
     def __init__(self, in_channels: int, channels: int, kernel_size: int) -> None:
-        # A 1x1 convolution reads every other pixel only: filter just those, a quarter of the work.
+        # A 1x1 convolution reads every second pixel only: filter just those, a quarter of the work.
         blur_stride, stride = (2, 1) if kernel_size == 1 else (1, 2)
         super().__init__(in_channels, channels, kernel_size, stride, kernel_size // 2, bias=False)
         self.blur = Blur(in_channels, blur_stride)

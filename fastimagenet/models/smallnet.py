@@ -1,4 +1,4 @@
-"""`SmallNet`, for small images on a CPU."""
+"""`SmallNet`, a residual network for small images on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastimagenet.models.resnet import conv
 
 
 class SmoothBlock(nn.Module):
-    """Input + two 3x3 convolutions, each with BN and SiLU behind it."""
+    """Adds to its input two 3x3 convolutions, each followed by BN and SiLU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class SmallNet(nn.Module):
 
     In the manner of the CIFAR-10 speed records: few wide layers, max-pools in place of strides, a
     global max-pool, and logits scaled down by 8. 81 million multiply-adds at 32 px. Pooling comes
-    before BN and SiLU, which then have a quarter of the pixels to go over. torch's own
+    before BN and SiLU, which then process a quarter of the pixels. torch's own
     initialisation.
     """
 

@@ -1,7 +1,7 @@
-"""The network of the CIFAR-10 speed records, and the two ways in which it starts.
+"""The network of the CIFAR-10 speed records, with whitening and Dirac initialisation.
 
-cifar10-airbench (github.com/KellerJordan/cifar10-airbench) and its paper "94 % on CIFAR-10 in 3.29
-Seconds on a Single GPU" (Jordan 2024, arXiv:2404.00498) have it; figures are theirs.
+It is that of cifar10-airbench (github.com/KellerJordan/cifar10-airbench) and its paper "94 % on
+CIFAR-10 in 3.29 Seconds on a Single GPU" (Jordan 2024, arXiv:2404.00498); figures are theirs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class WhiteningConv2d(nn.Conv2d):
     """A 2x2 convolution of 3 channels to 24, with bias, that whitens patches of 2x2 pixels.
 
     Its filters are the eigenvectors of the patches' covariance, each divided by the root of its
-    eigenvalue, and their negatives, so that what follows the nonlinearity keeps both signs. They
-    are set by `whiten` and learn nothing (Page 2019, "How to train your ResNet 8";
+    eigenvalue, and their negatives, so that both signs pass the nonlinearity. They are
+    set by `whiten` and do not learn (Page 2019, "How to train your ResNet 8";
     arXiv:2404.00498). The optimizer stops its bias after a few epochs.
     """
 
@@ -34,7 +34,7 @@ class WhiteningConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def whiten(self, images: Iterable[Tensor]) -> None:
-        """Take the filters from batches of images (B, 3, H, W), normalised."""
+        """Compute the filters from batches of images (B, 3, H, W), normalised."""
         count, total, products = 0, torch.zeros(12).double(), torch.zeros(12, 12).double()
         for batch in images:
             patches = F.unfold(batch.cpu().float(), 2).transpose(0, 1).flatten(1).double()
@@ -50,8 +50,8 @@ class WhiteningConv2d(nn.Conv2d):
 class SpeedBlock(nn.Module):
     """Convolution, max-pool, BN, GELU, convolution, BN, GELU; both convolutions 3x3.
 
-    BN has no scale, only a bias, and remembers 60 % of its statistics at every update: short
-    trainings need young ones.
+    BN has no scale, only a bias, and keeps 60 % of its statistics at every update: a short
+    training needs recent ones.
     """
 
     def __init__(self, in_channels: int, channels: int) -> None:
@@ -73,7 +73,7 @@ class SpeedNet(nn.Module):
 
     2x2 to 24 channels, three `SpeedBlock`s of 64, 256 and 256, a global max-pool, a linear layer
     whose logits are divided by 9. 118 million multiply-adds at 32 px.
-    `whitening`: the first convolution is a `WhiteningConv2d`, which awaits its `whiten`.
+    `whitening`: the first convolution is a `WhiteningConv2d`, on which `whiten` is to be called.
     """
 
     def __init__(self, num_classes: int, whitening: bool = False) -> None:
@@ -88,10 +88,10 @@ class SpeedNet(nn.Module):
 
 
 def use_dirac(model: nn.Module) -> None:
-    """Let every odd-sized convolution start by handing on its input, as far as channels go.
+    """Initialise every odd-sized convolution to pass its input on, as far as its channels go.
 
-    The first filters, as many as there are input channels, become the identity; what is left
-    stays as it was drawn. For networks without shortcuts, which then start as shallow ones
+    The first filters, as many as there are input channels, become the identity; the others stay
+    as they were drawn. For networks without shortcuts, which then start as shallow ones
     (Zagoruyko and Komodakis 2017, arXiv:1706.00388; in part: arXiv:2404.00498).
     """
     for module in model.modules():

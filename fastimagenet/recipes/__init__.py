@@ -34,7 +34,7 @@ RECIPES: dict[str, Callable[[int], Recipe]] = {
 
 
 def named_recipe(name: str, nodes: int = 1) -> Recipe:
-    """The recipe of that name, in its variant for `nodes` nodes. Raises UserError."""
+    """Make the recipe of that name in its variant for `nodes` nodes. Raises UserError."""
     if name not in RECIPES:
         raise UserError(f"--recipe {name} is none of {', '.join(RECIPES)}, nor a .toml file")
     return RECIPES[name](nodes)

@@ -18,7 +18,7 @@ class PlannedPhase(Phase):
     """A phase with its place in the run; epochs and steps count from 0 over the whole run."""
 
     index: int
-    """Its place in the recipe."""
+    """Its index in the recipe."""
     first_epoch: int
     first_step: int
     steps_per_epoch: int
@@ -28,7 +28,7 @@ class PlannedPhase(Phase):
 
     @property
     def last_step(self) -> int:
-        """One past the phase's last step."""
+        """Index of the first step after the phase."""
         return self.first_step + self.epochs * self.steps_per_epoch
 
 
@@ -40,7 +40,7 @@ class Plan:
     world_size: int
     num_train: int
     accumulation: int
-    """Batches of a process whose gradients make one update."""
+    """Micro-batches of a process whose gradients make one update."""
     phases: tuple[PlannedPhase, ...]
 
     @classmethod
@@ -98,7 +98,7 @@ class Plan:
 
     @cached_property
     def _schedules(self) -> tuple[schedule.Schedule, schedule.Schedule]:
-        """LR for the recipe's own batch, and momentum. Raises UserError naming the field."""
+        """LR for the recipe's own batch, and momentum, by the step. Raises UserError."""
         recipe, steps = self.recipe, self.total_steps
         momentum: schedule.Schedule | None = None
         lr: schedule.Schedule
@@ -133,34 +133,34 @@ class Plan:
         return min(self.phases, key=lambda planned: planned.batch_size)
 
     def lr(self, step: int) -> float:
-        """Learning rate of update `step` (from 0)."""
+        """Return the learning rate of update `step` (from 0)."""
         return self._schedules[0](step) * self.phase_at(step).lr_factor
 
     def momentum(self, step: int) -> float:
-        """Momentum of update `step` (from 0)."""
+        """Return the momentum of update `step` (from 0)."""
         return self._schedules[1](step)
 
     def phase_at(self, step: int) -> PlannedPhase:
-        """The phase of update `step`; the last one past the end."""
+        """Find the phase of update `step`; past the end, the last one."""
         starts = [phase.first_step for phase in self.phases]
         return self.phases[bisect_right(starts, step) - 1]
 
     def phase_of_epoch(self, epoch: int) -> PlannedPhase:
-        """The phase of `epoch` (from 0)."""
+        """Find the phase of `epoch` (from 0)."""
         starts = [phase.first_epoch for phase in self.phases]
         return self.phases[bisect_right(starts, epoch) - 1]
 
     def step_at(self, epoch: float) -> float:
-        """The step at which `epoch` (from 0, fractions are fine) begins."""
+        """Return the step at which `epoch` (from 0, fractions are fine) begins."""
         phase = self.phase_of_epoch(int(epoch))
         return phase.first_step + (epoch - phase.first_epoch) * phase.steps_per_epoch
 
     def evaluates(self, epoch: int) -> bool:
-        """Whether the model is evaluated after `epoch`."""
+        """Tell whether the model is evaluated after `epoch`."""
         return (epoch + 1) % self.recipe.eval_every_epochs == 0 or epoch + 1 == self.epochs
 
     def eval_stages(self) -> tuple[Stage, ...]:
-        """What the validation loader reads: a pass counts as an epoch.
+        """List what the validation loader reads, one stage of one epoch for each pass.
 
         One batch size, the recipe's smallest, so that no pass costs a rebuild. Where the last pass
         reads rectangles, one more reads squares.
@@ -176,7 +176,7 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for plan.json."""
+        """Convert the plan to plain values for plan.json."""
         return {
             "recipe": asdict(self.recipe),
             "world_size": self.world_size,
@@ -207,7 +207,7 @@ class Plan:
         }
 
     def describe(self) -> str:
-        """The plan as a table for the terminal."""
+        """Format the plan as a table for the terminal."""
         recipe = self.recipe
         lines = [
             f"plan: recipe {recipe.name}, {recipe.model}, {self.epochs} epochs, "
@@ -240,14 +240,16 @@ class Plan:
                 f"  lr rule: max_lr {recipe.max_lr:g} x global batch / {recipe.lr_reference_batch}"
             )
         if self.accumulation > 1:
-            lines.append(f"  an update adds up the gradients of {self.accumulation} batches")
+            lines.append(
+                f"  an update accumulates the gradients of {self.accumulation} micro-batches"
+            )
         left_out = self.num_train - self.phases[-1].steps_per_epoch * self.phases[-1].global_batch
         lines.append(f"  left out of a (last) epoch to fill whole batches: {left_out} images")
         return "\n".join(lines)
 
 
 def accumulation_for(recipe: Recipe, world_size: int, global_batch: int | None) -> int:
-    """Batches an update for which the first phase has this global batch (`--global-batch`).
+    """Compute the micro-batches of an update that give the first phase this global batch.
 
     Raises UserError for one that the processes cannot make of whole batches.
     """

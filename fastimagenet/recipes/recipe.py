@@ -36,8 +36,7 @@ def require(condition: bool, field: str, rule: str, value: object) -> None:
 
 
 def settle_floats(settings: Recipe | Phase, prefix: str = "") -> None:
-    """Make floats of whole numbers in float fields: 10 and 10.0 are one value, but not one text,
-    and runs are told apart by their recipe's text.
+    """Convert whole numbers in float fields to floats, so that a recipe is written in one way.
 
     Raises UserError naming the field that holds NaN or infinity.
     """
@@ -222,7 +221,7 @@ class Recipe(Transforms):
         require(self.reflect_pad < smallest, "reflect_pad", "below image_size", self.reflect_pad)
 
     def _check_schedules(self) -> None:
-        """Also those that do not hold; whether a run has steps enough is found by its plan."""
+        """Check all schedules, unused ones too; too few steps are for the plan to find."""
         try:
             schedule.use_clr_beta(MANY_STEPS, self.max_lr, *self.use_clr_beta)
             schedule.one_cycle(MANY_STEPS, self.max_lr, *self.one_cycle)
@@ -233,19 +232,19 @@ class Recipe(Transforms):
 
     @property
     def epochs(self) -> int:
-        """Of all phases together."""
+        """Epochs of all phases together."""
         return sum(phase.epochs for phase in self.phases)
 
     @property
     def target_metric(self) -> tuple[str, float] | None:
-        """("top1" or "top5", fraction), or None without a target."""
+        """Metric, "top1" or "top5", and fraction to reach; None without a target."""
         if not self.target:
             return None
         metric, _, value = self.target.partition("=")
         return metric, float(value)
 
     def reached_by(self, accuracies: Mapping[str, float | None]) -> bool:
-        """Whether these fractions, by metric, have the target; False without one."""
+        """Tell whether these fractions, by metric, reach the target; False without one."""
         if self.target_metric is None:
             return False
         metric, mark = self.target_metric
@@ -253,7 +252,7 @@ class Recipe(Transforms):
         return value is not None and value >= mark
 
     def stretched(self, epochs: int) -> Recipe:
-        """The same recipe over another number of epochs, phases and LR together.
+        """Stretch phases and schedule together to another number of epochs.
 
         Phase boundaries move in proportion and are rounded to whole epochs; a phase that is left
         without an epoch drops out. Raises UserError for less than one epoch.

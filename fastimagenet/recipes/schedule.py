@@ -20,7 +20,7 @@ def _require(condition: bool, field: str, rule: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Constant:
-    """The same value at every step."""
+    """A value that is the same at every step."""
 
     value: float
 
@@ -86,7 +86,7 @@ class ClrBetaMomentum:
 def use_clr_beta(
     num_steps: int, max_lr: float, *parameters: float
 ) -> tuple[ClrBetaLR, ClrBetaMomentum | None]:
-    """LR and momentum of the parameters (div, pct[, max_mom, min_mom]) over num_steps updates.
+    """Make LR and momentum of the parameters (div, pct[, max_mom, min_mom]) over num_steps updates.
 
     The momentum is None where its range is left out. Raises ValueError naming the field; a tuple
     of three, whose momentum the original dropped without a word, is an error.
@@ -107,7 +107,7 @@ def _half_cycle(num_steps: int, pct: float) -> int:
 
 
 def _tent(step: int, half: int) -> float:
-    """0 at step 0, 1 at `half`, 0 at 2 half."""
+    """Rise from 0 at step 0 to 1 at `half`, and fall to 0 at 2 half."""
     return step / half if step <= half else 1 - (step - half) / half
 
 
@@ -172,7 +172,7 @@ def one_cycle(
     max_momentum: float,
     base_momentum: float,
 ) -> tuple[OneCycleLR, OneCycleMomentum]:
-    """Both, as the recipe field has them. Raises ValueError naming the field."""
+    """Make LR and momentum of the recipe field. Raises ValueError naming the field."""
     lr = OneCycleLR(num_steps, max_lr, pct_start, div_factor, final_div_factor)
     return lr, OneCycleMomentum(num_steps, pct_start, max_momentum, base_momentum)
 

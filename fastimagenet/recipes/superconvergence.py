@@ -86,7 +86,7 @@ IMAGES_PER_CLASS = 1000
 
 
 def study_recipe(run: str) -> Recipe:
-    """The recipe of a run in `STUDY`: ResNet-56, SGD with weight decay on everything, fp32."""
+    """Make the recipe of a run in `STUDY`: ResNet-56, SGD with weight decay on everything, fp32."""
     published = STUDY[run]
     return Recipe(
         name=f"cifar10-superconvergence-{run}",
@@ -125,7 +125,7 @@ def _listed(recipe: Recipe, citation: str) -> Callable[[int], Recipe]:
 
 
 def _study_citation(run: str) -> str:
-    """The docstring of a recipe of the study."""
+    """Write the docstring of a recipe of the study."""
     published = STUDY[run]
     return f"""Run {run} of the super-convergence study: peak LR {published.max_lr:g}, \
 {published.epochs} epochs, {published.use_clr_beta}.

@@ -15,14 +15,14 @@ from pipelines.errors import UserError
 
 
 def dumps(recipe: Recipe) -> str:
-    """The recipe as TOML that `loads` accepts back unchanged."""
+    """Write the recipe as TOML that `loads` accepts back unchanged."""
     import tomli_w
 
     return tomli_w.dumps(asdict(recipe))
 
 
 def loads(text: str, where: str = "recipe") -> Recipe:
-    """A recipe from TOML. Raises UserError with `where` for bad TOML, fields and values."""
+    """Read a recipe from TOML. Raises UserError with `where` for bad TOML, fields and values."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -31,7 +31,7 @@ def loads(text: str, where: str = "recipe") -> Recipe:
 
 
 def load(path: Path) -> Recipe:
-    """A recipe from a TOML file. Raises UserError naming the file or the field."""
+    """Read a recipe from a TOML file. Raises UserError naming the file or the field."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -41,7 +41,7 @@ def load(path: Path) -> Recipe:
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any] | Sequence[str]) -> Recipe:
-    """The recipe changed by {"max_lr": 1.2} or by the text "phases.0.image_size=96" of --set.
+    """Change fields, given as {"max_lr": 1.2} or as the texts of --set, "phases.0.image_size=96".
 
     In text the value is read as TOML; a bare word is a string. All settings are applied before the
     recipe is checked, so that fields which depend on one another can change together.
@@ -63,13 +63,13 @@ def _key_and_value(setting: str) -> tuple[str, Any]:
 
 
 def settings_between(base: Recipe, recipe: Recipe) -> list[str]:
-    """What --set has to change to make `recipe` of `base`, such as "max_lr=1.2"."""
+    """List the texts of --set that change `base` into `recipe`, such as "max_lr=1.2"."""
     before, after = asdict(base), asdict(recipe)
     return [f"{name}={_inline(after[name])}" for name in after if after[name] != before[name]]
 
 
 def _inline(value: Any) -> str:
-    """A value as TOML on one line."""
+    """Write a value as TOML on one line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -115,7 +115,7 @@ def _check_name(name: str, known: list[str], where: str) -> None:
 
 
 def _build(cls: type, data: Mapping[str, Any], where: str) -> Any:
-    """An instance of a dataclass from plain values; every name and type is checked."""
+    """Build a dataclass from plain values; every name and type is checked."""
     known = [field.name for field in fields(cls)]
     hints = get_type_hints(cls)
     values = {}

@@ -17,7 +17,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipelines.files import Row, write_text, written_beside
+from pipelines.files import Row, atomic_write, write_text
 
 Points = list[tuple[float, float]]
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -141,7 +141,7 @@ def write_files(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write NAME.svg and NAME.png (300 pixels per inch) on white; return both paths."""
     vector, pixels = folder / f"{name}.svg", folder / f"{name}.png"
     write_text(vector, _svg_file(figure, facecolor="white"))
-    with written_beside(pixels) as beside, matplotlib.rc_context(STYLE):
+    with atomic_write(pixels) as beside, matplotlib.rc_context(STYLE):
         figure.savefig(beside, format="png", dpi=300, facecolor="white")
     return [vector, pixels]
 

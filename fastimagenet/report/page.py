@@ -56,12 +56,18 @@ def write_report(run_dir: Path) -> Path:
 def render(run: Run) -> str:
     """Fill in the whole page."""
     plan, summary = run.plan, run.summary
+    best = summary.get("best_epoch")
     return pages.render(
         Path(__file__).with_name("report.html.jinja"),
         plan=plan,
         summary=summary,
-        epochs=run.epochs,
-        events=run.events,
+        phases=[_phase_cells(phase) for phase in plan.get("phases", [])],
+        epochs=[_epoch_cells(row) for row in run.epochs],
+        best=next((i for i, row in enumerate(run.epochs) if row["epoch"] == best), None),
+        events=[
+            (duration(row.get("time_seconds")), number(row.get("step")), row.get("message"))
+            for row in run.events
+        ],
         title=_what(run),
         status=_status(run),
         headline=_headline(run),
@@ -69,6 +75,7 @@ def render(run: Run) -> str:
         figures=_figures(run),
         outcomes=Markup(plots.outcomes(run.steps, run.epochs, plan.get("phases", []))),
         split=_split(summary),
+        waiting=run.waiting_share,
         split_svg=Markup(plots.time_split(summary.get("time_split_seconds") or {})),
         recipe=recipe_listing(plan.get("recipe", {})),
         environment=_environment(run),
@@ -148,10 +155,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         price = number(summary.get("cost_per_hour"), "g")
         tiles.append(("cost", f"${summary['cost_usd']:,.2f}", f"at ${price} an hour"))
     if summary.get("images_per_sec") is not None:
-        wait, train = summary.get("data_wait_seconds"), summary.get("train_seconds")
-        remark = "all processes"
-        if wait is not None and train:
-            remark = f"{100 * wait / train:.1f} % waiting for data"
+        waiting = run.waiting_share
+        remark = "all processes" if waiting is None else f"{100 * waiting:.1f} % waiting for data"
         tiles.append(("images/s", number(summary["images_per_sec"], ",.0f"), remark))
     if summary.get("wall_seconds") is not None:
         remark = f"evaluation {duration(summary.get('eval_seconds'))}"
@@ -173,14 +178,45 @@ def _figures(run: Run) -> list[tuple[str, Markup]]:
     return [(heading, Markup(svg)) for heading, svg in svgs.items()]
 
 
-def _split(summary: Row) -> list[tuple[str, str, float, float]]:
-    """List name, colour, seconds and share of the parts of the wall time."""
+def _split(summary: Row) -> list[tuple[str, str, str]]:
+    """List name with its colour, seconds and share of the parts of the wall time."""
     parts = summary.get("time_split_seconds") or {}
     parts = {key: value or 0.0 for key, value in parts.items()}
     total = sum(parts.values()) or 1.0
+    swatch = Markup('<span class="swatch" style="background:{}"></span>{}')
     return [
-        (PART_NAMES.get(key, key), plots.TIME_COLOURS.get(key, GREY), seconds, seconds / total)
+        (
+            swatch.format(plots.TIME_COLOURS.get(key, GREY), PART_NAMES.get(key, key)),
+            number(seconds, ",.2f"),
+            percent(seconds / total, 1),
+        )
         for key, seconds in parts.items()
+    ]
+
+
+def _phase_cells(phase: Row) -> list[str]:
+    """Format a row of the table of phases."""
+    first = phase["first_epoch"]
+    counts = ("batch_size", "global_batch", "steps_per_epoch", "first_step")
+    return [
+        f"{first + 1} to {first + phase['epochs']}",
+        *(str(phase[key]) for key in ("image_size", "eval_size")),
+        *(number(phase[key]) for key in counts),
+        *(number(phase[key], ".4g") for key in ("lr_first", "lr_last")),
+    ]
+
+
+def _epoch_cells(row: Row) -> list[str]:
+    """Format a row of the table of epochs."""
+    return [
+        str(row["epoch"] + 1),
+        *(number(row.get(key)) for key in ("image_size", "batch_size")),
+        *(number(row.get(key), ".4f") for key in ("train_loss", "val_loss")),
+        *(percent(row.get(key)) for key in ("top1", "top5", "tta_top1", "tta_top5")),
+        *(
+            number(row.get(key), ",.2f")
+            for key in ("train_seconds", "data_wait_seconds", "eval_seconds")
+        ),
     ]
 
 

@@ -76,6 +76,12 @@ class Run:
         return None if self.target is None else time_to_target(self.epochs, *self.target)
 
     @property
+    def waiting_share(self) -> float | None:
+        """Share of the training time spent waiting for data; None without a summary."""
+        wait, train = (self.summary.get(f"{part}_seconds") for part in ("data_wait", "train"))
+        return wait / train if train and wait is not None else None
+
+    @property
     def epochs_done(self) -> int:
         """How many epochs were trained."""
         return self.epochs[-1]["epoch"] + 1 if self.epochs else 0

@@ -10,10 +10,10 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class MovingAverage(AveragedModel):
-    """torch's average of parameters and buffers: old x decay + new x (1 - decay), first a copy.
+    """torch's average of parameters and buffers: decay x old + (1 - decay) x new, first a copy.
 
-    torch's own `update_parameters` sends its counter to the GPU at every update, and waits for all
-    work queued there before.
+    torch's own `update_parameters` (still in 2.14) copies its counter to the GPU at every update,
+    which waits for all work queued there.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -22,7 +22,7 @@ class MovingAverage(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Take the model's present weights in; counts among its buffers are copied."""
+        """Average in the model's current weights; integer buffers are copied."""
         first = not self.n_averaged  # the counter is on the CPU
         floats: tuple[list[Tensor], list[Tensor]] = ([], [])
         for old, new in zip(tensors(self.module), tensors(model), strict=True):
@@ -37,5 +37,5 @@ class MovingAverage(AveragedModel):
 
 
 def tensors(model: nn.Module) -> chain[Tensor]:
-    """Parameters, then buffers."""
+    """Iterate over the parameters, then the buffers."""
     return chain(model.parameters(), model.buffers())

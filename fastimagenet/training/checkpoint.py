@@ -1,7 +1,8 @@
-"""Checkpoints: written beside and renamed, sealed by a checksum, read without running any code.
+"""Checkpoints: written atomically, sealed by a checksum, read without running any code.
 
-The checksum is the comment of the zip archive that `torch.save` writes, so the file stays one that
-`torch.load` reads; torch itself overlooks a flipped bit.
+The checksum is the comment of the zip archive that `torch.save` writes, so that `torch.load` reads
+the file as any other. torch itself overlooks flipped bits, and the archive's own CRC-32 does not
+cover its directory, where one flipped bit makes torch read other memory as weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from fastimagenet.training.recorder import Recorder
 from pipelines.errors import UserError
-from pipelines.files import written_beside
+from pipelines.files import atomic_write
 
 LAST, PREVIOUS, EPOCH, BEST = "last.pt", "previous.pt", "epoch.pt", "best.pt"
 ENTRIES = (
@@ -37,26 +38,24 @@ SEAL_SIZE = 64
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values. Raises OSError, such as for a full disk."""
-    import torch
-
+    """Write tensors and plain values atomically. Raises OSError, such as for a full disk."""
     try:
-        with written_beside(path) as beside, beside.open("w+b") as file:
+        with atomic_write(path) as beside, beside.open("w+b") as file:
             torch.save(state, file)
             seal(file)
     except RuntimeError as error:
-        # torch's zip writer, closing a file that is already short, hides why it is.
+        # torch's zip writer hides the cause when it closes a file that is incomplete.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
 
 def save_last(folder: Path, state: dict[str, Any], names: Iterable[str] = ()) -> None:
-    """Write `folder`/last.pt and keep the one before as previous.pt; it gets `names`, too.
+    """Write `folder`/last.pt, keep the one before as previous.pt, and link the new one to `names`.
 
-    At any moment last.pt is whole and previous.pt is another one, so that wherever this is cut
-    short, one of the two is intact though the one before has been damaged. Raises OSError, and then
-    all are as they were.
+    last.pt is complete at any moment, and previous.pt is another file: wherever this is
+    interrupted, one of the two is intact even if the last one had been damaged. Raises OSError, and
+    then all files are as they were.
     """
     fresh, before = folder / f".{LAST}.new", folder / f".{PREVIOUS}.new"
     try:
@@ -79,7 +78,7 @@ def save_last(folder: Path, state: dict[str, Any], names: Iterable[str] = ()) ->
 
 
 def link(source: Path, path: Path) -> None:
-    """Make `path` another name of the same file, which is never written to again, or a copy."""
+    """Make `path` a hard link to the file, which is never written to again, or else a copy."""
     path.unlink(missing_ok=True)
     try:
         os.link(source, path)
@@ -88,16 +87,16 @@ def link(source: Path, path: Path) -> None:
 
 
 def seal(file: BinaryIO) -> None:
-    """Append the digest of a zip archive that has no comment, as its comment."""
+    """Append the digest of a zip archive without a comment as its comment."""
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     digest = digest_of(file, end - 2)
-    file.seek(end - 2)  # where the length of the comment is
+    file.seek(end - 2)  # the length of the comment
     file.write(SEAL_SIZE.to_bytes(2, "little") + digest)
 
 
 def digest_of(file: BinaryIO, size: int) -> bytes:
-    """Of the first `size` bytes, as ASCII."""
+    """Compute the digest of the first `size` bytes, as ASCII."""
     digest = hashlib.new(DIGEST)
     while size and (data := file.read(min(size, 1 << 20))):
         digest.update(data)
@@ -106,7 +105,7 @@ def digest_of(file: BinaryIO, size: int) -> bytes:
 
 
 def check_seal(file: BinaryIO) -> None:
-    """Raise ValueError unless the file ends with its digest; go to its start."""
+    """Raise ValueError unless the file ends with its digest; seek to its start."""
     end = file.seek(0, os.SEEK_END)
     body = max(0, end - SEAL_SIZE - 2)
     file.seek(0)
@@ -117,12 +116,10 @@ def check_seal(file: BinaryIO) -> None:
 
 
 def load(path: Path, *entries: str) -> dict[str, Any]:
-    """What `save` wrote, on the CPU; it holds at least `entries`.
+    """Load what `save` wrote onto the CPU, and check that it has these entries.
 
     Raises UserError naming the file if it is missing, damaged, hostile or of another program.
     """
-    import torch
-
     try:
         with path.open("rb") as file:
             check_seal(file)
@@ -182,23 +179,23 @@ def adopt(folder: Path, path: Path, num_epochs: int) -> None:
 
 
 class CheckpointWriter:
-    """Writes the states of a run to `folder`, one at a time, in their order.
+    """Writes a run's checkpoints to `folder` on a thread, one at a time, in order.
 
-    The training waits while its state is copied to main memory, and for the state before where
-    that is not on the disk yet.
+    The training waits while its state is copied to main memory, and for the previous checkpoint
+    if that is not on the disk yet.
     """
 
     def __init__(self, folder: Path, recorder: Recorder) -> None:
         self._folder, self._recorder = folder, recorder
-        for left in folder.glob(".*.pt.*"):  # by a process that was killed while it wrote
+        for left in folder.glob(".*.pt.*"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._row: dict[str, Any] = {}
-        """Of the event that would tell of a failure."""
+        """Fields of the event that would report a failure."""
         self._written: Future[bool] | None = None
 
     def save(self, state: dict[str, Any], names: Sequence[str] = ()) -> None:
-        """Begin to leave the state as last.pt and under `names`."""
+        """Begin to write the state to last.pt and under `names`."""
         self.finish()
         self._row = {"step": state["step"], "epoch": state["epoch"]}
         self._row["time_seconds"] = sum(state["clock"].values())
@@ -211,9 +208,9 @@ class CheckpointWriter:
         return self._recorder.unwritten.attempt(f"checkpoint of step {state['step']}", save)
 
     def finish(self) -> bool:
-        """Wait for what was begun; False where the disk has not taken it, which is an event.
+        """Wait for the checkpoint begun last; False, and an event, if it could not be written.
 
-        Then the earlier checkpoints are as they were.
+        The earlier checkpoints are then as they were.
         """
         written, self._written = self._written, None
         if written is None or written.result():
@@ -224,22 +221,22 @@ class CheckpointWriter:
 
 
 def copied(value: Any) -> Any:
-    """The same dicts, lists and plain values, with the tensors copied to main memory.
+    """Copy the tensors in nested dicts and lists to main memory, and return the same nesting.
 
-    From a GPU the copies are only begun: the stream does them before later updates.
+    From a GPU the copies are only queued: the stream makes them before later updates.
     """
     if isinstance(value, Tensor):
         target = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         return target.copy_(value, non_blocking=True)
     if isinstance(value, dict):
-        result = copy.copy(value)  # as it is: a model's has the versions of its layouts with it
+        result = copy.copy(value)  # a model's state dict has the versions of its modules with it
         result.update((key, copied(item)) for key, item in value.items())
         return result
     return [copied(item) for item in value] if isinstance(value, list) else value
 
 
 def copying_done() -> torch.cuda.Event | None:
-    """On a GPU, what happens when the copies begun so far are there."""
+    """Return, on a GPU, the event of the copies queued so far."""
     if not torch.cuda.is_initialized():
         return None
     event = torch.cuda.Event()

@@ -1,4 +1,4 @@
-"""The stopwatch: seconds by section, which add up to the wall time."""
+"""The stopwatch of a run: seconds by section, which add up to the wall time."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SECTIONS = (
     "other",
 )
 OUTSIDE_TRAINING = ("compile", "evaluation", "checkpoint")
-"""What DAWNBench lets a training clock leave out; everything else counts."""
+"""Sections that DAWNBench lets a training clock leave out; everything else counts."""
 
 
 class Stopwatch:
-    """Seconds by section. Exactly one section runs at a time, so they add up to the wall time.
+    """Measures seconds by section. One section runs at any time, so they add up to the wall time.
 
-    Starts in "start_up", which has taken `before` seconds elsewhere. A context manager or `waiting`
-    enters a section and comes back.
+    Starts in "start_up", to which `before` seconds are added that have passed elsewhere. `section`
+    and `waiting` enter a section and return to the previous one.
     """
 
     def __init__(self, before: float = 0.0) -> None:
@@ -35,7 +35,7 @@ class Stopwatch:
         self._since = time.perf_counter()
 
     def switch(self, section: str) -> str:
-        """Go to another section; returns the one that was running."""
+        """Enter another section; returns the previous one."""
         now = time.perf_counter()
         self.seconds[self._section] += now - self._since
         previous, self._section, self._since = self._section, section, now
@@ -51,7 +51,7 @@ class Stopwatch:
             self.switch(previous)
 
     def waiting(self, items: Iterable[Item], section: str) -> Iterator[Item]:
-        """The same items, with the time they take to arrive put into `section`."""
+        """Yield the same items; the time that they take to arrive counts as `section`."""
         iterator = iter(items)
         while True:
             with self.section(section):
@@ -62,20 +62,20 @@ class Stopwatch:
             yield item
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Book seconds, measured otherwise, to another section; no more than there are."""
+        """Move seconds that were measured otherwise to another section, at most all of them."""
         seconds = min(seconds, self.seconds[source])
         self.seconds[source] -= seconds
         self.seconds[target] += seconds
 
     def read(self) -> dict[str, float]:
-        """Seconds by section up to now."""
+        """Return the seconds by section up to now."""
         self.switch(self._section)
         return dict(self.seconds)
 
     def carry_over(self, seconds: dict[str, float], lost: float | None = None) -> None:
-        """Add the reading of the run that this one goes on with.
+        """Add the reading of the run that this one resumes.
 
-        `lost`: seconds from that reading to now, where the run itself went on: they count, as
+        `lost`: seconds from that reading to now, if it is the same run, restarted: they count, as
         "other", in place of what this process has taken so far.
         """
         self.switch(self._section)
@@ -86,8 +86,8 @@ class Stopwatch:
 
 
 def train_seconds(seconds: dict[str, float]) -> float:
-    """The training clock: the wall time less evaluation, checkpoints and compile warm-up.
+    """Compute the training clock: the wall time less evaluation, checkpoints and compilation.
 
-    It runs from before data loading and model initialisation, as DAWNBench has it.
+    It starts before data loading and model initialisation, as DAWNBench requires.
     """
     return sum(value for name, value in seconds.items() if name not in OUTSIDE_TRAINING)

@@ -1,4 +1,4 @@
-"""What processes exchange in an update, and how long it waits for that."""
+"""What DDP needs beside itself: the gradient all-reduce, timed, and synchronised BN."""
 
 # No `from __future__ import annotations`: DDP reads the hook's annotations as types.
 import time
@@ -14,18 +14,17 @@ from pipelines.errors import UserError
 
 
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with BN statistics over all processes. Raises UserError on a CPU."""
+    """Compute the model's BN statistics over all processes. Raises UserError on a CPU."""
     if device.type == "cpu":
         raise UserError("recipe field sync_bn = true needs a GPU: --set sync_bn=false on a CPU")
-    synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return synchronised
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 class CommunicationTimer:
-    """Installs the all-reduce of a DDP model, in bf16 if asked, and times its exposed part.
+    """Sets the all-reduce hook of a DDP model, in bf16 if asked, and times its exposed part.
 
-    The last gradient bucket fills when the backward pass has nothing left to compute: from there
-    until backward returns (on a GPU: until the stream goes on) it only waits.
+    The last gradient bucket is full when the backward pass has nothing left to compute: from then
+    until backward returns (on a GPU: until the stream continues) the process only waits.
     """
 
     def __init__(self, model: DistributedDataParallel, bf16_gradients: bool) -> None:
@@ -57,7 +56,7 @@ class CommunicationTimer:
             self._last_bucket = None
 
     def take_seconds(self) -> float:
-        """Seconds waited since the last call; call it where the device is synchronised."""
+        """Return the seconds waited since the last call; the device has to be synchronised."""
         spans, self._spans = self._spans, []
         if self._cuda:
             return sum(start.elapsed_time(end) for start, end in spans) / 1000

@@ -1,4 +1,4 @@
-"""Exact top-1, top-5 and loss: counts are summed over batches and ranks, and divided once."""
+"""Exact top-1, top-5 and loss: counts are summed over batches and ranks and divided once."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def check_tta(tta: str) -> None:
 
 @dataclass(frozen=True)
 class Counts:
-    """What an evaluation has counted; the fractions raise ZeroDivisionError without images."""
+    """The counts of an evaluation; the fractions raise ZeroDivisionError without images."""
 
     images: int
     correct1: int
     correct5: int
     loss_sum: float
-    """Of the cross-entropy, without label smoothing, in nats."""
+    """Sum of the cross-entropy, without label smoothing, in nats."""
     tta_correct1: int | None = None
     tta_correct5: int | None = None
 
@@ -52,7 +52,7 @@ class Counts:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy an image."""
+        """Mean cross-entropy per image."""
         return self.loss_sum / self.images
 
     @property
@@ -64,7 +64,7 @@ class Counts:
         return None if self.tta_correct5 is None else self.tta_correct5 / self.images
 
     def accuracies(self) -> dict[str, float | None]:
-        """The four accuracies by the names that files and rows use."""
+        """Return the four accuracies by their names in files and rows."""
         return {
             "top1": self.top1,
             "top5": self.top5,
@@ -121,7 +121,7 @@ def evaluate(
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
-    """Images whose label (B,) has the best, and one of the five best, of its scores (B, C).
+    """Count images whose label (B,) has the best, and one of the five best, scores (B, C).
 
     -> (2,) int64 on the same device. A row of scores with a NaN is wrong in both.
     """
@@ -132,7 +132,7 @@ def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def views(images: Tensor, tta: str) -> Iterator[Tensor]:
-    """The versions of the images (B, C, H, W) that are averaged, the images themselves first.
+    """Yield the views of the images (B, C, H, W) to average, the images themselves first.
 
     "none": 1. "flip": 2, also the mirror image (left-right). "flip+crop": 6, also both of these
     for the images moved by (H // 16, W // 16) pixels down and right, and up and left, filled by
@@ -161,7 +161,7 @@ def views(images: Tensor, tta: str) -> Iterator[Tensor]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back to just the mode that each module was in, come what may."""
+    """Run the block in evaluation mode; then every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -172,7 +172,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def autocast_dtype(precision: str, device: str) -> torch.dtype | None:
-    """The dtype to autocast to, None for plain float32.
+    """Return the dtype to autocast to, None for plain float32.
 
     "auto" is bf16 on a GPU and fp32 on a CPU. Raises UserError for fp16 on a CPU.
     """

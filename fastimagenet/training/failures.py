@@ -1,4 +1,4 @@
-"""What goes wrong in a step, put into words that say what to set."""
+"""Failures of a training step, turned into messages that say what to set."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from fastimagenet.recipes.plan import Plan, PlannedPhase
 from pipelines.errors import UserError
 
 SCALER_PATIENCE_STEPS = 16
-"""Non-finite losses in a row that the fp16 loss scaler, which halves itself at each, may cure."""
+"""Non-finite losses in a row from which the fp16 loss scaler, halved at each, may recover."""
 
 
 class LossMonitor:
-    """Sums an epoch's losses and notes the step from which they are past cure, on the device.
+    """Sums an epoch's losses and records the step at which they diverged, on the device.
 
-    Nothing here waits for the device but `read`.
+    Only `read` waits for the device. `patience_steps`: non-finite losses in a row that count as
+    divergence.
     """
 
     def __init__(self, device: torch.device, patience_steps: int) -> None:
         self.total = torch.zeros((), dtype=torch.float64, device=device)
-        """Sum of the losses of the epoch so far."""
+        """Sum of the losses of the epoch so far, a float64 scalar on the device."""
         self._patience = patience_steps
         self._bad_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._failed_at = torch.full((), -1, dtype=torch.int64, device=device)
 
     def update(self, loss: Tensor, step: int) -> None:
-        """Take the loss, a scalar on the device, of update `step`."""
+        """Add the loss, a scalar on the device, of update `step`."""
         self.total += loss
         self._bad_steps = torch.where(torch.isfinite(loss), 0, self._bad_steps + 1)
         failed = (self._bad_steps == self._patience) & (self._failed_at < 0)
         self._failed_at = torch.where(failed, step, self._failed_at)
 
     def read(self, loss: Tensor, plan: Plan) -> float:
-        """The value of `loss`. Raises UserError with step and LR if the run has diverged."""
+        """Return the value of `loss`. Raises UserError with step and LR if the run has diverged."""
         # One transfer for both numbers: it waits for all work queued on the device.
         value, failed_at = torch.stack([loss.double(), self._failed_at.double()]).tolist()
         if failed_at >= 0:
@@ -49,12 +50,12 @@ class LossMonitor:
 
 
 OUT_OF_MEMORY = ("out of memory", "unable to find an engine")
-"""Words of errors. With cudnn.benchmark torch tries every algorithm, takes the lack of memory for a
-reason to try the next one, and says at the end that none would run."""
+"""Words of torch errors. With cudnn.benchmark it tries every algorithm, takes lack of memory as a
+reason to try the next one, and says in the end that none would run."""
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a batch was too large for the GPU."""
+    """Tell whether the error says that the GPU is out of memory."""
     return any(words in str(error) for words in OUT_OF_MEMORY)
 
 

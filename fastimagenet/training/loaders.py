@@ -1,4 +1,4 @@
-"""From a recipe and a World to the loaders that a command reads with."""
+"""Open the loaders of a recipe for one process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_loader(
     copies: Mapping[str, Split] | None = None,
     accumulation: int = 1,
 ) -> Loader:
-    """This process's share of `split`, read as the recipe says; `half` holds on a GPU only.
+    """Open a loader of this process's shard of `split`, as the recipe says; `half`: on a GPU only.
 
     Raises UserError for a back end that is not installed.
     """

@@ -1,32 +1,28 @@
-"""SGD or Muon over groups of parameters, each with its own LR, decay and end of learning."""
+"""SGD or Muon over parameter groups, each with its own LR, weight decay and last epoch."""
 
 from __future__ import annotations
 
 from importlib import import_module, metadata
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastimagenet.models.speednet import WhiteningConv2d
+from fastimagenet.recipes.recipe import Recipe
 from pipelines.errors import UserError
 
-if TYPE_CHECKING:
-    from fastimagenet.recipes.recipe import Recipe
-
-
 Settings = dict[str, Any]
-"""Entries of a group but for its parameters."""
+"""The entries of a parameter group but for its parameters."""
 _REMEDY = "build NVIDIA apex from https://github.com/NVIDIA/apex or take --optimizer-backend torch"
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, backend: str) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the parameters that learn; `set_rates` is called at every step.
+    """Make the recipe's optimizer; `set_rates` gives it LR and momentum at every step.
 
-    Raises UserError where `backend` "apex" cannot be had.
+    Raises UserError where apex is asked for and not installed.
     """
-    import torch
-
     groups = param_groups(model, recipe)
     optimizer: torch.optim.Optimizer
     # Momentum must not be 0 here: nesterov refuses that, and the schedule sets it anyway.
@@ -41,8 +37,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe, backend: str) -> torch.opti
     if recipe.optimizer == "muon":
         optimizer = Muon(groups, nesterov=recipe.nesterov)
     else:
-        nesterov = recipe.nesterov
-        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov, fused=True)
+        optimizer = torch.optim.SGD(
+            groups, lr=0.1, momentum=0.9, nesterov=recipe.nesterov, fused=True
+        )
     for group in groups:
         for parameter in group["params"]:
             # Left to itself, a first step that the fp16 scaler skips would leave unset memory here.
@@ -51,7 +48,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, backend: str) -> torch.opti
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float, epoch: int) -> None:
-    """Give every group its share of the plan's LR, and the momentum unless it has its own."""
+    """Set every group's share of the plan's LR, and the momentum unless it has its own."""
     for group in optimizer.param_groups:
         learns = epoch < group.get("epochs", inf)
         group["lr"] = lr * group.get("lr_factor", 1.0) if learns else 0.0
@@ -59,7 +56,7 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float, epoc
 
 
 def param_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """The optimizer's groups: parameters that learn and are treated alike, in the model's order.
+    """Group the parameters that learn by how they are treated, in the model's order.
 
     Besides torch's entries a group has "decays", whatever the decay, and may have "muon" and those
     that `set_rates` reads: "lr_factor", "epochs" (it stops learning after as many) and
@@ -78,11 +75,7 @@ def param_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _settings(module: nn.Module, name: str, parameter: nn.Parameter, recipe: Recipe) -> Settings:
-    """How the recipe treats one parameter of a module."""
-    from torch.nn import BatchNorm2d, SyncBatchNorm
-
-    from fastimagenet.models.speednet import WhiteningConv2d
-
+    """Return the entries of the group that a module's parameter belongs to."""
     if recipe.optimizer == "muon" and parameter.ndim == 4:
         lr_factor, momentum = recipe.muon
         rates = {"lr_factor": lr_factor, "own_momentum": momentum}
@@ -92,7 +85,7 @@ def _settings(module: nn.Module, name: str, parameter: nn.Parameter, recipe: Rec
     decay = recipe.weight_decay if decays else 0.0
     settings: Settings = {"decays": decays, "weight_decay": decay}
     whitens = isinstance(module, WhiteningConv2d)
-    raised = whitens or isinstance(module, BatchNorm2d | SyncBatchNorm)
+    raised = whitens or isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
     if name == "bias" and raised and recipe.bias_lr_factor != 1:
         settings["lr_factor"] = recipe.bias_lr_factor
         settings["weight_decay"] /= recipe.bias_lr_factor
@@ -119,12 +112,12 @@ def _why_no_apex() -> str:
     )
 
 
-STEPS = 3
-"""Newton-Schulz iterations; the record holders take 3 for speed, torch's default is 5."""
+NEWTON_SCHULZ_STEPS = 3
+"""The record holders take 3 for speed; torch's default is 5."""
 
 
 class Muon(torch.optim.SGD):
-    """SGD but for the groups with `"muon": True`, whose 4-D parameters go by `torch.optim.Muon`.
+    """SGD, but for groups with `"muon": True`, whose 4-D parameters `torch.optim.Muon` updates.
 
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix
     by the nearest orthogonal one, found by Newton-Schulz iterations in bf16. torch's takes 2-D
@@ -147,16 +140,16 @@ class Muon(torch.optim.SGD):
             {"params": [self.matrices[bank] for bank in group["params"]]}
             for group in self.filter_groups
         ]
-        self.inner = torch.optim.Muon(matrices, weight_decay=0.0, ns_steps=STEPS)
+        self.inner = torch.optim.Muon(matrices, weight_decay=0.0, ns_steps=NEWTON_SCHULZ_STEPS)
 
     @property
     def filter_groups(self) -> list[dict[str, Any]]:
-        """Those that Muon updates."""
+        """The groups that Muon updates."""
         return [group for group in self.param_groups if group.get("muon")]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients of all parameters; those of the filters are consumed."""
+        """Update all parameters once; the gradients of the filters are consumed."""
         for group, inner in zip(self.filter_groups, self.inner.param_groups, strict=True):
             inner["lr"], inner["momentum"] = group["lr"], group["momentum"]
             for bank in group["params"]:
@@ -174,5 +167,5 @@ class Muon(torch.optim.SGD):
 
 
 def as_matrix(filters: Tensor) -> Tensor:
-    """(filters, channels, H, W), channels_last, as a view (filters, H x W x channels)."""
+    """View (filters, channels, H, W), channels_last, as (filters, H x W x channels)."""
     return filters.permute(0, 2, 3, 1).view(len(filters), -1)

@@ -1,4 +1,4 @@
-"""`--profile`: what ten steps do, operation by operation."""
+"""The profiler behind --profile: a trace of ten steps, operation by operation."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 FIRST_STEP, NUM_STEPS = 10, 10
-"""Of this process: the first steps are not like the others."""
+"""Counted from the process's start; the first steps are not like the others."""
 
 
 class StepProfiler:
-    """Traces ten steps into `folder`/rank0.json.gz, for Perfetto or chrome://tracing."""
+    """Traces ten steps to `folder`/rank0.json.gz, for Perfetto or chrome://tracing."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.path = folder / "rank0.json.gz"
@@ -34,5 +34,5 @@ class StepProfiler:
         traced.export_chrome_trace(str(self.path))
 
     def close(self) -> None:
-        """A run of fewer steps leaves what there is."""
+        """Stop tracing; a run of fewer steps leaves what there is."""
         self._profile.stop()

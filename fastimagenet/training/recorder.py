@@ -1,4 +1,4 @@
-"""The files of a run folder: how they are written whole, and how they are read back."""
+"""metrics.jsonl, the rows of a run: written to the run's folder and read back."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pipelines.files import Row, write_text
 
 
 def read_rows(run_dir: Path) -> list[Row]:
-    """The rows of `run_dir`/metrics.jsonl in order; none without the file.
+    """Read the rows of `run_dir`/metrics.jsonl in order; none without the file.
 
-    A line that is torn, as a killed process leaves one, is left out.
+    An incomplete line, as a killed process leaves one, is skipped.
     """
     path = run_dir / "metrics.jsonl"
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -39,28 +39,28 @@ def read_rows(run_dir: Path) -> list[Row]:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One step row; the rates are those that the update was made with."""
+    """A step row; LR and momentum are those of the update."""
 
     step: int
-    """Updates done so far, this one included."""
+    """Number of updates done, this one included."""
     epoch: int
     time_seconds: float
     lr: float
     momentum: float
     loss: float
-    """Of this process's batch."""
+    """Mean over this process's batches of the update."""
     images_per_sec: float
-    """Of all processes, since the row before."""
+    """Over all processes, since the previous row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """One epoch row. Times are readings of clocks that began with the run."""
+    """An epoch row. Times are readings of clocks that started with the run."""
 
     step: int
-    """Updates done so far."""
+    """Number of updates done."""
     epoch: int
-    """From 0."""
+    """Index, from 0."""
     time_seconds: float
     train_seconds: float
     eval_seconds: float
@@ -72,24 +72,24 @@ class EpochRecord:
     train_loss: float
     val_loss: float | None = None
     top1: float | None = None
-    """Fractions; None in an epoch without evaluation."""
+    """A fraction, as all accuracies; None in an epoch without evaluation."""
     top5: float | None = None
     tta_top1: float | None = None
     tta_top5: float | None = None
     square_top1: float | None = None
-    """Beside those of the last evaluation, where that is of rectangles."""
+    """On squares, beside those of a last evaluation on rectangles."""
     square_top5: float | None = None
 
 
 def best_record(records: list[EpochRecord], recipe: Recipe) -> EpochRecord | None:
-    """The first of the evaluated epochs that are best in the target's metric, or in top-1."""
+    """Return the first evaluated epoch that is best in the target's metric, by default top-1."""
     metric = recipe.target_metric[0] if recipe.target_metric else "top1"
     evaluated = [record for record in records if record.top1 is not None]
     return max(evaluated, key=lambda record: getattr(record, metric), default=None)
 
 
 class Recorder:
-    """Rows to `folder`/metrics.jsonl and to the terminal: a bar on a terminal, else plain lines."""
+    """Writes rows to `folder`/metrics.jsonl and prints a bar on a terminal, else plain lines."""
 
     def __init__(self, folder: Path, total_steps: int, stream: TextIO | None = None) -> None:
         self._folder = folder
@@ -98,14 +98,14 @@ class Recorder:
         self._bar: Any = None
         self._file: BinaryIO | None = None
         self._pending = b""
-        """Rows that a full disk has not taken yet."""
+        """Bytes of the rows that a full disk has not taken yet."""
         self.unwritten = Unwritten()
 
     def start(self, step: int, records: list[EpochRecord], *, renumbered: bool = False) -> None:
-        """Open the file for a run that goes on at `step`: rows past it are dropped.
+        """Open the file for a run that starts at `step`: later rows are dropped.
 
-        In a new folder the epochs of before, `records`, are written first. `renumbered`: steps
-        counted differently before, so only the rows of those epochs are kept.
+        In a new folder the earlier epochs, `records`, are written first. `renumbered`: steps were
+        counted differently before, so that only the rows of those epochs are kept.
         """
         kept = read_rows(self._folder) if step else []
         if renumbered:
@@ -132,7 +132,7 @@ class Recorder:
             )
 
     def step(self, record: StepRecord) -> None:
-        """A log step."""
+        """Write a step row."""
         self._write("step", asdict(record))
         if self._bar is not None:
             self._bar.set_postfix_str(
@@ -141,7 +141,7 @@ class Recorder:
             self._bar.update(record.step - self._bar.n)
 
     def epoch(self, record: EpochRecord) -> None:
-        """The end of an epoch, evaluated or not."""
+        """Write and print an epoch row."""
         self._write("epoch", asdict(record))
         text = (
             f"epoch {record.epoch + 1:>3}  {record.image_size} px  "
@@ -157,13 +157,13 @@ class Recorder:
         self._print(text)
 
     def event(self, *, step: int, epoch: int, time_seconds: float, message: str) -> None:
-        """Anything else worth keeping, such as a resume."""
+        """Write and print anything else worth keeping, such as a resume."""
         row = {"step": step, "epoch": epoch, "time_seconds": time_seconds, "message": message}
         self._write("event", row)
         self._print(message)
 
     def close(self) -> None:
-        """Finish the bar and the file."""
+        """Close the bar and the file."""
         if self._bar is not None:
             self._bar.close()
         if self._file is not None and not self._file.closed:
@@ -175,7 +175,7 @@ class Recorder:
         self._flush()
 
     def _flush(self) -> None:
-        """Append the rows, or keep them, or the rest of one, for the next time."""
+        """Append the pending rows; what the disk does not take stays pending."""
         file = self._file
         assert file is not None, "start() comes first"
 
@@ -193,7 +193,7 @@ class Recorder:
 
 
 class NullRecorder(Recorder):
-    """What the processes other than the first hold: it writes nothing."""
+    """A recorder that writes and prints nothing, as all processes but the first have it."""
 
     def __init__(self) -> None:
         super().__init__(Path(), 0)
@@ -209,7 +209,7 @@ class NullRecorder(Recorder):
 
 
 def _line(row: Row) -> str:
-    """One JSON line; NaN and infinity, which JSON does not have, become null."""
+    """Format a row as a JSON line; NaN and infinity, which JSON lacks, become null."""
     clean = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()
@@ -218,19 +218,19 @@ def _line(row: Row) -> str:
 
 
 class Unwritten:
-    """The names of what could not be written, each with the reason."""
+    """Keeps the names of files that could not be written, each with the reason."""
 
     def __init__(self) -> None:
         self._reasons: dict[str, str] = {}
 
     def attempt(self, name: str, write: Callable[[], object]) -> bool:
-        """Whether `write` did its work; an OSError is said on standard error, once for a name."""
+        """Call `write`; False after an OSError, which is printed once per name as a warning."""
         try:
             write()
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             if name not in self._reasons:
-                text = f"warning: {name} could not be written: {reason}; the training goes on"
+                text = f"warning: {name} could not be written: {reason}; the training continues"
                 print(text, file=sys.stderr, flush=True)  # noqa: T201
             self._reasons[name] = reason
             return False
@@ -238,12 +238,12 @@ class Unwritten:
         return True
 
     def __str__(self) -> str:
-        """One line, or nothing where all was written."""
+        """Format one line; empty where all was written."""
         lost = (f"{name} ({reason})" for name, reason in self._reasons.items())
         return f"not written: {', '.join(lost)}" if self._reasons else ""
 
     def share(self, world: World) -> None:
-        """Have all processes know what the first one could not write; every one has to ask."""
+        """Take the reasons of the first process; every process has to call it."""
         self._reasons = gather_objects(self._reasons, world, "the end of the training")[0]
 
     def check(self) -> None:

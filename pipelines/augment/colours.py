@@ -1,7 +1,7 @@
-"""Colour and geometry of whole batches, each image in its own strength; torchvision's meaning.
+"""Change colours and geometry of whole batches as torchvision does, each image by its own level.
 
 Everywhere pixels are (B, 3, H, W) float32 in 0..255 and `level` is (B,) float32 on their device.
-The results are new tensors, and fractions are kept where torchvision cuts them off for uint8.
+The results are new tensors, and fractions are kept where torchvision truncates to uint8.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ GREY = (0.2989, 0.587, 0.114)
 
 
 def brightness(pixels: Tensor, level: Tensor) -> Tensor:
-    """Multiplied by `level`."""
+    """Multiply by `level`."""
     return (pixels * level[:, None, None, None]).clamp_(0, 255)
 
 
 def contrast(pixels: Tensor, level: Tensor) -> Tensor:
-    """Towards the image's mean grey for a level below 1, away from it above."""
+    """Blend with the image's mean grey for a level below 1, move away from it above."""
     return blend(grey(pixels).mean((1, 2, 3), keepdim=True), pixels, level)
 
 
 def saturation(pixels: Tensor, level: Tensor) -> Tensor:
-    """Towards the grey image for a level below 1, away from it above."""
+    """Blend with the grey image for a level below 1, move away from it above."""
     return blend(grey(pixels), pixels, level)
 
 
 def sharpness(pixels: Tensor, level: Tensor) -> Tensor:
-    """Towards a blurred image for a level below 1, away from it above; the border stays."""
+    """Blend with a blurred image for a level below 1, move away from it above; the border stays."""
     inner = pixels[..., 1:-1, 1:-1]
-    # Ones around a five, over their sum. As a convolution a GPU would compute it in TF32.
+    # The kernel is ones around a five, over 13. A GPU would compute a convolution in TF32.
     blurred = (9 * avg_pool2d(pixels, 3, stride=1) + 4 * inner) / 13
     sharpened = pixels.clone()
     sharpened[..., 1:-1, 1:-1] = blend(blurred, inner, level)
@@ -48,24 +48,24 @@ def sharpness(pixels: Tensor, level: Tensor) -> Tensor:
 
 
 def posterize(pixels: Tensor, level: Tensor) -> Tensor:
-    """Rounded down to multiples of `level`, a power of two."""
+    """Round down to multiples of `level`, a power of two."""
     return (pixels / level[:, None, None, None]).floor_() * level[:, None, None, None]
 
 
 def solarize(pixels: Tensor, level: Tensor) -> Tensor:
-    """Values from `level` up are inverted."""
+    """Invert values from `level` up."""
     return torch.where(pixels >= level[:, None, None, None], 255 - pixels, pixels)
 
 
 def auto_contrast(pixels: Tensor, level: Tensor) -> Tensor:
-    """Every channel stretched to 0..255, unless it has one value only."""
+    """Stretch every channel to 0..255, unless it has one value only."""
     low, high = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
     span = high - low
     return torch.where(span > 0, (pixels - low) * 255 / span.clamp(min=1), pixels)
 
 
 def equalize(pixels: Tensor, level: Tensor) -> Tensor:
-    """Every channel's histogram flattened by Pillow's rule; the pixels are whole numbers.
+    """Flatten every channel's histogram by Pillow's rule; the pixels are whole numbers.
 
     With s = (pixels of other values than the largest) // 255, a value that n pixels are below
     becomes (n + s // 2) // s; a channel with s = 0 stays as it is.
@@ -82,49 +82,49 @@ def equalize(pixels: Tensor, level: Tensor) -> Tensor:
 
 
 def shear_x(pixels: Tensor, level: Tensor) -> Tensor:
-    """Rows are moved left by `level` times their distance from the top edge."""
+    """Move rows left by `level` times their distance from the top edge."""
     x, y = coordinates(pixels)
     return warp(pixels, x + level[:, None, None] * (y + pixels.shape[2] / 2), y)
 
 
 def shear_y(pixels: Tensor, level: Tensor) -> Tensor:
-    """Columns are moved up by `level` times their distance from the left edge."""
+    """Move columns up by `level` times their distance from the left edge."""
     x, y = coordinates(pixels)
     return warp(pixels, x, y + level[:, None, None] * (x + pixels.shape[3] / 2))
 
 
 def translate_x(pixels: Tensor, level: Tensor) -> Tensor:
-    """Moved right by `level` pixels."""
+    """Move right by `level` pixels."""
     x, y = coordinates(pixels)
     return warp(pixels, x - level[:, None, None], y)
 
 
 def translate_y(pixels: Tensor, level: Tensor) -> Tensor:
-    """Moved down by `level` pixels."""
+    """Move down by `level` pixels."""
     x, y = coordinates(pixels)
     return warp(pixels, x, y - level[:, None, None])
 
 
 def rotate(pixels: Tensor, level: Tensor) -> Tensor:
-    """Turned about the centre by `level` degrees, counter-clockwise."""
+    """Rotate about the centre by `level` degrees, counter-clockwise."""
     x, y = coordinates(pixels)
     angle = level[:, None, None] * (pi / 180)
     return warp(pixels, angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y)
 
 
 def grey(pixels: Tensor) -> Tensor:
-    """(B, 1, H, W): the brightness that is seen."""
+    """Compute the perceived brightness, (B, 1, H, W)."""
     red, green, blue = pixels.unbind(1)
     return (GREY[0] * red + GREY[1] * green + GREY[2] * blue)[:, None]
 
 
 def blend(other: Tensor, pixels: Tensor, level: Tensor) -> Tensor:
-    """level * pixels + (1 - level) * other, in 0..255."""
+    """Compute level * pixels + (1 - level) * other, clamped to 0..255."""
     return torch.lerp(other, pixels, level[:, None, None, None]).clamp_(0, 255)
 
 
 def coordinates(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """x (W,) and y (H, 1) of the pixels, measured from the image's centre."""
+    """Compute x (W,) and y (H, 1) of the pixels, relative to the image's centre."""
     height, width = pixels.shape[2:]
     x = torch.arange(width, device=pixels.device) - (width - 1) / 2
     y = torch.arange(height, device=pixels.device) - (height - 1) / 2
@@ -132,7 +132,7 @@ def coordinates(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def warp(pixels: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Take every pixel from the place (x, y), interpolated linearly and rounded; black outside.
+    """Sample every pixel at (x, y), interpolated linearly and rounded; black outside.
 
     x and y can be broadcast to (B, H, W), in pixels from the centre.
     """
@@ -161,7 +161,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
 
 
 def level_table(policy: str, size: int) -> NDArray[np.float32]:
-    """(operations, 2 signs, MAGNITUDES): what each is called with on images `size` pixels wide.
+    """Tabulate the levels of images `size` pixels wide: (operations, 2 signs, MAGNITUDES).
 
     `policy` is "trivial" (Mueller and Hutter 2021, the wide space) or "rand" (Cubuk et al. 2019).
     """
@@ -183,28 +183,29 @@ def level_table(policy: str, size: int) -> NDArray[np.float32]:
 
 
 def draw_operations(
-    wanted: Transforms, generator: np.random.Generator, count: int, size: int
+    transforms: Transforms, generator: np.random.Generator, count: int, size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """For `count` images, `size` pixels wide: places in OPERATIONS and levels, (rounds, count).
+    """Draw indices in OPERATIONS and levels, (rounds, count), of images `size` pixels wide.
 
-    A magnitude of its own for every image with "trivial", the same for all with "rand".
+    With "trivial" every image has a magnitude of its own, with "rand" all have the same.
     """
-    rounds, magnitude = wanted.rand_augment if wanted.auto_augment == "rand" else (1, None)
+    policy = transforms.auto_augment
+    rounds, magnitude = transforms.rand_augment if policy == "rand" else (1, None)
     operations = generator.integers(0, len(OPERATIONS), (rounds, count))
     signs = generator.integers(0, 2, (rounds, count))
     magnitudes = generator.integers(0, MAGNITUDES, (rounds, count))
     if magnitude is not None:
         magnitudes[:] = magnitude
-    return operations, level_table(wanted.auto_augment, size)[operations, signs, magnitudes]
+    return operations, level_table(policy, size)[operations, signs, magnitudes]
 
 
 def auto_augment(
     pixels: Tensor, operations: NDArray[np.int64], levels: NDArray[np.float32]
 ) -> Tensor:
-    """Round after round of operations as `draw_operations` gives them; whole numbers.
+    """Apply rounds of operations from `draw_operations`; the result is whole numbers.
 
     pixels (B, 3, S, S) float32, on any device: rounded, and overwritten. No loop over the images,
-    and the device is not waited for. Results are cut to whole numbers after each round as by
+    and no synchronisation. Results are truncated to whole numbers after each round as by
     torchvision on uint8 images, and differ from its by 1 at most where it rounds in between.
     """
     pixels.round_().clamp_(0, 255)

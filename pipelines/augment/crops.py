@@ -1,4 +1,4 @@
-"""Transforms of whole batches as tensors, without a loop over the images."""
+"""Crop, resize and normalise whole batches as tensors, without a loop over the images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 PIECE = 2**21
-"""Pixel values that `resized_crop` works on at a time on a CPU: as floats, 8 MiB of cache."""
+"""Values that `resized_crop` processes at a time on a CPU: as floats, 8 MiB of cache."""
 
 
 def reflect_crop(images: Tensor, offset: Tensor, mirror: Tensor, pad: int) -> Tensor:
     """Pad by reflection, crop back to the old size, mirror: each image in its own way.
 
     images (B, C, S, S), channels_last; `offset` (B, 2) float in [0, 1), vertical then horizontal,
-    names one of the 2 pad + 1 places; `mirror` (B,) is not 0 where the crop is flipped left-right.
+    scales to one of 2 pad + 1 positions; `mirror` (B,) is not 0 where the crop is flipped
+    left-right.
     Padding is that of torch.nn.functional.pad's "reflect": the border pixel is not repeated.
     -> (B, C, S, S) channels_last, on the same device.
     """
@@ -32,17 +33,17 @@ def reflect_crop(images: Tensor, offset: Tensor, mirror: Tensor, pad: int) -> Te
 
 
 def reflected(index: Tensor, size: int) -> Tensor:
-    """Indices beyond 0..size-1 folded back about the border pixels."""
+    """Fold indices beyond 0..size-1 back about the border pixels."""
     return size - 1 - (size - 1 - index.abs()).abs()
 
 
 def window_crop(
     images: Tensor, index: Tensor, top: Tensor, left: Tensor, mirror: Tensor, size: int
 ) -> Tensor:
-    """A window of each of the chosen images, mirrored where asked.
+    """Cut a window from each of the chosen images, mirrored where asked.
 
-    images (N, H, W, C); `index`, `top` and `left` (B,) int64: which image, and where its window
-    begins; `mirror` (B,) is not 0 where the window is flipped left-right.
+    images (N, H, W, C); `index`, `top` and `left` (B,) int64: the image, and the corner of its
+    window; `mirror` (B,) is not 0 where the window is flipped left-right.
     -> (B, size, size, C), contiguous, on the same device.
     """
     windows = images.unfold(1, size, 1).unfold(2, size, 1).permute(0, 1, 2, 4, 5, 3)
@@ -53,13 +54,13 @@ def window_crop(
 def take_pixels(
     windows: Tensor, index: Tensor, top: Tensor, left: Tensor, mirror: Tensor
 ) -> Tensor:
-    """`window_crop` from a view of all windows, on any device."""
+    """Do `window_crop` from a view of all windows, on any device."""
     pixels = windows[index, top, left]
     return torch.where(mirror[:, None, None, None] != 0, pixels.flip(2), pixels).contiguous()
 
 
 def take_rows(windows: Tensor, index: Tensor, top: Tensor, left: Tensor, mirror: Tensor) -> Tensor:
-    """The same, on a CPU much faster: numpy copies whole rows where torch copies byte by byte."""
+    """Do the same much faster on a CPU: NumPy copies rows where torch copies single bytes."""
     pixels = windows.numpy()[index.numpy(), top.numpy(), left.numpy()]
     mirrored = mirror.numpy().nonzero()[0]
     pixels[mirrored] = torch.from_numpy(pixels[mirrored]).flip(2).numpy()
@@ -69,36 +70,36 @@ def take_rows(windows: Tensor, index: Tensor, top: Tensor, left: Tensor, mirror:
 def resized_crop(
     images: Tensor, index: Tensor, box: tuple[Tensor, ...], mirror: Tensor, size: int
 ) -> Tensor:
-    """Part of each of the chosen images, resized as torchvision does with antialias=True.
+    """Crop and resize each of the chosen images as torchvision does with antialias=True.
 
     images (N, H, W, C) uint8; `index` (B,) int64; `box` (top, left, height, width), each (B,)
-    float32, in pixels of which fractions count; `mirror` (B,) is not 0 where the crop is flipped
+    float32, in fractional pixels; `mirror` (B,) is not 0 where the crop is flipped
     left-right. -> (B, size, size, C) float32 in 0..255, not rounded, on the same device.
     """
     count = len(index)
     if images.device.type == "cpu":
-        # Memory that stays in the cache and is used again: half the time for large images.
+        # Pieces that fit the cache take half the time for large images.
         count = max(1, PIECE // images[:1].numel())
     pieces = zip(*(part.split(count) for part in (index, *box, mirror)), strict=True)
     return torch.cat([resize_piece(images, part, size) for part in pieces])
 
 
 def resize_piece(images: Tensor, piece: tuple[Tensor, ...], size: int) -> Tensor:
-    """`resized_crop` of a few images: first their rows are mixed, then their columns."""
+    """Do `resized_crop` for a few images: interpolate first rows, then columns."""
     index, top, left, high, wide, mirror = piece
     pixels = images.index_select(0, index).float()
-    pixels = mix_rows(pixels, top, high, size).transpose(1, 2).contiguous()
-    return mix_rows(pixels, left, wide, size, mirror).transpose(1, 2)
+    pixels = resize_rows(pixels, top, high, size).transpose(1, 2).contiguous()
+    return resize_rows(pixels, left, wide, size, mirror).transpose(1, 2)
 
 
-def mix_rows(
+def resize_rows(
     images: Tensor, start: Tensor, length: Tensor, size: int, reverse: Tensor | None = None
 ) -> Tensor:
-    """`size` weighted sums of the rows between `start` and start + length of each image.
+    """Interpolate the rows between `start` and start + length of each image to `size` rows.
 
-    images (B, H, W, C) float32, the others (B,). The filter is a triangle that is widened when the
-    rows become fewer, cut off at the ends, its weights made to sum up to 1: that of Pillow and
-    of torch.nn.functional.interpolate(mode="bilinear", antialias=True). -> (B, size, W, C).
+    images (B, H, W, C) float32, the others (B,). The filter is a triangle that is widened when
+    shrinking, cut off at the ends and normalised to a sum of 1: that of Pillow and of
+    torch.nn.functional.interpolate(mode="bilinear", antialias=True). -> (B, size, W, C).
     """
     count, height, width, channels = images.shape
     device = images.device
@@ -128,7 +129,7 @@ def mix_rows(
 
 
 def on_device(device: torch.device, *rows: NDArray[Any]) -> tuple[Tensor, ...]:
-    """Arrays of one kind and length, sent to the device as one, which is not waited for."""
+    """Copy arrays of one dtype and length to the device in one asynchronous transfer."""
     table = torch.from_numpy(np.stack(rows))
     if device.type == "cuda":
         table = table.pin_memory().to(device, non_blocking=True)
@@ -136,12 +137,12 @@ def on_device(device: torch.device, *rows: NDArray[Any]) -> tuple[Tensor, ...]:
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(pixel - mean) / std by channel.
+    """Compute (pixel - mean) / std by channel.
 
     pixels (B, H, W, 3), uint8, or float32 that is overwritten; mean and std (3,) float32, in the
     units of the pixels. -> (B, 3, H, W) float32, channels_last.
     """
     width = pixels.shape[2]
-    # Whole rows against whole rows: torch is slow on a CPU where the last dimension is short.
+    # Whole rows, since torch is slow on a CPU where the last dimension is short.
     rows = pixels.flatten(2).float().sub_(mean.repeat(width)).div_(std.repeat(width))
     return rows.view(pixels.shape).permute(0, 3, 1, 2)

@@ -1,8 +1,7 @@
-"""The augmentation that all back ends share: whole batches on the device, after crop and flip.
+"""Augment whole batches on the device after crop and flip, alike for all back ends.
 
-No loop over the images, and nothing waits for the device. As in `pipelines.order`, all random
-numbers follow from (seed, epoch, step, shard) alone; each kind has a generator of its own, so that
-switching one on leaves the others as they are.
+No loop over the images, and no synchronisation with the device. Each kind of augmentation has a
+random stream of its own, so that switching one on leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -18,10 +17,8 @@ from pipelines.augment import colours as pixel_ops
 from pipelines.augment.colours import auto_augment, draw_operations
 from pipelines.augment.crops import normalise, on_device
 from pipelines.loader import LoaderSpec, Transforms
-from pipelines.sampling import ATTEMPTS, place
+from pipelines.sampling import ATTEMPTS, Stream, to_index
 
-AUTO, JITTER, ERASE, MIX = 3, 4, 5, 6
-"""First words of the keys, beside those of `pipelines.order`."""
 ERASED_AREA = (0.02, 0.33)
 """Share of the image; this and the ratio are the defaults of torchvision's RandomErasing."""
 ERASED_RATIO = (0.3, 3.3)
@@ -34,31 +31,30 @@ Box = tuple[int, int, int, int]
 def augment(
     images: Tensor, labels: Tensor, spec: LoaderSpec, epoch: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """A training batch as `spec` wants it.
+    """Augment a training batch as `spec` says.
 
     images (B, 3, S, S) normalised, float32 or float16, channels_last, and so returned; labels (B,)
     int64, returned as (B, classes) float32 probabilities with mixup or cutmix. The arguments are
-    not changed, and are returned themselves where nothing is asked for.
+    not modified; they are returned themselves where there is nothing to do.
     """
-    wanted, count, size = spec, images.shape[0], images.shape[2]
-
-    def generator(word: int) -> np.random.Generator:
-        return np.random.default_rng((word, spec.seed, epoch, *spec.place(step)))
-
-    if wanted.auto_augment != "none" or wanted.color_jitter:
+    count, size = images.shape[0], images.shape[2]
+    key = spec.seed, epoch, *spec.step_and_shard(step)
+    if spec.auto_augment != "none" or spec.color_jitter:
         statistics = 255 * np.array([spec.mean, spec.std], np.float32)
         mean, std = on_device(images.device, *statistics)
         pixels = pixels_of(images, mean, std)
-        if wanted.auto_augment != "none":
-            operations = draw_operations(wanted, generator(AUTO), count, size)
+        if spec.auto_augment != "none":
+            operations = draw_operations(spec, Stream.AUTO.generator(*key), count, size)
             pixels = auto_augment(pixels, *operations)
-        if wanted.color_jitter:
-            pixels = jitter(pixels, *draw_jitter(wanted.color_jitter, generator(JITTER), count))
+        if spec.color_jitter:
+            generator = Stream.JITTER.generator(*key)
+            pixels = jitter(pixels, *draw_jitter(spec.color_jitter, generator, count))
         images = normalise(pixels.permute(0, 2, 3, 1), mean, std).to(images.dtype)
-    if wanted.random_erasing:
-        images = erase(images, draw_boxes(wanted.random_erasing, generator(ERASE), count, size))
-    if wanted.mixes:
-        share, box = draw_mix(wanted, generator(MIX), size)
+    if spec.random_erasing:
+        generator = Stream.ERASE.generator(*key)
+        images = erase(images, draw_boxes(spec.random_erasing, generator, count, size))
+    if spec.mixes:
+        share, box = draw_mix(spec, Stream.MIX.generator(*key), size)
         images = mix(images, share, box)
         labels = mix_labels(labels, len(spec.split.classes), share)
     return images, labels
@@ -74,16 +70,16 @@ def pixels_of(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def draw_jitter(
     strength: float, generator: np.random.Generator, count: int
 ) -> tuple[list[int], NDArray[np.float32]]:
-    """The order of COLOURS, for the batch, and (colours, count) factors of the images."""
+    """Draw the order of COLOURS for the batch, and (colours, count) factors of the images."""
     order = generator.permutation(len(COLOURS)).tolist()
     factors = generator.uniform(1 - strength, 1 + strength, (len(COLOURS), count))
     return order, factors.astype(np.float32)
 
 
 def jitter(pixels: Tensor, order: list[int], factors: NDArray[np.float32]) -> Tensor:
-    """torchvision's ColorJitter without hue, of (B, 3, S, S) float32 pixels in 0..255.
+    """Apply torchvision's ColorJitter without hue to (B, 3, S, S) float32 pixels in 0..255.
 
-    Not rounded in between, and the order is the batch's where torchvision draws it by image.
+    Nothing is rounded in between, and the batch shares an order, which torchvision draws by image.
     """
     levels = on_device(pixels.device, *factors)
     for colour in order:
@@ -94,9 +90,8 @@ def jitter(pixels: Tensor, order: list[int], factors: NDArray[np.float32]) -> Te
 def draw_boxes(
     probability: float, generator: np.random.Generator, count: int, size: int
 ) -> NDArray[np.int64]:
-    """(4, count): top, bottom, left, right of what is erased of each image; empty where nothing.
-
-    As torchvision's RandomErasing: the first of ATTEMPTS rectangles that fits.
+    """Draw the rectangle to erase from each image, as torchvision's RandomErasing does: the first
+    of ATTEMPTS that fits. -> (4, count): top, bottom, left, right; empty where nothing is erased.
     """
     shape = (count, ATTEMPTS)
     area = size**2 * generator.uniform(*ERASED_AREA, shape)
@@ -109,13 +104,13 @@ def draw_boxes(
     edges = []
     for lengths in (heights, widths):
         length = np.take_along_axis(lengths, first, 1)[:, 0].astype(np.int64)
-        start = place(generator.random(count, np.float32), size - length + 1)
+        start = to_index(generator.random(count, np.float32), size - length + 1)
         edges += [start, start + length * erased]
     return np.stack(edges)
 
 
 def erase(images: Tensor, boxes: NDArray[np.int64]) -> Tensor:
-    """Normalised images with 0, the mean colour, in the boxes (top, bottom, left, right; B)."""
+    """Set normalised images to 0, the mean colour, inside `boxes` (4, B) of `draw_boxes`."""
     top, bottom, left, right = (edge[:, None] for edge in on_device(images.device, *boxes))
     pixels = images.permute(0, 2, 3, 1)
     rows = pixels.flatten(2)
@@ -126,11 +121,12 @@ def erase(images: Tensor, boxes: NDArray[np.int64]) -> Tensor:
 
 
 def draw_mix(
-    wanted: Transforms, generator: np.random.Generator, size: int
+    transforms: Transforms, generator: np.random.Generator, size: int
 ) -> tuple[float, Box | None]:
-    """The share that every image of the batch keeps, and with cutmix the box that it loses."""
-    cut = generator.random() < 0.5 if wanted.mixup and wanted.cutmix else wanted.cutmix > 0
-    alpha = wanted.cutmix if cut else wanted.mixup
+    """Draw the share that every image of the batch keeps, and for cutmix the box that it loses."""
+    both = transforms.mixup and transforms.cutmix
+    cut = generator.random() < 0.5 if both else transforms.cutmix > 0
+    alpha = transforms.cutmix if cut else transforms.mixup
     share = generator.beta(alpha, alpha)
     if not cut:
         return share, None
@@ -141,8 +137,8 @@ def draw_mix(
 
 
 def mix(images: Tensor, share: float, box: Box | None) -> Tensor:
-    """Each image mixed with the one before it in the batch, or with that one's pixels in `box`."""
-    # In this order of dimensions they are contiguous: torch keeps it that way.
+    """Blend each image with the one before it in the batch, or paste its pixels in `box`."""
+    # Contiguous in this order of dimensions, which torch keeps.
     pixels = images.permute(0, 2, 3, 1)
     if box is None:
         mixed = torch.lerp(pixels.roll(1, 0), pixels, share)
@@ -154,6 +150,7 @@ def mix(images: Tensor, share: float, box: Box | None) -> Tensor:
 
 
 def mix_labels(labels: Tensor, num_classes: int, share: float) -> Tensor:
-    """(B,) int64 to (B, num_classes) float32: `share` for the own class, the rest as in `mix`."""
+    """Turn (B,) int64 labels into (B, num_classes) float32: `share` for the image's own class, the
+    rest for that of the one it was mixed with."""
     own = (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
     return torch.lerp(own.roll(1, 0), own, share)

@@ -1,4 +1,4 @@
-"""Loaders: from a folder of images to normalised batches on the device."""
+"""Make loaders: from a folder of images to normalised batches on the device."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ BACKENDS = ("auto", "dali", "torchvision", "memory", "synthetic")
 
 
 def make_loader(backend: str, spec: LoaderSpec) -> Loader:
-    """A loader of `spec` by one of BACKENDS.
+    """Make a loader of `spec` with one of BACKENDS.
 
-    Raises UserError for an unknown or missing back end and for what the spec asks wrongly.
+    Raises UserError for an unknown or missing back end and for a spec that it cannot read.
     """
     backend = chosen_backend(backend)
     if backend == "dali":
@@ -49,9 +49,9 @@ def make_loader(backend: str, spec: LoaderSpec) -> Loader:
 
 
 def start_workers(backend: str) -> None:
-    """Make ready what the worker processes of the back end will need, before any is started.
+    """Import in the background what the worker processes of the back end will need.
 
-    It goes on beside what the caller does next.
+    To be called before any is started.
     """
     if chosen_backend(backend) in ("torchvision", "memory"):
         from pipelines.workers import preload_torchvision
@@ -60,12 +60,12 @@ def start_workers(backend: str) -> None:
 
 
 def chosen_backend(backend: str) -> str:
-    """What "auto" stands for here: dali where it is installed, else torchvision."""
+    """Resolve "auto": dali where it is installed, else torchvision."""
     if backend != "auto":
         return backend
     return "dali" if has_dali() else "torchvision"
 
 
 def has_dali() -> bool:
-    """Whether DALI is installed, without importing it."""
+    """Find out whether DALI is installed, without importing it."""
     return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None

@@ -1,4 +1,4 @@
-"""The images of a split as squares of fixed sizes, made in processes where there are many."""
+"""Train and validate from a cache of decoded images in the device's memory."""
 
 from __future__ import annotations
 
@@ -23,40 +23,45 @@ from pipelines.datasets.images import ImageFile
 from pipelines.datasets.split import Split, undecodable
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage, eval_range
-from pipelines.sampling import Batch, Draws, Order, crop_box, place
+from pipelines.sampling import Batch, BatchSampler, CropParams, crop_box, to_index
 from pipelines.workers import in_processes
 
 CHUNK = 64
-"""Files that are read at a time."""
+"""Files that a job reads."""
 MANY = 2000
-"""Files from which on it pays to start processes, which takes seconds. Threads would not do: with
-small images Python takes as long as libjpeg, and one thread at a time."""
+"""Files from which on it pays to start processes, which takes seconds. Threads would not help: with
+small images Python takes as long as libjpeg, and holds its lock."""
+BATCH_BYTES = 16
+"""Upper bound of the bytes per value of a batch: uint8, and floats before and after each step."""
+SHARE = 0.8
+"""Largest share of the free memory to take: the network and its activations need the rest."""
 T = TypeVar("T")
 
 
-def of_all_files(
-    read: Callable[[Sequence[ImageFile]], T], split: Split, rows: range, workers: int
+def read_chunks(
+    read: Callable[[Sequence[ImageFile]], T], split: Split, indices: range, num_workers: int
 ) -> Generator[tuple[slice, T]]:
-    """What `read` gives for the split's images `rows`, some at a time and in any order.
+    """Call `read` on the images `indices` of the split, CHUNK files at a time, in any order.
 
-    With each come the places within `rows` of the images that it is of. Raises what `read` raises.
+    Yields which of `indices` were read, and the result. Raises what `read` raises.
     """
-    places = (slice(at, min(at + CHUNK, len(rows))) for at in range(0, len(rows), CHUNK))
-    jobs = ((part, [split.files[row] for row in rows[part]]) for part in places)
-    job = partial(with_places, read)
-    many = workers > 1 and len(rows) >= MANY
-    yield from in_processes(job, jobs, workers) if many else map(job, jobs)
+    starts = range(0, len(indices), CHUNK)
+    chunks = (slice(start, min(start + CHUNK, len(indices))) for start in starts)
+    jobs = ((chunk, [split.files[index] for index in indices[chunk]]) for chunk in chunks)
+    job = partial(read_chunk, read)
+    many = num_workers > 1 and len(indices) >= MANY
+    yield from in_processes(job, jobs, num_workers) if many else map(job, jobs)
 
 
-def with_places(
+def read_chunk(
     read: Callable[[Sequence[ImageFile]], T], job: tuple[slice, list[ImageFile]]
 ) -> tuple[slice, T]:
-    places, files = job
-    return places, read(files)
+    chunk, files = job
+    return chunk, read(files)
 
 
-def shapes_of(files: Sequence[ImageFile]) -> NDArray[np.int64]:
-    """(N, 2): height and width as the headers have them. UserError for a file without one."""
+def read_shapes(files: Sequence[ImageFile]) -> NDArray[np.int64]:
+    """Read (N, 2) heights and widths from the headers. UserError for a file without one."""
     shapes = []
     for file in files:
         try:
@@ -68,7 +73,7 @@ def shapes_of(files: Sequence[ImageFile]) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Squares:
+class SquareDecoder:
     """Decodes images and makes them square, each at several sizes."""
 
     sides: tuple[int, ...]
@@ -77,19 +82,19 @@ class Squares:
     resize_ratio: float
 
     def __call__(self, files: Sequence[ImageFile]) -> list[NDArray[np.uint8]]:
-        """For each side, (N, side, side, 3). UserError for a file that cannot be decoded."""
-        made: list[list[NDArray[np.uint8]]] = [[] for _ in self.sides]
+        """Decode N images: for each side, (N, side, side, 3). UserError for a damaged file."""
+        decoded: list[list[NDArray[np.uint8]]] = [[] for _ in self.sides]
         for file in files:
             try:
                 image = decode(file)
             except Exception as error:
                 raise undecodable(file, error) from error
-            for side, squares in zip(self.sides, made, strict=True):
+            for side, squares in zip(self.sides, decoded, strict=True):
                 squares.append(self.square(image, side).permute(1, 2, 0).numpy())
-        return [np.stack(squares) for squares in made]
+        return [np.stack(squares) for squares in decoded]
 
     def square(self, image: Tensor, side: int) -> Tensor:
-        """(3, side, side) of (3, H, W), uint8."""
+        """Turn (3, H, W) uint8 into (3, side, side)."""
         if not self.training:
             return validation_crop(image, (side, side), self.resize_ratio)
         if self.reflect_pad:
@@ -97,36 +102,31 @@ class Squares:
         return functional.resize(image, [side, side], antialias=True)
 
 
-BATCH_BYTES = 16
-"""At most, for each value of a batch of kept images: uint8, and floats before and after steps."""
-SHARE = 0.8
-"""Of the free memory, at most: the network and its activations need the rest."""
-
-
 class MemoryLoader(StreamLoader):
-    """`Loader` from square images on the device: of the whole split, or of a shard to validate.
+    """`Loader` from a cache of decoded square images on the device: of the whole split, or of a
+    shard to validate.
 
-    They are made with the loader, once for each image size, and freed by `close`. With
-    `reflect_pad` and in validation they give the very pixels of `TorchvisionLoader`. For
-    random-area crops the whole image is kept, squeezed into a square: the smallest crop has about
-    `image_size` pixels a side on it, but it has no more pixels a side than the largest image. An
-    image of that shape already gives the pixels of `TorchvisionLoader`, up to its rounding; any
-    other one the same crop, resized twice.
+    The cache is filled when the loader is made, once for each image size, and freed by `close`.
+    With `reflect_pad` and in validation the pixels are exactly those of `TorchvisionLoader`. For
+    random-area crops the whole image is squeezed into a square, so large that the smallest crop has
+    about `image_size` pixels a side, but no larger than the largest image. An image that has that
+    shape already gives the pixels of `TorchvisionLoader`, up to its rounding; any other one gives
+    the same crop, resized twice.
 
     Raises UserError if the images do not fit, and for a file that cannot be decoded.
     """
 
     def __init__(self, spec: LoaderSpec) -> None:
         super().__init__(spec)
-        self.order = Order(spec)
+        self.sampler = BatchSampler(spec)
         self.device = torch.device(spec.device)
         self.mean = 255 * torch.tensor(spec.mean, dtype=torch.float32, device=self.device)
         self.std = 255 * torch.tensor(spec.std, dtype=torch.float32, device=self.device)
         own = eval_range(len(spec.split), spec.shard_id, spec.num_shards)
-        self.rows = range(len(spec.split)) if spec.training else own
-        """The places in the split of the images kept."""
+        self.indices = range(len(spec.split)) if spec.training else own
+        """Indices in the split of the N images that are cached."""
         self.shapes: dict[str, NDArray[np.int64]] = {}
-        """By copy: (N, 2), height and width of every image; for random-area crops only."""
+        """By copy: (N, 2) heights and widths of the images; for random-area crops only."""
         self.images: dict[tuple[str, int], Tensor] = {}
         """By copy and image size: (N, side, side, 3) uint8 on the device."""
         if any(stage.rect for stage in spec.stages):
@@ -139,7 +139,7 @@ class MemoryLoader(StreamLoader):
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
         if not self.images:  # after `close`
             self.fill()
-        for batch in self.order.batches(epoch, step):
+        for batch in self.sampler.batches(epoch, step):
             yield self.read(batch)
 
     def close(self) -> None:
@@ -147,40 +147,41 @@ class MemoryLoader(StreamLoader):
         self.images = {}
 
     def fill(self) -> None:
-        """Read every file; on an error nothing is kept."""
-        spec, count = self.spec, len(self.rows)
-        workers = max(1, spec.num_threads)
+        """Decode every file into the cache; on an error it stays empty."""
+        spec, count = self.spec, len(self.indices)
+        num_workers = max(1, spec.num_threads)
         if spec.training and not spec.reflect_pad:
             for stage in spec.stages:
                 if stage.copy not in self.shapes:
                     shapes = self.shapes[stage.copy] = np.zeros((count, 2), np.int64)
                     source = spec.source(stage)
-                    for rows, values in of_all_files(shapes_of, source, self.rows, workers):
-                        shapes[rows] = values
+                    for chunk, found in read_chunks(read_shapes, source, self.indices, num_workers):
+                        shapes[chunk] = found
         sides = {(stage.copy, stage.image_size): self.side(stage) for stage in spec.stages}
         self.check_memory(sides)
-        # Stages of different image sizes may need the same squares.
-        kept = {
+        # Stages of different image sizes may share squares.
+        cache = {
             (copy, side): np.empty((count, side, side, 3), np.uint8)
             for (copy, _), side in sides.items()
         }
         for stage in {stage.copy: stage for stage in spec.stages}.values():
-            read = Squares(
-                sides=tuple(side for copy, side in kept if copy == stage.copy),
+            decoder = SquareDecoder(
+                sides=tuple(side for copy, side in cache if copy == stage.copy),
                 training=spec.training,
                 reflect_pad=spec.reflect_pad,
                 resize_ratio=spec.resize_ratio,
             )
-            for rows, squares in of_all_files(read, spec.source(stage), self.rows, workers):
-                for side, images in zip(read.sides, squares, strict=True):
-                    kept[stage.copy, side][rows] = images
-        on_device = {key: torch.from_numpy(images).to(self.device) for key, images in kept.items()}
+            source = spec.source(stage)
+            for chunk, squares in read_chunks(decoder, source, self.indices, num_workers):
+                for side, images in zip(decoder.sides, squares, strict=True):
+                    cache[stage.copy, side][chunk] = images
+        on_device = {key: torch.from_numpy(images).to(self.device) for key, images in cache.items()}
         self.images = {
             (copy, image_size): on_device[copy, side] for (copy, image_size), side in sides.items()
         }
 
     def side(self, stage: Stage) -> int:
-        """Height and width of what is kept for all stages that are read like this one."""
+        """Height and width of the squares for all stages of this one's copy and image size."""
         spec = self.spec
         if not spec.training:
             return stage.image_size
@@ -196,54 +197,54 @@ class MemoryLoader(StreamLoader):
 
     def check_memory(self, sides: dict[tuple[str, int], int]) -> None:
         """Raise UserError unless the images and the largest batch of them fit."""
-        count = len(self.rows)
+        count = len(self.indices)
         squares = {(copy, side) for (copy, _), side in sides.items()}
         images = count * sum(3 * side**2 for _, side in squares)
         batch = max(
             min(stage.batch_size, count) * 3 * sides[stage.copy, stage.image_size] ** 2
             for stage in self.spec.stages
         )
-        needed, there = images + BATCH_BYTES * batch, free_memory(self.device)
-        if needed > SHARE * there:
+        needed, free = images + BATCH_BYTES * batch, free_memory(self.device)
+        if needed > SHARE * free:
             raise UserError(
                 f"--backend memory needs {needed / 2**30:.1f} GiB for {count} images, "
-                f"and {self.device} has {there / 2**30:.1f} GiB free, of which it takes "
+                f"and {self.device} has {free / 2**30:.1f} GiB free, of which it takes "
                 f"{SHARE:.0%} at most: take --backend dali, or lower image_size"
             )
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A batch as `Loader` has it; nothing here waits for the device."""
-        rows = batch.indices - self.rows.start
-        draws, size = batch.draws, batch.shape[0]
+        """Make a batch from cached images, without synchronising with the device."""
+        rows = batch.indices - self.indices.start
+        crops, size = batch.crops, batch.shape[0]
         images = self.images[batch.copy, size]
-        if draws is None:
+        if crops is None:
             labels, index = on_device(self.device, batch.labels, rows)
             pixels = images.index_select(0, index)
         elif self.spec.reflect_pad:
-            starts = place(draws.offset, 2 * self.spec.reflect_pad + 1).T
+            starts = to_index(crops.offset, 2 * self.spec.reflect_pad + 1).T
             labels, index, top, left, mirror = on_device(
-                self.device, batch.labels, rows, *starts, draws.mirror
+                self.device, batch.labels, rows, *starts, crops.mirror
             )
             pixels = window_crop(images, index, top, left, mirror, size)
         else:
-            box = on_device(self.device, *self.crops(batch, rows, draws, images.shape[1]))
-            labels, index, mirror = on_device(self.device, batch.labels, rows, draws.mirror)
+            box = on_device(self.device, *self.boxes(batch, rows, crops, images.shape[1]))
+            labels, index, mirror = on_device(self.device, batch.labels, rows, crops.mirror)
             pixels = resized_crop(images, index, box, mirror, size)
         normal = normalise(pixels, self.mean, self.std)
         return normal.half() if self.spec.half else normal, labels
 
-    def crops(
-        self, batch: Batch, rows: NDArray[np.int64], draws: Draws, side: int
+    def boxes(
+        self, batch: Batch, rows: NDArray[np.int64], crops: CropParams, side: int
     ) -> NDArray[np.float32]:
-        """(4, B): top, left, height and width of random-area crops, on the square images."""
+        """Scale random-area crops to squares of `side`: (4, B) top, left, height and width."""
         height, width = self.shapes[batch.copy][rows].T
-        box = crop_box(height, width, draws, slice(None), self.spec.aspect_ratio)
+        box = crop_box(height, width, crops, slice(None), self.spec.aspect_ratio)
         scale = side / np.stack([height, width, height, width])
         return (np.stack(box) * scale).astype(np.float32)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had: of a GPU's memory, or of the machine's without swapping."""
+    """Bytes free in a GPU's memory, or in main memory without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Batches of a CPU back end on a GPU, copied while the one before is trained on."""
+"""Copy the batches of a CPU back end to a GPU while it trains on the one before."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pipelines.loader import LoaderSpec
 
 
 class Prefetcher(StreamLoader):
-    """A `Loader` over another one of the same spec that hands out batches on `spec.device`.
+    """A `Loader` that copies the batches of another one of the same spec to `spec.device`.
 
-    To a GPU each batch is copied on a stream of its own, from pinned memory, and made half there
-    if the spec asks for it; on the CPU batches pass through. They are augmented where they arrive.
+    Copies to a GPU are made from pinned memory on a CUDA stream of their own, and converted to
+    float16 there if the spec asks for it; on the CPU batches pass through. Augmentation follows on
+    `spec.device`.
     """
 
     def __init__(self, loader: StreamLoader, spec: LoaderSpec) -> None:
@@ -29,8 +30,7 @@ class Prefetcher(StreamLoader):
         try:
             for batch in batches:
                 if side is not None:
-                    # The caller has only queued its work on the batch before: this copy runs
-                    # beside it.
+                    # The caller has only queued its work on the last batch: this copy overlaps it.
                     batch = self.copy(batch, side)
                     self.hand_over(batch, side)
                 yield batch
@@ -38,6 +38,7 @@ class Prefetcher(StreamLoader):
             batches.close()
 
     def copy(self, batch: tuple[Tensor, Tensor], side: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
+        """Queue the copy of a batch on the stream `side`."""
         images, labels = (part if part.is_pinned() else part.pin_memory() for part in batch)
         with torch.cuda.stream(side):
             images = images.to(self.device, non_blocking=True)
@@ -46,7 +47,7 @@ class Prefetcher(StreamLoader):
             return images, labels.to(self.device, non_blocking=True)
 
     def hand_over(self, batch: tuple[Tensor, Tensor], side: torch.cuda.Stream) -> None:
-        """Let the caller's stream wait for the copy and keep the memory until it is done with."""
+        """Let the caller's stream wait for the copy, and keep the memory until it is consumed."""
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(side)
         for part in batch:

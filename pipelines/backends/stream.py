@@ -1,4 +1,4 @@
-"""The position of a loader: what all back ends share of the `Loader` protocol."""
+"""Keep the position of a loader: what all back ends share of the `Loader` protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class StreamLoader(ABC):
     """A `Loader` over an endless stream of batches that a back end opens at a position.
 
-    The stream stays open from epoch to epoch, so it reads ahead over their ends.
+    The stream stays open from epoch to epoch, so that prefetching crosses their boundaries.
     """
 
     def __init__(self, spec: LoaderSpec) -> None:
@@ -25,11 +25,11 @@ class StreamLoader(ABC):
         self.step = 0
         self.stream: Generator[tuple[Tensor, Tensor]] | None = None
         self.stream_at = (0, 0)
-        """Epoch and step of the batch that the stream gives next."""
+        """Epoch and step of the stream's next batch."""
 
     @abstractmethod
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
-        """All batches from a position on, cropped and flipped; closing frees what it holds."""
+        """Yield all batches from a position on, cropped and flipped; closing frees resources."""
 
     def __len__(self) -> int:
         return self.spec.steps_at(self.epoch)
@@ -43,7 +43,7 @@ class StreamLoader(ABC):
         self.step = 0
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """The batch at the position, augmented; what was read ahead is lost if that was moved."""
+        """Read and augment the batch at the position; a jump discards prefetched batches."""
         epoch, step = self.epoch, self.step
         if self.stream is not None and self.stream_at != (epoch, step):
             self.close_stream()
@@ -67,7 +67,7 @@ class StreamLoader(ABC):
         self.close_stream()
 
     def close_stream(self) -> None:
-        """Free what reading takes; what the loader keeps for all positions stays."""
+        """Stop reading and free its threads and processes; caches stay."""
         if self.stream is not None:
             self.stream.close()
             self.stream = None

@@ -1,4 +1,4 @@
-"""Random images in the shapes of real ones: what training costs without reading data."""
+"""Train on random noise in the shape of images, to measure training without reading data."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch import Tensor
 
 from pipelines.backends.stream import StreamLoader
 from pipelines.loader import LoaderSpec
-from pipelines.sampling import Order
+from pipelines.sampling import BatchSampler
 
 
 class SyntheticLoader(StreamLoader):
-    """The labels of the split with one batch of normal noise, made once an image size."""
+    """`Loader` with the labels of the split and one batch of normal noise per image size."""
 
     def __init__(self, spec: LoaderSpec) -> None:
         super().__init__(spec)
-        self.order = Order(spec)
+        self.sampler = BatchSampler(spec)
         self.noise: Tensor | None = None
 
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
         device = torch.device(self.spec.device)
-        for batch in self.order.batches(epoch, step):
+        for batch in self.sampler.batches(epoch, step):
             images = self.images(len(batch.labels), batch.shape, device)
             labels = torch.from_numpy(batch.labels).to(device, non_blocking=True)
             yield images, labels
 
     def images(self, count: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-        """(count, 3, *shape), a view of the noise in memory."""
+        """Return a view of the noise, (count, 3, *shape), drawn anew where the shape changes."""
         noise = self.noise
         if noise is None or len(noise) < count or noise.shape[2:] != shape:
             generator = torch.Generator(device).manual_seed(self.spec.seed)

@@ -18,7 +18,7 @@ VAL_EVERY = 5
 
 
 def digits_folder() -> Path:
-    """The digits that scikit-learn ships as 8x8 greyscale PNGs: train/0..9 and val/0..9.
+    """Write the digits of scikit-learn as 8x8 greyscale PNGs, train/0..9 and val/0..9, once.
 
     1,438 images for training, 359 for validation, both with all classes in equal shares. Made on
     first use in the user's cache; two processes at once are fine.

@@ -12,7 +12,7 @@ from pipelines.errors import UserError
 
 
 def find_split(root: Path, split: str) -> Path:
-    """The folder of a split; raises UserError if it or `root` is missing."""
+    """Find the folder of a split; raises UserError if it or `root` is missing."""
     assert split in ("train", "val"), split
     if not root.is_dir():
         raise UserError(f"no folder {root}: --data takes a folder with train/ and val/")
@@ -29,7 +29,7 @@ def visible(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or leads to one; a loop of links does not."""
+    """Whether an entry is a folder or a link to one; a loop of links is not."""
     try:
         return entry.is_dir()
     except OSError:
@@ -41,7 +41,7 @@ def class_names(folder: Path | str) -> list[str]:
 
 
 def list_folder(folder: Path) -> Listing:
-    """The files of a split, sorted by class and name; hidden ones are left out.
+    """List the files of a split, sorted by class and name; hidden ones are left out.
 
     Links to folders are followed. Raises UserError where there are no classes.
     """
@@ -69,6 +69,6 @@ def list_folder(folder: Path) -> Listing:
 
 
 def folder_stamps(folder: Path) -> list[int]:
-    """When the folder and its classes last changed, in ns: files came, went or were renamed."""
+    """Return when the folder and its classes last changed, in ns: files added, removed, renamed."""
     paths = (folder, *(folder / name for name in class_names(folder)))
     return [os.stat(path).st_mtime_ns for path in paths]

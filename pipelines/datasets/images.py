@@ -1,4 +1,4 @@
-"""The images of a split: where each one's bytes lie, kept in tens of bytes an image."""
+"""Describe the images of a split and where their bytes are, in tens of bytes an image."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast, overload
+from typing import BinaryIO, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import Damage
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 
 class ImageFile(NamedTuple):
@@ -31,15 +28,15 @@ class ImageFile(NamedTuple):
     """Of the member of a shard."""
 
     def __str__(self) -> str:
-        """As errors name it."""
+        """Return the name that errors use."""
         return f"{self.path}:{self.name}" if self.name else self.path
 
     def open(self) -> BinaryIO:
-        """A stream of the encoded image; raises what `read` does."""
+        """Open the encoded image; raises what `read` does."""
         return open(self.path, "rb") if self.size is None else io.BytesIO(self.read())
 
     def read(self) -> bytes:
-        """The encoded image. Raises OSError, and EOFError for a shard that is too short."""
+        """Read the encoded image. Raises OSError, and EOFError for a shard that is too short."""
         with open(self.path, "rb", buffering=0) as file:
             if self.size is None:
                 return file.readall()
@@ -51,14 +48,14 @@ class ImageFile(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Images(Sequence[ImageFile]):
-    """The images of some folders or of some shards; `ImageFile`s are made when asked for."""
+    """The images of folders or shards as arrays; an `ImageFile` is made when it is asked for."""
 
     holders: tuple[str, ...]
     """Paths of the folders, or of the shards."""
     holder: NDArray[np.int32]
-    """(N,): the place in `holders` of the one that an image is in."""
+    """(N,): index in `holders` of the one that holds the image."""
     names: NDArray[np.uint8]
-    """The names of all images, one behind the other, as the file system has them."""
+    """The names of all images, concatenated, as the file system has them."""
     name_start: NDArray[np.int64]
     """(N,): where an image's name begins."""
     name_size: NDArray[np.int32]
@@ -84,36 +81,32 @@ class Images(Sequence[ImageFile]):
         return ImageFile(holder, int(self.start[index]), int(self.size[index]), name)
 
     def name(self, index: int) -> str:
-        """The name of an image in its folder or shard."""
+        """Return the name of an image in its folder or shard."""
         start = self.name_start[index]
         return os.fsdecode(self.names[start : start + self.name_size[index]].tobytes())
 
-    def take(self, places: NDArray[np.int64]) -> Images:
-        """The images at these places, in this order."""
+    def take(self, indices: NDArray[np.int64]) -> Images:
+        """Select the images at these indices, in this order."""
         return Images(
             self.holders,
-            self.holder[places],
+            self.holder[indices],
             self.names,
-            self.name_start[places],
-            self.name_size[places],
-            None if self.start is None else self.start[places],
-            None if self.size is None else self.size[places],
+            self.name_start[indices],
+            self.name_size[indices],
+            None if self.start is None else self.start[indices],
+            None if self.size is None else self.size[indices],
         )
 
 
 def pack_names(names: Iterable[str]) -> tuple[bytes, list[int]]:
-    """File names one behind the other, and the bytes of each."""
+    """Concatenate file names; returns the bytes of each, too."""
     encoded = [os.fsencode(name) for name in names]
     return b"".join(encoded), [len(name) for name in encoded]
 
 
 def whole_files(paths: Iterable[str]) -> list[ImageFile]:
-    """Images that are files of their own, wherever they lie."""
+    """List images that are files of their own, in whatever folders."""
     return [ImageFile(path) for path in paths]
-
-
-BUFFER = 1 << 16
-"""Bytes that a stream reads at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,47 +116,22 @@ class Part:
     file: int
     """Its descriptor."""
     start: int
+    """In bytes; 0: the part is the whole file."""
     size: int
 
-    def read(self, count: int, at: int) -> bytes:
-        """Up to `count` bytes from byte `at` of the part on; what lies behind it is not seen."""
-        return os.pread(self.file, max(0, min(count, self.size - at)), self.start + at)
+    def read(self, count: int, offset: int) -> bytes:
+        """Read up to `count` bytes from `offset` in the part on, and none from behind it."""
+        return os.pread(self.file, max(0, min(count, self.size - offset)), self.start + offset)
 
     def stream(self) -> BinaryIO:
-        """The part as a file of its own; closing it leaves the descriptor open."""
-        return cast(BinaryIO, io.BufferedReader(PartReader(self), BUFFER))
-
-
-class PartReader(io.RawIOBase):
-    """What `Part.stream` reads through."""
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-        self.at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + (0, self.at, self.part.size)[whence]
-        if self.at < 0:
-            self.at = 0
-            raise OSError("before the first byte")
-        return self.at
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        view = memoryview(buffer)
-        data = self.part.read(len(view), self.at)
-        view[: len(data)] = data
-        self.at += len(data)
-        return len(data)
+        """Open the part as a file of its own; closing it leaves the descriptor open."""
+        if self.start == 0:
+            return open(self.file, "rb", closefd=False)
+        return io.BytesIO(self.read(self.size, 0))
 
 
 def open_file(path: str | bytes) -> tuple[int, os.stat_result]:
-    """A descriptor to read from, to be closed, and its status; never waits, as on a FIFO.
+    """Open a file without waiting, as on a FIFO; returns the descriptor and status.
 
     Raises Damage for what cannot be opened or is no regular file.
     """
@@ -184,9 +152,9 @@ def unreadable(error: OSError) -> Damage:
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """The images of a split as its folders or shards have them."""
+    """The images of a split in the order of its folders or shards."""
 
     images: Images
     labels: NDArray[np.int32]
-    """(N,): the place in `classes` of each image's class."""
+    """(N,): index in `classes` of each image's class."""
     classes: tuple[str, ...]

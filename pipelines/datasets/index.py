@@ -1,4 +1,4 @@
-"""What is known of every image before it is decoded, cached so that a million files start fast.
+"""Index a split: list its images and read their headers, cached so that a restart is fast.
 
 Listing 1.3 million files and reading their headers takes a while; it is done once, by one process
 of a node, and holds until a folder changes.
@@ -26,41 +26,41 @@ from tqdm import tqdm
 from pipelines.datasets.checks import check_file
 from pipelines.datasets.images import ImageFile, Images, Listing
 from pipelines.errors import Damage
-from pipelines.files import cache_folder, written_beside
+from pipelines.files import atomic_write, cache_folder
 from pipelines.workers import in_processes, num_cores
 
 VERSION = 1
 CHUNK = 512
 """Images that are checked at a time."""
 MANY = 20_000
-"""Images from which on processes pay; fewer are checked in threads."""
+"""Number of images from which on processes pay; fewer are checked in threads."""
 SETTLED_SECONDS = 2.0
-"""A folder that changed later than this before it was listed may change again within the same tick
-of its clock: what is found then is not kept."""
+"""A folder that changed less than this before it was listed may change again within the same tick
+of its clock: its index is not cached."""
 ARRAYS = ("holder", "names", "name_start", "name_size", "start", "size")
-"""Of `Images`, as they are kept."""
+"""Arrays of `Images` that are cached."""
 Job = tuple[int, list[ImageFile]]
-"""Place of the first image, and the images that follow one another from there."""
+"""Index of the first image, and consecutive images from there on."""
 Checked = tuple[int, list[tuple[int, int]], list[tuple[int, str]]]
-"""Place of the first image; (height, width) of each, zeros where it is bad; and per bad image its
-place and what is wrong with it, in words that go on after the path."""
+"""Index of the first image; (height, width) of each, zeros where it is bad; and per bad image its
+index and what is wrong with it, in words that continue a sentence that begins with the path."""
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """A listing whose files have been looked at."""
+    """A listing whose files have been checked."""
 
     listing: Listing
     shapes: NDArray[np.int32]
     """(N, 2): height and width as the headers have them; zeros where an image is bad."""
     bad: list[tuple[int, str]]
-    """Places of the images that a back end would not read, and why."""
+    """Indices of the images that a back end cannot read, and why."""
 
 
 def cached_index(
     source: Path, stamps: Callable[[], list[int]], make_listing: Callable[[], Listing]
 ) -> Index:
-    """The index of `source`, an absolute path: that of the user's cache while `stamps` hold.
+    """Return the index of `source`, an absolute path, from the cache while `stamps` stay equal.
 
     `stamps` gives modification times in ns, of all that would change if images came or went. One
     process of a node makes the index, the others wait for it. Images that were bad are looked at
@@ -82,7 +82,7 @@ def cached_index(
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait for other processes that make the same file; without a word where that is impossible."""
+    """Wait for other processes that make the same file, where the file system has locks."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -100,7 +100,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def make_index(listing: Listing) -> Index:
-    """Look at the header and the end of every file."""
+    """Check the header and the end of every file."""
     images = listing.images
     shapes = np.zeros((len(images), 2), np.int32)
     bad = []
@@ -112,7 +112,7 @@ def make_index(listing: Listing) -> Index:
 
 
 def check_all(jobs: Iterator[Job], count: int) -> Iterator[Checked]:
-    """`check_images` of every job, with a progress bar where there are many images."""
+    """Run `check_images` on every job, with a progress bar where there are many images."""
     if count < MANY:
         # Up to 8 at a time, which pays where the disk is slow.
         with ThreadPoolExecutor(8) as pool:
@@ -125,32 +125,32 @@ def check_all(jobs: Iterator[Job], count: int) -> Iterator[Checked]:
 
 
 def check_images(job: Job) -> Checked:
-    """Height and width of each image, or what is wrong with it."""
+    """Read height and width of each image, or find what is wrong with it."""
     start, files = job
     shapes: list[tuple[int, int]] = []
     bad = []
-    for place, file in enumerate(files, start):
+    for index, file in enumerate(files, start):
         try:
             header = check_file(file)
             shapes.append((header.height, header.width))
         except Damage as damage:
-            bad.append((place, damage.text))
+            bad.append((index, damage.text))
             shapes.append((0, 0))
     return start, shapes, bad
 
 
 def checked_again(index: Index) -> Index:
-    """The index without the bad images that have been mended since."""
+    """Check the bad images of an index again: they may have been replaced since."""
     shapes, bad = index.shapes, []
-    for place, _ in index.bad:
-        _, found, damaged = check_images((place, [index.listing.images[place]]))
-        shapes[place] = found[0]
+    for i, _ in index.bad:
+        _, found, damaged = check_images((i, [index.listing.images[i]]))
+        shapes[i] = found[0]
         bad += damaged
     return Index(index.listing, shapes, bad)
 
 
 def save(path: Path, index: Index, stamps: list[int]) -> None:
-    """Keep an index; a cache that cannot be written is noted on standard error."""
+    """Write an index to the cache; a failure is noted on standard error."""
     listing, images = index.listing, index.listing.images
     about = {
         "version": VERSION,
@@ -161,7 +161,7 @@ def save(path: Path, index: Index, stamps: list[int]) -> None:
     }
     arrays = {name: getattr(images, name) for name in ARRAYS if getattr(images, name) is not None}
     try:
-        with written_beside(path) as beside, beside.open("wb") as file:
+        with atomic_write(path) as beside, beside.open("wb") as file:
             np.savez(
                 file,
                 about=np.frombuffer(json.dumps(about).encode(), np.uint8),
@@ -174,7 +174,7 @@ def save(path: Path, index: Index, stamps: list[int]) -> None:
 
 
 def load(path: Path, stamps: list[int]) -> Index | None:
-    """The index in a file, if it is there, whole, and of these stamps."""
+    """Read an index from the cache; None unless it is there, whole, and has these stamps."""
     try:
         with np.load(path) as arrays:
             about = json.loads(arrays["about"].tobytes())
@@ -183,7 +183,7 @@ def load(path: Path, stamps: list[int]) -> Index | None:
             kept = {name: arrays[name] for name in ARRAYS if name in arrays}
             images = Images(holders=tuple(about["holders"]), **kept)
             listing = Listing(images, arrays["labels"], tuple(about["classes"]))
-            bad = [(place, text) for place, text in about["bad"]]
+            bad = [(i, text) for i, text in about["bad"]]
             return Index(listing, arrays["shapes"], bad)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
-        return None  # none yet, or damaged: it is made anew
+        return None  # none yet, or damaged: it is made again

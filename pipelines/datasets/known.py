@@ -1,4 +1,4 @@
-"""Facts of the data sets that recipes are written for: channel statistics of pixels in 0..1."""
+"""Facts of the data sets that recipes are made for; channel statistics are of pixels in 0..1."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship t
 
 
 def dataset_name(classes: tuple[str, ...]) -> str | None:
-    """DAWNBench's name of the data set with these classes, None for any other."""
+    """Return DAWNBench's name of the data set with these classes, None for any other."""
     if classes == CIFAR10_CLASSES:
         return "CIFAR10"
     if len(classes) == 1000 and classes[0] == "n01440764":
         return "ImageNet"
     return None
+
+
+AUTO, ORIGINAL = "auto", "original"
+"""`Stage.data` for the copy that serves best, and for the split itself."""

@@ -1,4 +1,4 @@
-"""`dataset.json` in the root of an image folder: where its images are from."""
+"""Read and write `dataset.json` in an image folder, which says where its images are from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAME = "dataset.json"
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """The object in `root/dataset.json`; empty without the file. UserError if it is damaged."""
+    """Read `root/dataset.json`; empty without the file. Raises UserError if it is damaged."""
     path = root / NAME
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

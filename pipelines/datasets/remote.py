@@ -1,8 +1,8 @@
-"""`s3://BUCKET/PREFIX`: shards copied once into the user's cache, through DALI's own S3 reader.
+"""Copy shards from an object store (s3://, gs://, hf://, ...) once into the user's cache.
 
-An epoch in a random order would ask an object store for every image anew; local shards serve every
-back end, every epoch and every process of a node. Copies are kept under the checksum of their
-manifest, which has those of all files: what is there has been verified.
+An epoch in a random order would ask the store for every image anew; local shards serve every back
+end, every epoch and every process of a node. Copies are kept under the checksum of their manifest,
+which has the checksums of all files: what is in the cache has been verified.
 """
 
 from __future__ import annotations
@@ -10,146 +10,166 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
-from pipelines.backends import has_dali
 from pipelines.datasets.index import locked
-from pipelines.datasets.shards import NAME, Manifest, parse_manifest
+from pipelines.datasets.shards import MAX_BYTES, NAME, Manifest, parse_manifest
 from pipelines.errors import UserError
-from pipelines.files import cache_folder, written_beside
+from pipelines.files import atomic_write, cache_folder
 
-SCHEME = "s3://"
-PARALLEL = 4
-"""Objects that are read at a time."""
-MAX_BYTES = 512 << 20
-"""Of the objects that are read at a time, unless one alone is larger: held in memory once."""
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+NUM_PARALLEL = 4
+"""Files that are read at a time."""
+CHUNK = 8 << 20
+"""Bytes of a file that are asked for and held in memory at a time."""
+INSTALL = "pip install 'fastimagenet[remote]'"
 CHECK = (
-    "check the address, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws), AWS_REGION, and "
-    "for servers other than Amazon's AWS_ENDPOINT_URL"
+    "check the address and the credentials; for s3:// these are AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY (or ~/.aws), and for servers other than Amazon's AWS_ENDPOINT_URL"
 )
-REASON = re.compile(r"encountered:\s*(.*?)\s*Current pipeline object is no longer valid", re.DOTALL)
 
 
 class Wanted(NamedTuple):
     """A file that a manifest names."""
 
     name: str
-    bytes: int
-    """0 for an index, which is small."""
+    num_bytes: int | None
+    """None for an index, which is small."""
     sha256: str
 
 
-def fetched(url: str) -> Path:
-    """The folder of local copies of the shards below `url`.
+def is_url(text: str) -> bool:
+    """Whether `text` is the URL of a remote folder, of whatever protocol."""
+    return URL.match(text) is not None
 
-    Only what is not there yet is read, by one process of a node while the others wait. The
-    credentials are found as by every tool for S3: environment, ~/.aws or the machine's role.
+
+def local_copy(url: str) -> Path:
+    """Return the folder with a local copy of the shards below `url`, of any protocol of fsspec.
+
+    Only what is not in the cache is read, by one process of a node while the others wait. The
+    credentials are those that every tool for the protocol finds: environment, files or role.
     Raises UserError where the shards cannot be read or are damaged, or the disk is too small.
     """
-    place = url.removeprefix(SCHEME).strip("/")
-    if not place:
-        raise UserError(f"{url} names no bucket: expected {SCHEME}BUCKET/PREFIX")
-    url = SCHEME + place
-    if not has_dali():
-        raise UserError(
-            f"{url} is read by DALI: install nvidia-dali-cuda120 or nvidia-dali-cuda130, or copy "
-            "the shards to a local folder"
-        )
-    (data,) = next(read_objects([[f"{url}/{NAME}"]]))
-    manifest = parse_manifest(bytes(data), f"{url}/{NAME}")
+    store = Store.open(url)
+    data = b"".join(store.read(NAME, MAX_BYTES))
+    manifest = parse_manifest(data, f"{store.url}/{NAME}")
     if not manifest.complete:
-        raise UserError(f"{url} is not complete: upload it when prepare shard has finished")
-    folder = cache_folder() / "shards" / hashlib.sha256(data).hexdigest()[:20]
+        raise UserError(f"{store.url} is not complete: upload it when prepare shard has finished")
+    digest = hashlib.sha256(data).hexdigest()
+    folder = cache_folder() / "shards" / digest[:20]
     with locked(folder):
         if not (folder / NAME).exists():
-            fetch(url, folder, manifest)
-            store(folder, Wanted(NAME, 0, hashlib.sha256(data).hexdigest()), data)
+            copy_files(store, folder, manifest)
+            with atomic_write(folder / NAME) as beside:
+                beside.write_bytes(data)
     return folder
 
 
-def fetch(url: str, folder: Path, manifest: Manifest) -> None:
-    """Copy what `folder` does not have of the shards below `url`."""
+@dataclass(frozen=True)
+class Store:
+    """A remote folder."""
+
+    url: str
+    files: Any
+    """The fsspec file system."""
+    root: str
+    """The folder's path in it."""
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """Connect to the store. UserError where the protocol is unknown or needs a package."""
+        protocol, _, path = url.partition("://")
+        url = f"{protocol}://{path.rstrip('/')}"
+        if not path.strip("/"):
+            raise UserError(f"{url} names no bucket: expected {url}BUCKET/PREFIX")
+        try:
+            from fsspec.core import url_to_fs
+        except ImportError:
+            raise UserError(f"{url} is read by fsspec: {INSTALL}") from None
+        try:
+            files, root = url_to_fs(url, skip_instance_cache=True)
+        except ImportError as error:
+            text = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"{url}: {text}; {INSTALL} brings what s3:// needs") from None
+        except ValueError as error:
+            raise UserError(f"{url} cannot be read ({error}): {CHECK}") from None
+        return cls(url, files, root)
+
+    def read(self, name: str, max_bytes: int) -> Iterator[bytes]:
+        """Yield a file's content in chunks. UserError if it cannot be read or has more bytes."""
+        with self.errors(name):
+            file = self.files.open(f"{self.root}/{name}", "rb", block_size=CHUNK)
+        with closing(file):
+            while True:
+                with self.errors(name):
+                    data = file.read(CHUNK)
+                if not data:
+                    return
+                max_bytes -= len(data)
+                if max_bytes < 0:
+                    raise damaged(name, "its size")
+                yield data
+
+    @contextmanager
+    def errors(self, name: str) -> Iterator[None]:
+        """Turn whatever a protocol's package raises into a UserError of one line."""
+        try:
+            yield
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{self.url}/{name} cannot be read ({text}): {CHECK}") from None
+
+
+def copy_files(store: Store, folder: Path, manifest: Manifest) -> None:
+    """Copy the shards that `folder` does not have, with their indexes."""
     folder.mkdir(parents=True, exist_ok=True)
     for half_written in folder.glob(".*"):  # by a process that was killed
         half_written.unlink()
     wanted = [file for file in files_of(manifest) if not (folder / file.name).exists()]
-    total, free = sum(file.bytes for file in wanted), shutil.disk_usage(folder).free
+    total, free = sum(file.num_bytes or 0 for file in wanted), shutil.disk_usage(folder).free
     if total > free:
         raise UserError(
-            f"{url} has {total / 1e9:,.1f} GB more than the {free / 1e9:,.1f} GB that are free for "
-            f"{folder}: free some or set XDG_CACHE_HOME to a folder on a larger disk"
+            f"{store.url} has {total / 1e9:,.1f} GB more than the {free / 1e9:,.1f} GB that are "
+            f"free for {folder}: free some or set XDG_CACHE_HOME to a folder on a larger disk"
         )
-    groups = list(in_groups(wanted))
-    contents = read_objects([[f"{url}/{file.name}" for file in group] for group in groups])
-    with (
-        tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {url}", disable=None) as bar,
-        ThreadPoolExecutor(PARALLEL) as pool,
-    ):
-        for group, found in zip(groups, contents, strict=True):
-            for file in pool.map(partial(store, folder), group, found):
-                bar.update(file.bytes)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {store.url}", disable=None)
+    with bar, ThreadPoolExecutor(NUM_PARALLEL) as pool:
+        copies = [pool.submit(copy_file, store, folder, file) for file in wanted]
+        try:
+            for copy in copies:
+                bar.update(copy.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def files_of(manifest: Manifest) -> Iterator[Wanted]:
     for shard in manifest.shards():
         assert shard.sha256 is not None, "of a complete manifest"
         yield Wanted(shard.file, shard.bytes, shard.sha256)
-        yield Wanted(shard.index, 0, shard.index_sha256)
+        yield Wanted(shard.index, None, shard.index_sha256)
 
 
-def in_groups(files: Iterable[Wanted]) -> Iterator[list[Wanted]]:
-    """The files in runs to be read at a time."""
-    group: list[Wanted] = []
-    for file in files:
-        size = sum(other.bytes for other in group) + file.bytes
-        if group and (len(group) == PARALLEL or size > MAX_BYTES):
-            yield group
-            group = []
-        group.append(file)
-    if group:
-        yield group
+def copy_file(store: Store, folder: Path, file: Wanted) -> int:
+    """Copy a file if it is what the manifest says; returns its bytes, 0 for an index."""
+    digest = hashlib.sha256()
+    with atomic_write(folder / file.name) as beside:
+        with beside.open("wb") as target:
+            limit = MAX_BYTES if file.num_bytes is None else file.num_bytes
+            for data in store.read(file.name, limit):
+                digest.update(data)
+                target.write(data)
+        if digest.hexdigest() != file.sha256:
+            raise damaged(file.name, "its checksum")
+    return file.num_bytes or 0
 
 
-def store(folder: Path, file: Wanted, content: memoryview) -> Wanted:
-    """Write a file, if it is what the manifest says."""
-    if hashlib.sha256(content).hexdigest() != file.sha256:
-        raise UserError(f"{file.name} is damaged in the bucket (its checksum): upload it again")
-    with written_beside(folder / file.name) as beside:
-        beside.write_bytes(content)
-    return file
-
-
-def read_objects(groups: Iterable[list[str]]) -> Iterator[list[memoryview]]:
-    """The contents of objects, group after group; each list is emptied when the next is asked for.
-
-    Raises UserError for what cannot be read.
-    """
-    from nvidia.dali import fn, types
-    from nvidia.dali.pipeline import Pipeline
-
-    pipeline = Pipeline(
-        batch_size=PARALLEL, num_threads=PARALLEL, device_id=None, prefetch_queue_depth=1
-    )
-    with pipeline:
-        paths = fn.external_source(name="paths", dtype=types.UINT8, ndim=1)
-        pipeline.set_outputs(fn.io.file.read(paths))
-    pipeline.build()
-    for group in groups:
-        names = [np.frombuffer(url.encode(), np.uint8) for url in group]
-        try:
-            (contents,) = pipeline.run(paths=names)
-        except RuntimeError as error:
-            reason = REASON.search(str(error))
-            text = " ".join(reason[1].split()) if reason else str(error)
-            raise UserError(f"{group[0]} cannot be read ({text}): {CHECK}") from None
-        found = [np.asarray(contents.at(place)).data for place in range(len(group))]
-        yield found
-        found.clear()
-        del contents  # else DALI would hold two groups at a time
+def damaged(name: str, what: str) -> UserError:
+    return UserError(f"{name} is damaged in the bucket ({what}): upload it again")

@@ -1,4 +1,4 @@
-"""WebDataset shards as `prepare shard` writes them: names, layout, index and manifest.
+"""Read WebDataset shards as `prepare shard` writes them: names, layout, index and manifest.
 
 DIR/shards.json names DIR/train-00000.tar, ... and DIR/val-00000.tar, ..., each with DALI's index
 beside it, .idx. An image is two members of a shard, CLASS/STEM.EXT and CLASS/STEM.cls, its label in
@@ -33,7 +33,7 @@ BLOCK, RECORD = 512, 10_240
 MAX_FOLDER, MAX_NAME = 155, 100
 """Bytes that a plain tar header has for what is before and behind the last slash."""
 MAX_IMAGE = 1 << 30
-"""Bytes of an image: more than the largest that is decoded takes without compression."""
+"""Most bytes of an image: the largest that is decoded takes less without compression."""
 SUFFIX = re.compile(r"[A-Za-z0-9]{1,8}")
 NO_SUFFIX = "img"
 """Stands for suffixes that are none."""
@@ -43,46 +43,46 @@ HEADER = struct.Struct("100s24x12s20xc188x155s12x")
 
 
 def encoded(name: str) -> str:
-    """A file name as a word for tar, WebDataset and DALI: percent-encoded, dots and "~", too.
+    """Percent-encode a file name, with dots and "~", for tar, WebDataset and DALI.
 
-    So a key ends at the first dot, and what "~" begins is no file's name.
+    So a key ends at the first dot, and no file has a name that begins with "~".
     """
     return quote(os.fsencode(name), safe="").replace(".", "%2E").replace("~", "%7E")
 
 
 def class_folders(classes: Sequence[str]) -> list[str]:
-    """The folder of each class in a shard: its name, encoded, or "~" and its label if too long."""
+    """Name the folder of each class in a shard: encoded, or, if too long, "~" and the label."""
     names = [encoded(name) for name in classes]
     return [name if len(name) <= MAX_FOLDER else f"~{label}" for label, name in enumerate(names)]
 
 
 def member_names(folders: Sequence[str], files: Iterable[str], labels: Iterable[int]) -> list[str]:
-    """CLASS/STEM.EXT of every image of a split, from the names of its files.
+    """Name the member of every image of a split, CLASS/STEM.EXT, after its file.
 
-    An image whose stem is taken in its class, or too long, has "~" and its place in the split.
+    An image whose stem is taken in its class, or too long, has "~" and its index in the split.
     """
     names = []
     taken: set[str] = set()
-    for place, (file, label) in enumerate(zip(files, labels, strict=True)):
+    for index, (file, label) in enumerate(zip(files, labels, strict=True)):
         stem, dot, suffix = file.rpartition(".")
         if not dot or suffix == "cls" or not SUFFIX.fullmatch(suffix):
             stem, suffix = file, NO_SUFFIX
         word = encoded(stem)
         key = f"{folders[label]}/{word}"
         if key in taken or len(word) + 1 + max(len(suffix), 3) > MAX_NAME:
-            key = f"{folders[label]}/~{place}"
+            key = f"{folders[label]}/~{index}"
         taken.add(key)
         names.append(f"{key}.{suffix}")
     return names
 
 
 def footprint(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Bytes that images of these sizes take in a shard: two headers and a block for the label."""
+    """Return the bytes of images in a shard, (N,): with two headers and a block for the label."""
     return -(-sizes // BLOCK) * BLOCK + 3 * BLOCK
 
 
 def layout(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """Where the images and their labels begin, (N,) each, and the bytes of the whole shard."""
+    """Return the offsets of images and of labels, (N,) each, and the bytes of the shard."""
     room = footprint(sizes)
     ends = np.cumsum(room)
     starts, label_starts = ends - room + BLOCK, ends - BLOCK
@@ -100,7 +100,7 @@ def is_member(header: bytes, name: str, size: int) -> bool:
 
 
 def index_text(names: Sequence[str], sizes: NDArray[np.int64], labels: NDArray[np.int32]) -> str:
-    """The index of a shard, as DALI's wds2idx writes it."""
+    """Write the index of a shard as DALI's wds2idx does."""
     starts, label_starts, _ = layout(sizes)
     lines = [f"{INDEX_VERSION} {len(names)}\n"]
     rows = zip(
@@ -119,12 +119,12 @@ FORMAT = "fastimagenet shards"
 VERSION = 1
 SPLITS = ("train", "val")
 MAX_BYTES = 32 << 20
-"""Of a manifest or an index, so that reading one takes bounded memory."""
+"""Most bytes of a manifest or an index, so that reading one takes bounded memory."""
 AGAIN = (
     "copy it again, or make the shards again in a new folder with python -m pipelines.prepare shard"
 )
 MAX_NUMBER = 1 << 50
-"""Of any number in a manifest: sums of them stay far below 64 bits."""
+"""Largest number in a manifest: sums of them stay far below 64 bits."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -163,11 +163,11 @@ class Manifest:
         return all(shard.sha256 for shard in self.shards())
 
     def shards(self) -> Iterator[Shard]:
-        """Those of all splits."""
+        """Iterate over the shards of all splits."""
         return chain.from_iterable(self.splits.values())
 
     def with_checksums(self, sha256: dict[str, str]) -> Manifest:
-        """The same with the checksums of the tar files, by file name; None for those left out."""
+        """Replace the checksums of the tar files, by file name; None for those left out."""
         splits = {
             split: tuple(replace(shard, sha256=sha256.get(shard.file)) for shard in shards)
             for split, shards in self.splits.items()
@@ -175,7 +175,7 @@ class Manifest:
         return replace(self, splits=splits)
 
     def plan(self) -> Manifest:
-        """The same without what is known only of finished shards, or does not change them."""
+        """Leave out what is known only of finished shards, or does not change them."""
         return replace(self.with_checksums({}), dataset={})
 
 
@@ -202,7 +202,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest of a folder with finished shards.
+    """Read the manifest of a folder with finished shards.
 
     Raises UserError for one that is missing, damaged or of shards that are not all written.
     """
@@ -210,13 +210,13 @@ def read_manifest(root: Path) -> Manifest:
     manifest = parse_manifest(read_bounded(path), str(path))
     if not manifest.complete:
         raise UserError(
-            f"{root} is not complete: call python -m pipelines.prepare shard again to go on"
+            f"{root} is not complete: call python -m pipelines.prepare shard again to resume"
         )
     return manifest
 
 
 def read_bounded(path: Path) -> bytes:
-    """A manifest or an index. Raises UserError if it cannot be read or is too large to be one."""
+    """Read a manifest or an index. UserError if it cannot be read or is too large to be one."""
     try:
         file, status = open_file(str(path))
         with open(file, "rb") as stream:
@@ -232,7 +232,7 @@ def check_length(length: int, name: str) -> None:
 
 
 def parse_manifest(data: bytes, name: str) -> Manifest:
-    """The manifest in `data`; raises UserError, which calls it `name`, for all that is none."""
+    """Parse a manifest; raises UserError, with its `name`, if any field is not as it should be."""
     check_length(len(data), name)
     try:
         value = json.loads(data)
@@ -286,7 +286,7 @@ def class_names(value: Any) -> tuple[str, ...]:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a folder can have this name and be seen."""
+    """Whether a visible folder can have this name."""
     try:
         size = len(os.fsencode(name))
     except UnicodeEncodeError:
@@ -295,15 +295,15 @@ def is_file_name(name: str) -> bool:
 
 
 def shards_of(split: str, value: Any) -> tuple[Shard, ...]:
-    """The shards of a split; their names follow from their places, so none leads elsewhere."""
+    """Parse the shards of a split; the names follow from the numbers, so none leads elsewhere."""
     expect(isinstance(value, list) and len(value) > 0, split)
     shards = []
-    for place, entry in enumerate(value):
+    for index, entry in enumerate(value):
         expect(isinstance(entry, dict), split)
-        expect(entry.get("file") == shard_name(split, place), "file")
+        expect(entry.get("file") == shard_name(split, index), "file")
         shards.append(
             Shard(
-                file=shard_name(split, place),
+                file=shard_name(split, index),
                 images=whole_number(entry, "images", 1),
                 bytes=whole_number(entry, "bytes", RECORD),
                 index_sha256=checksum(entry, "index_sha256"),
@@ -326,7 +326,7 @@ def has_shards(root: Path) -> bool:
 
 
 def list_shards(root: Path, split: str) -> Listing:
-    """The images of a split, in the order of the shards.
+    """List the images of a split, in the order of the shards.
 
     `split` is "train" or "val". Raises UserError for a missing split and for damage.
     """
@@ -349,7 +349,7 @@ def list_shards(root: Path, split: str) -> Listing:
 
 
 def shard_stamps(root: Path, split: str) -> list[int]:
-    """When the manifest and the split's files last changed, in ns."""
+    """Return when the manifest and the split's files last changed, in ns."""
     shards = listed_shards(root, read_manifest(root), split)
     files = [NAME, *(name for shard in shards for name in (shard.file, shard.index))]
     return [status_of(root / name).st_mtime_ns for name in files]
@@ -379,7 +379,7 @@ class Rows(NamedTuple):
 
 
 def read_index(root: Path, shard: Shard, folders: dict[bytes, int]) -> Rows:
-    """What a shard holds. UserError if its index or its length is not as it should be."""
+    """Read the index of a shard. UserError if it or the shard's length is not as it should be."""
     path = root / shard.index
     data = read_bounded(path)
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
@@ -400,7 +400,7 @@ def read_index(root: Path, shard: Shard, folders: dict[bytes, int]) -> Rows:
 
 
 def parse_index(data: bytes, folders: dict[bytes, int]) -> Rows:
-    """The images in an index; ValueError unless it is what `index_text` gives for them."""
+    """Parse an index; raises ValueError unless it is what `index_text` writes for its images."""
     rows = ROW.findall(data)
     if not rows:
         raise ValueError("no image in it")

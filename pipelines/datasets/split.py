@@ -1,4 +1,4 @@
-"""One split of the data, folders or shards, as training takes it: images, labels, classes."""
+"""Read one split of the data, folders or shards: images, labels and classes."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ from pipelines.errors import Damage, UserError
 ON_BAD_IMAGE = ("error", "skip")
 SCAN = "python -m pipelines.prepare scan"
 Bad = tuple[str, str]
-"""An image as errors name it, and what is wrong with it in words that go on after the name."""
+"""An image as errors name it, and what is wrong with it in words that continue the sentence."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The images of one split: of folders sorted by class and name, of shards as they lie there."""
+    """The images of a split: of folders sorted by class and name, of shards in their order."""
 
     files: Sequence[ImageFile]
     labels: Sequence[int] | NDArray[np.int32]
-    """Per image, the place of its class in `classes`."""
+    """Per image, the index of its class in `classes`."""
     classes: tuple[str, ...]
     left_out: tuple[Bad, ...] = ()
     """What `on_bad_image="skip"` has left out."""
     shapes: NDArray[np.int32] | None = None
     """(N, 2): height and width as the headers have them; None: not looked at."""
     strange_skip_list: bool = False
-    """Whether the skip list has names, and none of them is among the images."""
+    """Whether a skip list was given that names none of the images."""
 
     def __len__(self) -> int:
         return len(self.files)
 
     @property
     def in_shards(self) -> bool:
-        """Whether images are parts of larger files."""
+        """Whether the images are parts of larger files."""
         return bool(self.files) and self.files[0].size is not None
 
-    def take(self, places: NDArray[np.int64]) -> Split:
-        """The images at these places, in this order."""
+    def take(self, indices: NDArray[np.int64]) -> Split:
+        """Select the images at these indices, in this order."""
         files = self.files
         return replace(
             self,
-            files=files.take(places) if isinstance(files, Images) else [files[i] for i in places],
-            labels=np.asarray(self.labels)[places],
-            shapes=None if self.shapes is None else self.shapes[places],
+            files=files.take(indices) if isinstance(files, Images) else [files[i] for i in indices],
+            labels=np.asarray(self.labels)[indices],
+            shapes=None if self.shapes is None else self.shapes[indices],
         )
 
 
@@ -99,17 +99,17 @@ def chosen(
     skipped: frozenset[str],
     on_bad_image: str,
 ) -> Split:
-    """The images of a split that are neither skipped nor bad, as far as is known."""
+    """Select the images of a split that are neither skipped nor known to be bad."""
     images = listing.images
-    shapes, bad_places = (None, []) if index is None else (index.shapes, index.bad)
+    shapes, bad_indices = (None, []) if index is None else (index.shapes, index.bad)
     keep = np.ones(len(images), bool)
-    found = places(images, skipped)
+    found = skipped_indices(images, skipped)
     keep[found] = False
-    bad = [(str(images[place]), text) for place, text in bad_places if keep[place]]
+    bad = [(str(images[i]), text) for i, text in bad_indices if keep[i]]
     if bad and on_bad_image == "error":
         raise bad_images(source.parent, bad)
     there = np.bincount(listing.labels[keep], minlength=len(listing.classes))
-    keep[[place for place, _ in bad_places]] = False
+    keep[[i for i, _ in bad_indices]] = False
     good = np.bincount(listing.labels[keep], minlength=len(listing.classes))
     for name, any_left, any_good in zip(listing.classes, there, good, strict=True):
         if not any_good:
@@ -120,20 +120,20 @@ def chosen(
     return split.take(np.flatnonzero(keep))
 
 
-def places(images: Images, skipped: frozenset[str]) -> list[int]:
-    """Where the skipped files are among the images."""
+def skipped_indices(images: Images, skipped: frozenset[str]) -> list[int]:
+    """Find the indices of the skipped files."""
     folders = {os.path.dirname(path) for path in skipped}
     shards = {path.rpartition(":")[0] for path in skipped}
     found = []
     for holder, path in enumerate(images.holders):
         if path in folders or path in shards:
             members = np.flatnonzero(images.holder == holder).tolist()
-            found += [place for place in members if str(images[place]) in skipped]
+            found += [i for i in members if str(images[i]) in skipped]
     return found
 
 
 def bad_images(root: Path, bad: list[Bad]) -> UserError:
-    """The error that names the first bad file and says what to type."""
+    """Make the error that names the first bad file and says what to type."""
     path, reason = bad[0]
     others = f", and {len(bad) - 1:,} more files are bad" if len(bad) > 1 else ""
     advice = "--on-bad-image skip leaves such files out, or name them in --skip-list FILE"
@@ -143,7 +143,7 @@ def bad_images(root: Path, bad: list[Bad]) -> UserError:
 
 
 def left_out_note(split: Split) -> str:
-    """One line on what `on_bad_image="skip"` has left out; empty where it is nothing."""
+    """Say in one line what `on_bad_image="skip"` has left out; empty if nothing."""
     if not split.left_out:
         return ""
     path, reason = split.left_out[0]
@@ -153,7 +153,7 @@ def left_out_note(split: Split) -> str:
 
 
 def skip_list_note(skip_list: Path | str | None, *splits: Split) -> str:
-    """One line where a skip list names no image of these splits; otherwise empty."""
+    """Say in one line that a skip list names no image of these splits; otherwise empty."""
     if not all(split.strange_skip_list for split in splits):
         return ""
     rule = "its paths are absolute or relative to the data folder"
@@ -179,7 +179,7 @@ def check_classes(train: Split, val: Split) -> None:
 
 
 def undecodable(file: ImageFile, reason: Exception) -> UserError:
-    """The error for a file that looks like an image but cannot be decoded."""
+    """Make the error for a file that looks like an image but cannot be decoded."""
     text = " ".join(str(reason).split())
     if not isinstance(reason, Damage):
         text = f"cannot be decoded ({text})"
@@ -190,7 +190,7 @@ def undecodable(file: ImageFile, reason: Exception) -> UserError:
 
 
 def read_skip_list(root: Path, skip_list: Path | str) -> frozenset[str]:
-    """Absolute paths of the files to leave out: one a line, absolute or relative to `root`.
+    """Read the paths of files to leave out, one a line, absolute or relative to `root`.
 
     `#` begins a comment. A path that holds a `#`, a line break or the like is a JSON string.
     """
@@ -214,7 +214,7 @@ def read_skip_list(root: Path, skip_list: Path | str) -> frozenset[str]:
 
 
 def skip_line(name: str) -> str:
-    """A path as a line that `read_skip_list` takes."""
+    """Write a path as a line that `read_skip_list` takes."""
     plain = (
         name.isprintable() and name.strip() == name and not name.startswith('"') and "#" not in name
     )

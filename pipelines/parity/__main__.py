@@ -17,7 +17,7 @@ from pipelines.backends import has_dali
 from pipelines.cli import exit_status, make_parser
 from pipelines.datasets.split import Split, left_out_note, read_split
 from pipelines.errors import UserError
-from pipelines.prepare.scan import printable
+from pipelines.prepare.findings import printable
 from pipelines.workers import num_cores
 
 MOST_IMAGES = 1000
@@ -38,10 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     device = find_device(args.device)
 
-    from pipelines.parity.compare import compare, spec_of
-    from pipelines.parity.crop_shapes import crop_test, typical_shapes
-    from pipelines.parity.page import write_page
-    from pipelines.parity.results import Results, describe, write_files
+    from pipelines.parity.compare import compare, crop_test, spec_of, typical_shapes
+    from pipelines.parity.results import Results
 
     specs = [
         spec_of(evenly(split, args.images), name == "train", size, device, args.threads)
@@ -50,18 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     with tqdm(total=sum(len(spec.split) for spec in specs), unit="image", disable=None) as bar:
         comparisons = [compare(spec, root, bar.update) for spec in specs]
-    crops = [crop_test(*shape) for shape in typical_shapes(specs[-1].split)]
     results = Results(
         comparisons=comparisons,
-        crops=crops,
+        crops=[crop_test(*shape) for shape in typical_shapes(specs[-1].split)],
         num_images={name: len(split) for name, split in whole.items()},
         notes=[printable(note) for split in whole.values() if (note := left_out_note(split))],
         command=printable(shlex.join(["python", "-m", "pipelines.parity", *argv])),
         device=device,
     )
-    write_files(args.output, results)
-    page = write_page(args.output, results)
-    print(f"{describe(results)}\n{printable(str(page))}", flush=True)  # noqa: T201
+    page = results.write(args.output)
+    print(f"{results.text()}\n{printable(str(page))}", flush=True)  # noqa: T201
     return 0 if results.within else 1
 
 
@@ -100,13 +96,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def evenly(split: Split, most: int) -> Split:
-    """The images of a split, or `most` of them at equal distances."""
-    number = min(most, len(split))
-    return split.take(np.arange(number) * len(split) // number)
+    """Take at most `most` images of a split, at equal distances."""
+    count = min(most, len(split))
+    return split.take(np.arange(count) * len(split) // count)
 
 
 def find_device(device: str) -> str:
-    """As `LoaderSpec` names it. Raises UserError where there is no GPU to take."""
+    """Name the device as `LoaderSpec` does. Raises UserError where there is no GPU to take."""
     import torch
 
     there = torch.cuda.is_available()

@@ -13,7 +13,7 @@ from pipelines.cli import exit_status, make_parser
 
 COMMANDS = {
     "imagenet": (
-        "Class folders from the ILSVRC-2012 archives; a second call goes on where one stopped.",
+        "Class folders from the ILSVRC-2012 archives (resumable).",
         "archives imagenet",
     ),
     "cifar10": (

@@ -1,8 +1,8 @@
-"""The batches of CIFAR-10, python or binary version, as pixels and labels.
+"""`prepare cifar10`: class folders of PNGs from the python or the binary version of CIFAR-10.
 
-The python version is pickles. Unpickling runs whatever a file names, so nothing is looked up here:
-the four names that NumPy wrote into these files stand for the plain values below, any other is
-refused.
+The python version is pickles, and unpickling runs whatever a file names. torchvision unpickles the
+official files only, by their checksums; here nothing is run, so that any file may be read: the
+names that NumPy wrote into these files stand for the classes below, any other is refused.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from tqdm import tqdm
 from pipelines.datasets.known import CIFAR10_CLASSES
 from pipelines.datasets.manifest import write_manifest
 from pipelines.errors import UserError
-from pipelines.files import scratch_folder, written_in
-from pipelines.prepare.tar import open_gzip, read_bytes, read_members
+from pipelines.files import atomic_write_in, scratch_folder
+from pipelines.prepare.archives import check_counts, open_gzip, read_bytes, read_members
 
 SHAPE = (3, 32, 32)
 IMAGE_BYTES = 3 * 32 * 32
@@ -37,7 +37,7 @@ LIMIT = 64 << 20
 
 @dataclass(frozen=True)
 class Version:
-    """How the official archive of one version is called and what is in it."""
+    """Names and checksum of the official archive of one version."""
 
     archive: str
     folder: str
@@ -46,7 +46,7 @@ class Version:
     suffix: str
 
     def files(self) -> dict[str, str]:
-        """Name of a file -> split, in the order of the images."""
+        """Map the names of the files to their splits, in the order of the images."""
         train = {f"data_batch_{number}{self.suffix}": "train" for number in range(1, 6)}
         return train | {f"test_batch{self.suffix}": "val"}
 
@@ -72,7 +72,7 @@ class Batch:
 
 
 def read_batches(source: Path) -> Iterator[Batch]:
-    """The batches of an archive or of the folder it unpacks to, in the order of the images.
+    """Read the batches of an archive or of the folder it unpacks to, in the order of the images.
 
     Raises UserError for anything but what the official files have inside.
     """
@@ -93,7 +93,7 @@ def read_batches(source: Path) -> Iterator[Batch]:
 
 
 def read_files(source: Path) -> dict[str, bytes]:
-    """Name -> content of the batches: 184 MB, since archives hold them in any order."""
+    """Read all batches, 184 MB, since archives hold them in any order: name -> content."""
     wanted = {name for version in VERSIONS for name in version.files()}
     contents = {}
     if source.is_dir():
@@ -116,7 +116,7 @@ def check_size(size: int, where: str) -> None:
 
 
 def binary_batch(content: bytes, where: str) -> tuple[np.ndarray, list[int]]:
-    """(N, 3072) uint8 and N labels from records of one byte and 3,072."""
+    """Split records of 1 and 3,072 bytes into labels and pixels, (N, 3072) uint8."""
     if len(content) % (1 + IMAGE_BYTES):
         raise UserError(f"{where} is no whole number of images of {1 + IMAGE_BYTES:,} bytes")
     records = np.frombuffer(content, np.uint8).reshape(-1, 1 + IMAGE_BYTES)
@@ -124,10 +124,10 @@ def binary_batch(content: bytes, where: str) -> tuple[np.ndarray, list[int]]:
 
 
 def python_batch(content: bytes, where: str) -> tuple[np.ndarray, list[int]]:
-    """(N, 3072) uint8 and N labels from a pickled dict."""
+    """Unpickle a dict with pixels, (N, 3072) uint8, and N labels."""
     try:
         for opcode, argument, _ in pickletools.genops(content):
-            # The unpickler makes room for as many notes as it is told.
+            # The unpickler allocates a memo of whatever size it is told.
             if opcode.name == "LONG_BINPUT" and (argument or 0) > len(content):
                 raise pickle.UnpicklingError("a huge memo is refused")
         batch = PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
@@ -141,7 +141,7 @@ def python_batch(content: bytes, where: str) -> tuple[np.ndarray, list[int]]:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Builds numbers, text, lists, dicts and `PixelArray`, and calls nothing of any module."""
+    """Build numbers, text, lists, dicts and `PixelArray`, and call nothing of any module."""
 
     def find_class(self, module: str, name: str) -> Any:
         stand_ins = {
@@ -155,12 +155,12 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 class PixelArray:
-    """Stands for numpy.ndarray."""
+    """A stand-in for numpy.ndarray."""
 
     pixels: np.ndarray
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """(version, shape, dtype, is Fortran order, bytes), as numpy.ndarray pickles itself."""
+        """Take (version, shape, dtype, is Fortran order, bytes), as numpy.ndarray is pickled."""
         _, shape, dtype, fortran, content = state
         if not isinstance(dtype, PixelType) or fortran or not isinstance(content, bytes):
             raise pickle.UnpicklingError("an array that is not plain bytes is refused")
@@ -170,7 +170,7 @@ class PixelArray:
 
 
 class PixelType:
-    """Stands for numpy.dtype: one byte without a sign."""
+    """A stand-in for numpy.dtype: uint8 only."""
 
     def __init__(self, code: bytes, *_: object) -> None:
         if code != b"u1":
@@ -181,7 +181,7 @@ class PixelType:
 
 
 def new_pixel_array(*_: object) -> PixelArray:
-    """Stands for the function of NumPy that makes an empty array to fill."""
+    """A stand-in for the function of NumPy that makes an empty array to fill."""
     return PixelArray()
 
 
@@ -193,11 +193,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     names = " or ".join(version.archive for version in VERSIONS)
     add("src", type=Path, metavar="SRC", help=f"{names}, or the folder that it unpacks to")
-    add("dst", type=Path, metavar="DST", help="image folder to make or to go on with")
+    add("dst", type=Path, metavar="DST", help="image folder to make or complete")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit status. Raises UserError naming the archive or file."""
+    """Write the images; returns 0. Raises UserError naming the archive or file."""
     source = find_source(args.src)
     origin = describe(source)
     counts: dict[str, Counter[str]] = {"train": Counter(), "val": Counter()}
@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_source(src: Path) -> Path:
-    """SRC, or the archive or unpacked archive in it."""
+    """Return SRC, or the archive or unpacked archive in it."""
     if not src.exists():
         raise UserError(f"no file or folder {src}: name cifar-10-python.tar.gz or its folder")
     for version in VERSIONS:
@@ -227,7 +227,7 @@ def find_source(src: Path) -> Path:
 
 
 def describe(source: Path) -> dict[str, Any]:
-    """What dataset.json says of where the images are from."""
+    """Say where the images are from, for dataset.json."""
     origin: dict[str, Any] = {"source": source.name}
     if source.is_file():
         with source.open("rb") as file:
@@ -237,34 +237,23 @@ def describe(source: Path) -> dict[str, Any]:
 
 
 def write_batch(batch: Batch, dst: Path, classes: Counter[str], scratch: Path) -> int:
-    """Write the images that are not there yet, and count all in `classes`; returns how many."""
+    """Write the missing images and count all in `classes`; returns how many were written."""
     written = 0
     for pixels, label in zip(batch.pixels, batch.labels, strict=True):
         name = CIFAR10_CLASSES[label]
         path = dst / batch.split / name / f"{classes.total():05}.png"
         classes[name] += 1
         if not (path.exists() and path.stat().st_size):
-            with written_in(scratch, path) as file:
+            with atomic_write_in(scratch, path) as file:
                 Image.fromarray(pixels).save(file, "PNG")
             written += 1
     return written
 
 
-def check_counts(folder: Path, classes: Counter[str]) -> None:
-    """UserError unless the folder has as many files of each class as the archive, and no more."""
-    for name in CIFAR10_CLASSES:
-        found = sum(1 for _ in (folder / name).glob("*")) if (folder / name).is_dir() else 0
-        if found != classes[name]:
-            raise UserError(
-                f"{folder / name} has {found:,} files where the archive has {classes[name]:,}: "
-                "remove what is not from it and call again"
-            )
-
-
 def report(
     dst: Path, counts: dict[str, Counter[str]], written: int, origin: dict[str, Any]
 ) -> None:
-    """Write dataset.json and print what it says."""
+    """Write dataset.json and print a summary."""
     totals = {split: classes.total() for split, classes in counts.items()}
     write_manifest(dst, {"dataset": "CIFAR10", "images": totals} | origin)
     lines = [

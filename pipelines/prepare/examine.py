@@ -1,4 +1,4 @@
-"""What there is to say of one image file; runs in worker processes, within bounds."""
+"""Examine one image file, in a worker process that is bounded in memory and CPU time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import hashlib
 import os
 import resource
 import signal
-from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -18,21 +15,19 @@ from pipelines.datasets.checks import (
     MAX_PIXELS,
     WHOLE,
     Header,
-    check_png_chunks,
     open_image,
     read_header,
     read_pixels,
 )
 from pipelines.datasets.images import Part, open_file
 from pipelines.errors import Damage
-from pipelines.workers import in_processes
 
 MAX_MEMORY = 4 << 30
 """Bytes of address space that a process which examines files may have."""
 MAX_SECONDS = 120
 """Of CPU time for one file; then its process is ended."""
 ENDS = 4096
-"""Bytes at both ends of a file that stand for it until another has the same."""
+"""Bytes at both ends of a file that are hashed; all of it is only where two files' ends agree."""
 THIN = 20
 """Long side / short side from which an image is worth a note."""
 TINY = 8
@@ -51,11 +46,11 @@ SUFFIXES = {
     "JPEG2000": (".jp2", ".j2k", ".jpc", ".j2c", ".jpx", ".jpf"),
 }
 Finding = tuple[str, str]
-"""A kind, see `findings.py`, and what more there is to say, in words that go on after the path."""
+"""A kind of `findings.py`, and details that continue a sentence that begins with the path."""
 
 
 class Examined(NamedTuple):
-    """One file."""
+    """The result for one file."""
 
     size: int
     """Bytes; -1 where it cannot be opened."""
@@ -70,7 +65,7 @@ class Examined(NamedTuple):
 
 
 def examine_all(root: Path, decode: bool, names: list[str]) -> list[tuple[str, Examined]]:
-    """Examine files below `root`, in a process that this bounds for good in memory and CPU time."""
+    """Examine files below `root`; bounds the memory and CPU time of the process from then on."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     bound = MAX_MEMORY if hard == resource.RLIM_INFINITY else min(MAX_MEMORY, hard)
     resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
@@ -84,7 +79,7 @@ def examine_all(root: Path, decode: bool, names: list[str]) -> list[tuple[str, E
 
 
 def examine(path: str, decode: bool) -> Examined:
-    """Look at the header, and with `decode` at every pixel; a damaged file is a finding."""
+    """Read the header, and with `decode` every pixel; a damaged file is a finding."""
     try:
         file, status = open_file(path)
     except Damage as damage:
@@ -100,9 +95,7 @@ def examine(path: str, decode: bool) -> Examined:
 
 
 def notes_on_image(stream: BinaryIO, header: Header, decode: bool) -> list[Finding]:
-    """Everything that Pillow can say of an image; raises Damage."""
-    if decode and header.format == "PNG":
-        check_png_chunks(stream)
+    """Note what is odd about an image, by Pillow; raises Damage."""
     with open_image(stream, header.format) as image:
         orientation = orientation_of(image)
         bits = bits_of(stream, image)
@@ -172,7 +165,7 @@ def num_frames(image: Image.Image) -> int:
 
 
 def bits_of(stream: BinaryIO, image: Image.Image) -> int:
-    """Bits of a sample."""
+    """Return the bits of a sample."""
     if image.format == "PNG":
         return os.pread(stream.fileno(), 1, 24)[0]
     if image.format == "TIFF":
@@ -184,7 +177,7 @@ def bits_of(stream: BinaryIO, image: Image.Image) -> int:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """1 to 8 as EXIF has it; 1 where it says nothing, or nothing that makes sense."""
+    """Return the EXIF orientation, 1 to 8; 1 where there is none that makes sense."""
     if image.format != "TIFF" and EXIF.isdisjoint(image.info):
         return 1  # of a PNG, Pillow would decode the pixels to look behind them
     try:
@@ -194,74 +187,8 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def hash_of_ends(file: int, size: int) -> str:
-    """Equal files have equal ones; so have some others, if they are larger than two ENDS."""
+    """Hash both ends of a file; of files up to two ENDS that is all of it."""
     digest = hashlib.blake2b(os.pread(file, ENDS, 0), digest_size=16)
     if size > ENDS:
         digest.update(os.pread(file, ENDS, max(ENDS, size - ENDS)))
     return digest.hexdigest()
-
-
-def hash_files(root: Path, names: list[str]) -> list[tuple[str, str]]:
-    """Each name with a hash of all of its content, or "unreadable"."""
-    hashes = []
-    for name in names:
-        try:
-            file, _ = open_file(os.path.join(root, name))
-            with open(file, "rb") as stream:
-                hashes.append((name, hashlib.file_digest(stream, "sha256").hexdigest()))
-        except (Damage, OSError):
-            hashes.append((name, "unreadable"))
-    return hashes
-
-
-CHUNK = 64
-
-
-def equal_files(root: Path, files: dict[str, Examined], workers: int) -> list[list[str]]:
-    """Groups of names of files with the same content, each sorted; damaged ones are left out.
-
-    Whole files are only read where others of the same size have the same ends; then `files` gets
-    their digests.
-    """
-    alike: dict[tuple[int, str], list[str]] = defaultdict(list)
-    for name, file in files.items():
-        if file.ends:
-            alike[file.size, file.ends].append(name)
-    groups = [names for names in alike.values() if len(names) > 1]
-    left = [
-        name
-        for names in groups
-        for name in names
-        if files[name].size > 2 * ENDS and not files[name].digest
-    ]
-    chunks = [left[start : start + CHUNK] for start in range(0, len(left), CHUNK)]
-    for done in in_processes(partial(hash_files, root), chunks, workers):
-        for name, digest in done:
-            files[name] = files[name]._replace(digest=digest)
-    equal: dict[tuple[int, str, str], list[str]] = defaultdict(list)
-    for names in groups:
-        for name in names:
-            file = files[name]
-            equal[file.size, file.ends, file.digest].append(name)
-    return sorted(sorted(names) for names in equal.values() if len(names) > 1)
-
-
-def between_splits(
-    groups: list[list[str]], split_of: Callable[[str], str]
-) -> tuple[list[Duplicates], dict[str, int]]:
-    """The groups that are in both splits, and per split how many images another one equals."""
-    both = []
-    repeated: dict[str, int] = defaultdict(int)
-    for group in groups:
-        parts: dict[str, list[str]] = {"train": [], "val": []}
-        for path in group:
-            parts[split_of(path)].append(path)
-        if all(parts.values()):
-            both.append((parts["train"], parts["val"]))
-        for split, paths in parts.items():
-            repeated[split] += max(0, len(paths) - 1)
-    return both, {split: number for split, number in repeated.items() if number}
-
-
-Duplicates = tuple[list[str], list[str]]
-"""Files of train and of val with equal content."""

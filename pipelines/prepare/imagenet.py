@@ -1,4 +1,8 @@
-"""What is known of the ILSVRC-2012 validation images: their classes and the blacklist."""
+"""`prepare imagenet`: class folders from the official archives of ILSVRC-2012.
+
+torchvision's readers of the same archives take only those of the official checksum, unpack all of
+them once more than needed, and start from the beginning after an interruption.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,15 @@ from tqdm import tqdm
 
 from pipelines.datasets.manifest import read_manifest, write_manifest
 from pipelines.errors import UserError
-from pipelines.files import scratch_folder, written_in
-from pipelines.prepare.tar import Member, open_gzip, read_bytes, read_members
+from pipelines.files import atomic_write_in, scratch_folder
+from pipelines.prepare.archives import (
+    Member,
+    check_counts,
+    class_folders,
+    open_gzip,
+    read_bytes,
+    read_members,
+)
 
 WNID = re.compile(r"n\d{8}", re.ASCII)
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.ASCII)
@@ -30,7 +41,7 @@ LIMIT = 64 << 20
 
 
 def read_devkit(path: Path) -> dict[int, str]:
-    """Number of a validation image (from 1) -> WNID, from ILSVRC2012_devkit_t12.tar.gz.
+    """Read the devkit, ILSVRC2012_devkit_t12.tar.gz: number of a validation image (from 1) -> WNID.
 
     Raises UserError where it is damaged or scipy, which reads its MATLAB file, is missing.
     """
@@ -55,7 +66,7 @@ def read_devkit(path: Path) -> dict[int, str]:
 
 
 def read_meta(content: bytes, path: Path) -> dict[int, str]:
-    """ILSVRC2012_ID -> WNID from the devkit's meta.mat."""
+    """Read the devkit's meta.mat: ILSVRC2012_ID -> WNID."""
     try:
         loadmat = import_module("scipy.io").loadmat
     except ImportError:
@@ -79,7 +90,7 @@ def read_meta(content: bytes, path: Path) -> dict[int, str]:
 
 
 def read_label_file(path: Path) -> dict[int, str]:
-    """Number of a validation image (from 1) -> WNID, from lines `WNID` or `FILENAME WNID`.
+    """Read lines `WNID` or `FILENAME WNID`: number of a validation image (from 1) -> WNID.
 
     Lines with a WNID alone are in the order of the images. UserError names the first wrong line.
     """
@@ -92,14 +103,14 @@ def read_label_file(path: Path) -> dict[int, str]:
                 f"--val-labels: {path}:{number}: n01440764 or ILSVRC2012_val_00000001.JPEG "
                 f"n01440764 is expected, not {line[:80]!r}"
             )
-        place = int(image[1]) if image else number
-        if labels.setdefault(place, wnid) != wnid:
-            raise UserError(f"--val-labels: {path}:{number}: image {place} has two classes")
+        image_number = int(image[1]) if image else number
+        if labels.setdefault(image_number, wnid) != wnid:
+            raise UserError(f"--val-labels: {path}:{number}: image {image_number} has two classes")
     return labels
 
 
 def read_blacklist(path: Path) -> frozenset[int]:
-    """Numbers (from 1) of the validation images to leave out, one a line."""
+    """Read the numbers (from 1) of the validation images to leave out, one a line."""
     lines = read_lines(path, "--blacklist")
     for number, line in enumerate(lines, start=1):
         if not re.fullmatch(r"[0-9]{1,8}", line):
@@ -111,7 +122,7 @@ def read_blacklist(path: Path) -> frozenset[int]:
 
 
 def read_lines(path: Path, flag: str) -> list[str]:
-    """Lines without the spaces around them; empty ones at the end are left out."""
+    """Read the stripped lines of a file, without the empty ones at its end."""
     try:
         lines = path.read_text(encoding="utf-8").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -126,12 +137,12 @@ COUNTS = {"val": (50_000, 1000), "train": (1_281_167, 1000)}
 """Images and classes of ILSVRC-2012."""
 TRAIN_IMAGE = re.compile(r"n\d{8}_\d+\.JPEG", re.ASCII)
 BLOCK_LOSS = 0.02
-"""What file systems add to the bytes of ImageNet's images: half a block of 4 KiB each."""
+"""Share that file systems add to the bytes of ImageNet's images: half a block of 4 KiB each."""
 
 
 @dataclass
 class Extracted:
-    """What became of the images of one archive."""
+    """The outcome of unpacking one archive."""
 
     classes: Counter[str] = field(default_factory=Counter)
     """WNID -> images."""
@@ -144,7 +155,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     names = ", ".join((*reversed(ARCHIVES.values()), DEVKIT))
     add("archives", type=Path, metavar="ARCHIVES", help=f"folder with {names}")
-    add("dst", type=Path, metavar="DST", help="image folder to make or to go on with")
+    add("dst", type=Path, metavar="DST", help="image folder to make or complete")
     add("--split", choices=("train", "val"), help="only this one; default: both")
     add(
         "--val-labels",
@@ -162,9 +173,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit status. Raises UserError naming the archive, file or flag."""
-    paths = find_archives(args)
-    labels = read_labels(args) if "val" in paths else {}
+    """Unpack the archives; returns 0. Raises UserError naming the archive, file or flag."""
+    if args.split == "train" and (args.val_labels or args.blacklist):
+        flag = "--val-labels" if args.val_labels else "--blacklist"
+        raise UserError(f"{flag} is about validation images: not with --split train")
+    paths = find_archives(args.archives, args.split)
+    labels = read_labels(args.archives, args.val_labels) if "val" in paths else {}
     blacklist = read_blacklist(args.blacklist) if args.blacklist else frozenset()
     check_blacklisted(args.dst, labels, blacklist)
     check_space(args.dst, paths)
@@ -182,32 +196,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_archives(args: argparse.Namespace) -> dict[str, Path]:
-    """Split -> archive, for the splits that are asked for."""
-    if args.split == "train":
-        for flag in ("val_labels", "blacklist"):
-            if getattr(args, flag) is not None:
-                name = "--" + flag.replace("_", "-")
-                raise UserError(f"{name} is about validation images: not with --split train")
-    paths = {}
-    for split, name in ARCHIVES.items():
-        if args.split in (split, None):
-            paths[split] = args.archives / name
-            if not paths[split].is_file():
-                other = "val" if split == "train" else "train"
-                raise UserError(
-                    f"{args.archives} has no {name}: put it there or give --split {other}"
-                )
+def find_archives(folder: Path, only: str | None) -> dict[str, Path]:
+    """Find the archives of both splits or of one: split -> path."""
+    paths = {split: folder / name for split, name in ARCHIVES.items() if only in (split, None)}
+    for split, path in paths.items():
+        if not path.is_file():
+            other = "val" if split == "train" else "train"
+            raise UserError(f"{folder} has no {path.name}: put it there or give --split {other}")
     return paths
 
 
-def read_labels(args: argparse.Namespace) -> dict[int, str]:
-    """Number of a validation image (from 1) -> WNID."""
-    if args.val_labels is not None:
-        return read_label_file(args.val_labels)
-    devkit = args.archives / DEVKIT
+def read_labels(archives: Path, label_file: Path | None) -> dict[int, str]:
+    """Read the labels: number of a validation image (from 1) -> WNID."""
+    if label_file is not None:
+        return read_label_file(label_file)
+    devkit = archives / DEVKIT
     if not devkit.is_file():
-        raise UserError(f"{args.archives} has no {DEVKIT}: put it there or give --val-labels FILE")
+        raise UserError(f"{archives} has no {DEVKIT}: put it there or give --val-labels FILE")
     return read_devkit(devkit)
 
 
@@ -222,7 +227,7 @@ def check_blacklisted(dst: Path, labels: dict[int, str], blacklist: frozenset[in
 
 
 def check_space(dst: Path, paths: dict[str, Path]) -> None:
-    """UserError where the disk has no room for what is still to be written."""
+    """Raise UserError if the disk has no room for what is still to be written."""
     there = sum(
         entry.stat().st_size
         for split in paths
@@ -239,12 +244,8 @@ def check_space(dst: Path, paths: dict[str, Path]) -> None:
         )
 
 
-def class_folders(split: Path) -> list[os.DirEntry[str]]:
-    return [entry for entry in os.scandir(split) if entry.is_dir()] if split.is_dir() else []
-
-
 def train_images(archive: IO[bytes], path: Path) -> Iterator[tuple[str | None, Member]]:
-    """WNID and place of each image in the archive of archives n01440764.tar, one a class."""
+    """Yield each image and its WNID from the archive of archives n01440764.tar, one a class."""
     for inner in read_members(archive, path.name, end=path.stat().st_size):
         wnid = inner.name.removesuffix(".tar")
         if not WNID.fullmatch(wnid):
@@ -259,7 +260,7 @@ def train_images(archive: IO[bytes], path: Path) -> Iterator[tuple[str | None, M
 def val_images(
     archive: IO[bytes], path: Path, labels: dict[int, str], blacklist: frozenset[int]
 ) -> Iterator[tuple[str | None, Member]]:
-    """WNID and place of each image in the archive; None for a blacklisted one's WNID."""
+    """Yield each image and its WNID; None as the WNID of a blacklisted image."""
     for image in read_members(archive, path.name, end=path.stat().st_size):
         match = VAL_IMAGE.fullmatch(image.name)
         if match is None:
@@ -279,7 +280,7 @@ def extract(
     folder: Path,
     scratch: Path,
 ) -> Extracted:
-    """Write to `folder` what is not there yet."""
+    """Write the images that are not in `folder` yet."""
     found = Extracted()
     size = path.stat().st_size
     with tqdm(total=size, unit="B", unit_scale=True, desc=folder.name, disable=None) as bar:
@@ -289,7 +290,7 @@ def extract(
             else:
                 target = folder / wnid / image.name
                 if not has_size(target, image.size):
-                    with written_in(scratch, target) as file:
+                    with atomic_write_in(scratch, target) as file:
                         file.writelines(read_bytes(archive, path.name, image))
                     found.written += 1
                 found.classes[wnid] += 1
@@ -305,23 +306,8 @@ def has_size(path: Path, size: int) -> bool:
         return False
 
 
-def check_counts(folder: Path, classes: Counter[str]) -> None:
-    """UserError unless the folder has as many files of each class as the archive, and no more."""
-    there = {
-        entry.name: sum(1 for file in os.scandir(entry) if not file.name.startswith("."))
-        for entry in class_folders(folder)
-        if not entry.name.startswith(".")
-    }
-    for name in sorted(there.keys() | classes.keys()):
-        if there.get(name, 0) != classes[name]:
-            raise UserError(
-                f"{folder / name} has {there.get(name, 0):,} files where the archive has "
-                f"{classes[name]:,}: remove what is not from it and call again"
-            )
-
-
 def record(dst: Path, split: str, path: Path, found: Extracted) -> None:
-    """Write what is now in DST to dataset.json; the entry of the other split stays."""
+    """Describe a split in dataset.json; the entry of the other split stays."""
     manifest = read_manifest(dst)
     entry: dict[str, Any] = {
         "archive": path.name,

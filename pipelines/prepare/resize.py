@@ -1,4 +1,4 @@
-"""One image -> smaller JPEGs that a model sees as it sees the original.
+"""`prepare resize`: smaller JPEGs of all images that a model sees as it sees the originals.
 
 What is done to the pixels, and why; figures are of ImageNet photographs, a copy of 160 px, mean
 difference of 255 from the original in the 128-px validation view:
@@ -34,7 +34,7 @@ from pipelines.datasets.folders import class_names, is_folder, visible
 from pipelines.datasets.images import ImageFile
 from pipelines.datasets.manifest import read_manifest, write_manifest
 from pipelines.errors import UserError
-from pipelines.files import scratch_folder, written_in
+from pipelines.files import atomic_write_in, scratch_folder
 from pipelines.workers import in_processes, num_cores
 
 SCALED_DECODE_MARGIN = 2
@@ -45,15 +45,15 @@ ORIENTATION = 0x0112
 
 @dataclass(frozen=True)
 class Copy:
-    """A smaller image, as a file's content."""
+    """The content of a file with a smaller image."""
 
     content: bytes
     verbatim: bool
-    """The source's very bytes."""
+    """Whether these are the bytes of the source."""
 
 
 def shrink(source: Path | str, short_sides: tuple[int, ...], quality: int) -> list[Copy]:
-    """JPEGs of the image whose short sides have these lengths in pixels, or less: none is enlarged.
+    """Encode the image as JPEGs whose short sides have these lengths in pixels; none is enlarged.
 
     The aspect ratio is kept, to the nearest pixel. Greyscale and RGB JPEGs that are small enough
     are kept bit for bit. Raises what Pillow raises for an image that cannot be decoded.
@@ -89,7 +89,7 @@ def ceil(value: float) -> int:
 
 
 def target_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """(width, height) with the short one given and the aspect ratio kept."""
+    """Return (width, height) with this short side and the same aspect ratio."""
     width, height = size
     shorter = min(size)
     return (
@@ -99,7 +99,7 @@ def target_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
 
 
 def kept_metadata(image: Image.Image) -> dict[str, bytes]:
-    """Arguments for saving a JPEG: the orientation tag and the colour profile, if it is of RGB."""
+    """Return arguments for saving a JPEG: the orientation tag and the profile, if it is of RGB."""
     kept = {}
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
@@ -116,7 +116,7 @@ def kept_metadata(image: Image.Image) -> dict[str, bytes]:
 
 
 def encode(image: Image.Image, quality: int, metadata: dict[str, bytes]) -> bytes:
-    """A baseline JPEG without chroma subsampling."""
+    """Encode a baseline JPEG without chroma subsampling."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality, subsampling="4:4:4", **metadata)
     return file.getvalue()
@@ -124,12 +124,12 @@ def encode(image: Image.Image, quality: int, metadata: dict[str, bytes]) -> byte
 
 SPLITS = ("train", "val", "test")
 CHUNK = 16
-"""Images in a job: Ctrl-C waits for the jobs in hand."""
+"""Images in a job: Ctrl-C waits until the current jobs end."""
 
 
 @dataclass(frozen=True)
 class Copied:
-    """What became of one image."""
+    """The outcome of one image."""
 
     name: str
     """SPLIT/CLASS/FILE."""
@@ -141,7 +141,7 @@ class Copied:
 
 @dataclass
 class Tally:
-    """What became of all of them."""
+    """The outcomes of all images, counted."""
 
     num_bytes: int = 0
     splits: Counter[str] = field(default_factory=Counter)
@@ -181,11 +181,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0, or 1 where images are damaged. Raises UserError naming the flag, folder or file."""
+    """Write the copies; returns 1 if images are damaged. UserError names the flag or file."""
     sides = tuple(sorted(set(args.short_side)))
     check_flags(args, sides)
     names = list_images(args.src)
-    facts = {args.dst / str(side): facts_of(args, side) for side in sides}
+    trees = {args.dst / str(side): side for side in sides}
+    facts = {tree: facts_of(args.src, tree, side, args.quality) for tree, side in trees.items()}
     tally = Tally()
     started = time.perf_counter()
     with scratch_folder(args.dst) as scratch:
@@ -202,7 +203,7 @@ def run(args: argparse.Namespace) -> int:
         ends = {"images": dict(tally.splits), "damaged": [name for name, _ in tally.damaged]}
         for tree, fact in facts.items():
             write_manifest(tree, fact | {"complete": True} | ends)
-    return report(args, sides, tally, time.perf_counter() - started)
+    return report(args.src, args.dst, sides, tally, time.perf_counter() - started)
 
 
 def check_flags(args: argparse.Namespace, sides: tuple[int, ...]) -> None:
@@ -221,7 +222,7 @@ def check_flags(args: argparse.Namespace, sides: tuple[int, ...]) -> None:
 
 
 def list_images(src: Path) -> list[str]:
-    """SPLIT/CLASS/FILE of all images, sorted. UserError if two of a class have the same stem."""
+    """List SPLIT/CLASS/FILE of all images, sorted. UserError if two of a class share a stem."""
     names = []
     for split in SPLITS:
         if not (src / split).is_dir():
@@ -248,17 +249,15 @@ def target_name(name: str) -> str:
     return str(Path(name).with_suffix(".jpg"))
 
 
-def facts_of(args: argparse.Namespace, side: int) -> dict[str, Any]:
-    """What dataset.json of a tree says from the start. UserError if it was made differently."""
-    tree = args.dst / str(side)
-    origin = read_manifest(args.src)
-    facts: dict[str, Any] = {"short_side": side, "quality": args.quality}
+def facts_of(src: Path, tree: Path, side: int, quality: int) -> dict[str, Any]:
+    """Describe a folder of copies for its dataset.json. UserError if it was made differently."""
+    origin = read_manifest(src)
+    facts: dict[str, Any] = {"short_side": side, "quality": quality}
     facts |= {key: origin[key] for key in ("dataset", "used_blacklist") if key in origin}
-    quality = read_manifest(tree).get("quality", args.quality)
-    if quality != args.quality:
+    found = read_manifest(tree).get("quality", quality)
+    if found != quality:
         raise UserError(
-            f"--quality: {tree} was made with {quality}, not {args.quality}: name another DST or "
-            "remove it"
+            f"--quality: {tree} was made with {found}, not {quality}: name another DST or remove it"
         )
     return facts
 
@@ -266,7 +265,7 @@ def facts_of(args: argparse.Namespace, side: int) -> dict[str, Any]:
 def copy_images(
     src: Path, dst: Path, sides: tuple[int, ...], quality: int, scratch: Path, names: list[str]
 ) -> list[Copied]:
-    """Write what is missing of the copies of some images. Raises OSError if it cannot."""
+    """Write the missing copies of some images. Raises OSError if that fails."""
     return [copy_image(src, dst, sides, quality, scratch, name) for name in names]
 
 
@@ -290,7 +289,7 @@ def copy_image(
     copies = []
     for target, size, copy in zip(targets, there, made, strict=True):
         if not size:
-            with written_in(scratch, target) as file:
+            with atomic_write_in(scratch, target) as file:
                 file.write(copy.content)
         what = "there" if size else "verbatim" if copy.verbatim else "written"
         copies.append((what, size or len(copy.content)))
@@ -298,7 +297,7 @@ def copy_image(
 
 
 def size_if_newer(path: Path, mtime_ns: int) -> int:
-    """Bytes of a file that is not older; 0 where there is none or an empty one."""
+    """Return the bytes of a file that is not older than this; otherwise 0."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -306,16 +305,16 @@ def size_if_newer(path: Path, mtime_ns: int) -> int:
     return found.st_size if found.st_mtime_ns >= mtime_ns else 0
 
 
-def report(args: argparse.Namespace, sides: tuple[int, ...], tally: Tally, seconds: float) -> int:
-    """Print what was done, and damaged images on standard error; returns the exit status."""
+def report(src: Path, dst: Path, sides: tuple[int, ...], tally: Tally, seconds: float) -> int:
+    """Print a summary, and damaged images on standard error; returns the exit status."""
     for name, error in tally.damaged:
-        print(f"{args.src / name}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"{src / name}: {error}", file=sys.stderr)  # noqa: T201
     images = tally.splits.total()
     lines = []
     for side in sides:
         count = {what: tally.copies[side, what] for what in ("written", "verbatim", "there")}
         lines.append(
-            f"{args.dst / str(side)}: {images:,} images, "
+            f"{dst / str(side)}: {images:,} images, "
             f"{tally.copies[side, 'bytes'] / 1e6:,.1f} MB of {tally.num_bytes / 1e6:,.1f} MB; "
             f"{count['written']:,} written, {count['verbatim']:,} copied bit for bit, "
             f"{count['there']:,} were there"

@@ -1,4 +1,4 @@
-"""One shard: planned from names and sizes alone, then written or found to be there already."""
+"""`prepare shard`: WebDataset shards of an image folder, planned from names and sizes alone."""
 
 from __future__ import annotations
 
@@ -42,13 +42,14 @@ from pipelines.datasets.shards import (
 )
 from pipelines.datasets.split import ON_BAD_IMAGE, Split, check_classes, left_out_note, read_split
 from pipelines.errors import Damage, UserError
-from pipelines.files import scratch_folder, written_in
+from pipelines.files import atomic_write_in, scratch_folder
+from pipelines.sampling import Stream
 from pipelines.workers import in_processes, num_cores
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a shard is to hold, in order."""
+    """What a shard will hold, in order."""
 
     file: str
     """train-00000.tar and so on."""
@@ -59,7 +60,7 @@ class Plan:
     sizes: NDArray[np.int64]
     labels: NDArray[np.int32]
     sha256: str | None = None
-    """Of the tar file, where it was written by an earlier call."""
+    """Of the tar file, if an earlier call has written it."""
 
     def index(self) -> bytes:
         return index_text(self.names, self.sizes, self.labels).encode("ascii")
@@ -67,16 +68,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Packed:
-    """A shard that is whole."""
+    """A finished shard."""
 
     file: str
     sha256: str
     written: bool
-    """False: it was there."""
+    """False: an earlier call has."""
 
 
 def pack(dst: Path, scratch: Path, plan: Plan) -> Packed:
-    """Make sure that a shard and its index are in `dst`.
+    """Write a shard and its index to `dst`, unless they are there already.
 
     Raises UserError for an image file that is not what was planned, OSError for a full disk.
     """
@@ -84,18 +85,18 @@ def pack(dst: Path, scratch: Path, plan: Plan) -> Packed:
     found = checksum_if_whole(path, plan)
     if found is not None and found == (plan.sha256 or found):
         return Packed(plan.file, found, written=False)
-    with written_in(scratch, path) as file:
+    with atomic_write_in(scratch, path) as file:
         write_tar(file, plan)
         file.flush()
         os.fsync(file.fileno())
         written = checksum(Path(file.name))
-    with written_in(scratch, path.with_name(index_name(plan.file))) as file:
+    with atomic_write_in(scratch, path.with_name(index_name(plan.file))) as file:
         file.write(plan.index())
     return Packed(plan.file, written, written=True)
 
 
 def checksum_if_whole(path: Path, plan: Plan) -> str | None:
-    """SHA-256 of a shard that an earlier call has written from the same files, None if it has not.
+    """Return the SHA-256 of a shard that was written before from the same files, otherwise None.
 
     The index, which is written last, must be the planned one, and no image newer than the shard.
     """
@@ -117,7 +118,7 @@ def checksum(path: Path) -> str:
 
 
 def write_tar(file: BinaryIO, plan: Plan) -> None:
-    """Write all members; the same plan and images give the same bytes."""
+    """Write all members; equal plans and images give equal bytes."""
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for path, name, size, label in zip(
             plan.paths, plan.names, plan.sizes.tolist(), plan.labels.tolist(), strict=True
@@ -132,7 +133,7 @@ def write_tar(file: BinaryIO, plan: Plan) -> None:
 
 
 def open_image(path: str) -> tuple[BinaryIO, int]:
-    """The file and its size in bytes."""
+    """Open an image file; returns its size in bytes, too."""
     try:
         file, status = open_file(path)
     except Damage as damage:
@@ -141,18 +142,16 @@ def open_image(path: str) -> tuple[BinaryIO, int]:
 
 
 def member_info(name: str, size: int) -> tarfile.TarInfo:
-    """A plain file of nobody's, from no time."""
+    """Describe a plain file without owner and time."""
     info = tarfile.TarInfo(name)
     info.size = size
     return info
 
 
 CHUNK = 512
-"""Files that a thread looks at in a go."""
-SHUFFLE = 3
-"""First word of the generator's key: 1 and 2 are those of an epoch's order and its crops."""
+"""Files whose sizes a thread reads at a time."""
 MAX_SHARD_SIZE = 1024
-"""MiB: a shard has to fit into memory, where it is read from an object store."""
+"""MiB; a copy from an object store is resumed shard by shard."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -173,12 +172,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0. Raises UserError naming the flag, folder or file; what was written before stays."""
+    """Write the missing shards; returns 0. Raises UserError naming the flag, folder or file."""
     started = time.perf_counter()
     check_flags(args)
-    earlier = earlier_manifest(args)
-    splits = read_splits(args)
-    plans = {name: list(plan_split(args, name, split)) for name, split in splits.items()}
+    earlier = earlier_manifest(args.dst, args.seed, args.shard_size)
+    splits = read_splits(args.src, args.skip_list, args.on_bad_image)
+    plans = {
+        name: list(plan_split(name, split, args.seed, args.shard_size << 20))
+        for name, split in splits.items()
+    }
     manifest = Manifest(
         seed=args.seed,
         shard_size=args.shard_size,
@@ -193,10 +195,10 @@ def run(args: argparse.Namespace) -> int:
     with scratch_folder(args.dst) as scratch:
         if earlier is None:
             write_manifest(args.dst, manifest)
-        packed = pack_all(args, scratch, jobs)
+        packed = pack_all(args.dst, scratch, jobs, args.workers)
         manifest = manifest.with_checksums({file: shard.sha256 for file, shard in packed.items()})
         write_manifest(args.dst, manifest)
-    report(args, splits, manifest, packed, time.perf_counter() - started)
+    report(args.dst, splits, manifest, packed, time.perf_counter() - started)
     return 0
 
 
@@ -212,17 +214,16 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"{args.dst} lies in {args.src} itself: name another DST")
 
 
-def earlier_manifest(args: argparse.Namespace) -> Manifest | None:
-    """The manifest of an earlier call. UserError where DST is of other flags or something else."""
-    dst: Path = args.dst
+def earlier_manifest(dst: Path, seed: int, shard_size: int) -> Manifest | None:
+    """Read the manifest of an earlier call. UserError if it had other flags, or DST is no such."""
     if not dst.exists() or not visible(dst):
         return None
     if not (dst / NAME).exists():
         raise UserError(f"{dst} is not empty and has no {NAME}: name a new folder for DST")
     found = parse_manifest(read_bounded(dst / NAME), str(dst / NAME))
     for flag, was, asked in (
-        ("--seed", found.seed, args.seed),
-        ("--shard-size", found.shard_size, args.shard_size),
+        ("--seed", found.seed, seed),
+        ("--shard-size", found.shard_size, shard_size),
     ):
         if was != asked:
             raise UserError(
@@ -231,46 +232,44 @@ def earlier_manifest(args: argparse.Namespace) -> Manifest | None:
     return found
 
 
-def read_splits(args: argparse.Namespace) -> dict[str, Split]:
-    """The splits that SRC has: "train", "val" or both."""
+def read_splits(src: Path, skip_list: Path | None, on_bad_image: str) -> dict[str, Split]:
+    """Read the splits that `src` has: "train", "val" or both."""
     splits = {}
     for name, folders in (("train", ("train",)), ("val", ("val", "test"))):
-        if any((args.src / folder).is_dir() for folder in folders):
-            splits[name] = read_split(
-                args.src, name, args.skip_list, on_bad_image=args.on_bad_image
-            )
+        if any((src / folder).is_dir() for folder in folders):
+            splits[name] = read_split(src, name, skip_list, on_bad_image=on_bad_image)
     if not splits:
-        raise UserError(f"{args.src} has no images: expected {args.src}/train/CLASS/IMAGE")
+        raise UserError(f"{src} has no images: expected {src}/train/CLASS/IMAGE")
     if len(splits) == 2:
         check_classes(splits["train"], splits["val"])
     return splits
 
 
-def plan_split(args: argparse.Namespace, name: str, split: Split) -> Iterator[Plan]:
-    """The shards of a split: training images in a random order, the others as they are."""
+def plan_split(name: str, split: Split, seed: int, shard_bytes: int) -> Iterator[Plan]:
+    """Plan the shards of a split: training images are shuffled, the others keep their order."""
     paths = [file.path for file in split.files]
     sizes, labels = file_sizes(paths), np.asarray(split.labels, np.int32)
     files = map(os.path.basename, paths)
     names = member_names(class_folders(split.classes), files, labels.tolist())
     order = np.arange(len(split))
     if name == "train":
-        order = np.random.default_rng((SHUFFLE, args.seed)).permutation(len(split))
+        order = Stream.SHARD_SHUFFLE.generator(seed).permutation(len(split))
     room = footprint(sizes[order])
     total = int(room.sum())
-    share = -(-total // -(-total // (args.shard_size << 20)))  # of the fewest that it takes
+    share = -(-total // -(-total // shard_bytes))  # of the fewest that it takes
     shard = (np.cumsum(room) - room) // share
-    for number, places in enumerate(np.split(order, np.flatnonzero(np.diff(shard)) + 1)):
+    for number, indices in enumerate(np.split(order, np.flatnonzero(np.diff(shard)) + 1)):
         yield Plan(
             file=shard_name(name, number),
-            paths=[paths[place] for place in places.tolist()],
-            names=[names[place] for place in places.tolist()],
-            sizes=sizes[places],
-            labels=labels[places],
+            paths=[paths[i] for i in indices.tolist()],
+            names=[names[i] for i in indices.tolist()],
+            sizes=sizes[indices],
+            labels=labels[indices],
         )
 
 
 def file_sizes(paths: list[str]) -> NDArray[np.int64]:
-    """Bytes of each file, (N,). UserError for one that is larger than any image."""
+    """Return the bytes of each file, (N,). UserError for one that is larger than any image."""
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     with ThreadPoolExecutor(8) as pool:  # pays where the disk is slow
         sizes = np.concatenate(list(pool.map(sizes_of, chunks)))
@@ -294,7 +293,7 @@ def sizes_of(paths: list[str]) -> NDArray[np.int64]:
 
 
 def planned(plan: Plan) -> Shard:
-    """The manifest's entry before the shard is written."""
+    """Make the manifest's entry of a shard before it is written."""
     index = plan.index()
     if len(index) > MAX_BYTES:
         raise UserError(
@@ -305,26 +304,26 @@ def planned(plan: Plan) -> Shard:
     return Shard(plan.file, len(plan.paths), size, hashlib.sha256(index).hexdigest())
 
 
-def pack_all(args: argparse.Namespace, scratch: Path, plans: list[Plan]) -> dict[str, Packed]:
-    """All shards, by file name, in processes."""
+def pack_all(dst: Path, scratch: Path, plans: list[Plan], workers: int) -> dict[str, Packed]:
+    """Pack all shards in processes; returns them by file name."""
     sizes = {plan.file: int(footprint(plan.sizes).sum()) for plan in plans}
     packed = {}
     total = sum(sizes.values())
     with tqdm(total=total, unit="B", unit_scale=True, smoothing=0.05, disable=None) as bar:
-        for done in in_processes(partial(pack, args.dst, scratch), plans, args.workers):
+        for done in in_processes(partial(pack, dst, scratch), plans, workers):
             packed[done.file] = done
             bar.update(sizes[done.file])
     return packed
 
 
 def report(
-    args: argparse.Namespace,
+    dst: Path,
     splits: dict[str, Split],
     manifest: Manifest,
     packed: dict[str, Packed],
     seconds: float,
 ) -> None:
-    """Print what was done."""
+    """Print a summary."""
     written = sum(shard.written for shard in packed.values())
     lines = [note for note in map(left_out_note, splits.values()) if note]
     for name, split in splits.items():
@@ -333,6 +332,6 @@ def report(
         files = "1 tar file" if len(shards) == 1 else f"{len(shards):,} tar files"
         lines.append(f"{name}: {len(split):,} images, {files}, {size:,.1f} MB")
     lines.append(
-        f"{args.dst}: {written:,} written, {len(packed) - written:,} were there, {seconds:,.1f} s"
+        f"{dst}: {written:,} written, {len(packed) - written:,} were there, {seconds:,.1f} s"
     )
     print("\n".join(lines), flush=True)  # noqa: T201

@@ -22,8 +22,8 @@ from pipelines.backends import make_loader
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
 from pipelines.loader import Loader, LoaderSpec, Stage
+from tests.commands import start, stop_soon, train
 from tests.test_faults import wait_for, workers
-from tests.test_train import start, stop_soon, train
 
 EPOCHS = 30
 LONG = [

@@ -1,8 +1,8 @@
-"""What follows DALI's decoding on a CPU: torch resizes, image by image, in threads.
+"""Finish on a CPU what DALI has decoded: torch resizes image by image, in threads.
 
 With antialiasing torch resizes uint8 in a quarter of the time that DALI takes, and comes nearer to
-Pillow. torch's own threads are kept out of it, since each thread here would start as many as there
-are cores: what torch would share out among them is done in pieces, or by numpy.
+Pillow. Each thread here would start as many of torch's own as there are cores: work that torch
+would share among them is done in pieces, or by numpy.
 """
 
 from __future__ import annotations
@@ -24,51 +24,50 @@ from pipelines.loader import LoaderSpec
 from pipelines.sampling import Batch
 
 PIECE = 2**15
-"""Values that torch works on in one thread."""
+"""Largest number of values that torch processes in a single thread."""
 Row = NDArray[np.float32]
 Output = tuple[Any, Tensor, Batch]
-"""Decoded images of any shapes, as DALI gives them, their labels, and what they are."""
+"""Decoded images of any shapes in a list of DALI's, their labels, and their description."""
 
 
-class Memory:
-    """Memory of batches, used again once nobody holds any part of them: to have the pages of fresh
-    memory mapped can take as long as resizing."""
+class BufferPool:
+    """Buffers of batches, reused once no tensor refers to any part of them: mapping the pages of
+    new memory can take as long as resizing."""
 
     def __init__(self) -> None:
         self.free: deque[NDArray[np.float32]] = deque(maxlen=3)
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of that shape with anything in it."""
-        block = self.free.pop() if self.free else None
-        if block is None or block.shape != shape:
-            block = np.empty(shape, np.float32)
-        lent = block.view()  # which every tensor that shares the memory keeps alive
-        weakref.finalize(lent, self.free.append, block).atexit = False
-        return torch.from_numpy(lent)
+        """Return an uninitialised tensor."""
+        buffer = self.free.pop() if self.free else None
+        if buffer is None or buffer.shape != shape:
+            buffer = np.empty(shape, np.float32)
+        view = buffer.view()  # kept alive by every tensor that shares its memory
+        weakref.finalize(view, self.free.append, buffer).atexit = False
+        return torch.from_numpy(view)
 
 
-def finished(
+def finish_batches(
     spec: LoaderSpec, outputs: Iterator[Output]
 ) -> Generator[tuple[Tensor, Tensor, Batch]]:
-    """Images (B, 3, H, W) float32, channels_last, of the shape that the batch has; labels; batch.
+    """Yield images (B, 3, H, W) float32, channels_last, of the batch's shape; labels; the batch.
 
-    Each batch is worked on while the one before is used.
+    Each batch is finished while its predecessor is consumed.
     """
-    memory = Memory()
+    buffers = BufferPool()
     with ThreadPoolExecutor(spec.num_threads) as pool:
         started: deque[tuple[Tensor, Tensor, Batch, list[Future[None]]]] = deque()
         for decoded, labels, batch in outputs:
-            images = memory.take((len(labels), *batch.shape, 3))
+            images = buffers.take((len(labels), *batch.shape, 3))
             rows = images.numpy()
             mean, std = (
                 np.tile(255 * np.array(values, np.float32), batch.shape[1])
                 for values in (spec.mean, spec.std)
             )
+            pixels = [torch.from_dlpack(decoded[index]) for index in range(len(labels))]
             jobs = [
-                pool.submit(
-                    finish, spec, torch.from_dlpack(decoded[at]), batch, at, (mean, std), rows[at]
-                )
-                for at in range(len(labels))
+                pool.submit(finish_image, spec, image, batch, index, mean, std, rows[index])
+                for index, image in enumerate(pixels)
             ]
             started.append((images, labels, batch, jobs))
             if len(started) == 1:
@@ -79,12 +78,13 @@ def finished(
             yield images.permute(0, 3, 1, 2), labels, batch
 
 
-def finish(
+def finish_image(
     spec: LoaderSpec,
     pixels: Tensor,
     batch: Batch,
     index: int,
-    mean_and_std: tuple[Row, Row],
+    mean: Row,
+    std: Row,
     image: NDArray[np.float32],
 ) -> None:
     """Resize, crop, mirror and normalise image `index` of the batch: (h, w, 3) uint8 into `image`,
@@ -95,8 +95,7 @@ def finish(
     else:
         pixels = validation_crop(pixels, batch.shape, spec.resize_ratio)
     pixels = pixels.permute(1, 2, 0)
-    mirrored = batch.draws is not None and not spec.reflect_pad and batch.draws.mirror[index]
-    mean, std = mean_and_std
+    mirrored = batch.crops is not None and not spec.reflect_pad and batch.crops.mirror[index]
     height = max(1, PIECE // len(mean))
     for top in range(0, len(image), height):
         piece = pixels[top : top + height]

@@ -1,7 +1,7 @@
-"""The DALI graphs, in HWC: from files to decoded images, and on a GPU on to normalised ones.
+"""Define the DALI graphs, in HWC: from files to decoded images, on a GPU to normalised ones.
 
-On a CPU `dali_finish` does what is left. Both give the pixels that torchvision gives for the same
-random numbers, up to rounding.
+On a CPU `pipelines.backends.dali.finish` does the rest. Both give the pixels of torchvision for the
+same random numbers, up to rounding.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Pair = tuple[DataNode, DataNode]
 """Vertical, horizontal."""
 
 
-def decoded_graph(spec: LoaderSpec, encoded: DataNode, draws: Sequence[DataNode]) -> DataNode:
-    """Decoded images: the windows of random crops, for which `draws` are offset, area and ratio as
-    `Draws` has them, or, without, whole images."""
-    if not draws:
+def decoded_graph(spec: LoaderSpec, encoded: DataNode, crops: Sequence[DataNode]) -> DataNode:
+    """Decode the windows of random crops, where `crops` are offset, area and ratio of `CropParams`,
+    or whole images, where it is empty."""
+    if not crops:
         return decode_whole(spec, encoded)
-    return decode_window(spec, encoded, *random_window(spec, encoded, *draws))
+    return decode_window(spec, encoded, *random_window(spec, encoded, *crops))
 
 
 def finished_graph(
     spec: LoaderSpec, encoded: DataNode, images: DataNode, shape: DataNode, *mirror: DataNode
 ) -> DataNode:
-    """Decoded images resized to `shape`, cropped, mirrored and normalised."""
+    """Resize decoded images to `shape`, crop, mirror and normalise them."""
     high, wide = shape[0], shape[1]
     if not spec.training:
         return validation_view(spec, encoded, images, (high, wide))
@@ -43,7 +43,7 @@ def finished_graph(
 def random_window(
     spec: LoaderSpec, encoded: DataNode, offset: DataNode, area: DataNode, ratio: DataNode
 ) -> tuple[Pair, Pair]:
-    """Start and shape of RandomResizedCrop's window: the first drawn that fits, else the centre."""
+    """Compute start and shape of RandomResizedCrop's window as `crop_box` does."""
     height, width = shape_of(encoded)
     pixels = height * width * area
     heights = dali_math.floor(dali_math.sqrt(pixels / ratio) + 0.5)
@@ -60,35 +60,35 @@ def random_window(
     wide = fn.reductions.max(chosen * widths) * found + (1 - found) * dali_math.min(
         width, dali_math.floor(height * highest + 0.5)
     )
-    place = offset * found + 0.5 * (1 - found)
-    top = dali_math.floor(place[0] * (height - high + found))
-    left = dali_math.floor(place[1] * (width - wide + found))
+    offset = offset * found + 0.5 * (1 - found)
+    top = dali_math.floor(offset[0] * (height - high + found))
+    left = dali_math.floor(offset[1] * (width - wide + found))
     return (top, left), (high, wide)
 
 
 def validation_view(spec: LoaderSpec, encoded: DataNode, images: DataNode, shape: Pair) -> DataNode:
-    """torchvision's Resize and CenterCrop to `shape`, to the pixel: long sides are rounded down."""
+    """Apply torchvision's Resize and CenterCrop to `shape`: long sides are rounded down."""
     height, width = shape_of(encoded)
     short = dali_math.floor(dali_math.min(*shape) * spec.resize_ratio + 0.5)
     shorter = dali_math.min(height, width)
     high = dali_math.floor(short * height / shorter)
     wide = dali_math.floor(short * width / shorter)
     rooms = (high - shape[0], wide - shape[1])
-    place = crop(shape, (centre(rooms[0]), centre(rooms[1])), rooms)
-    return normalise(spec, resize(images, high, wide), **place)
+    window = crop(shape, (centre(rooms[0]), centre(rooms[1])), rooms)
+    return normalise(spec, resize(images, high, wide), **window)
 
 
 def shape_of(encoded: DataNode) -> tuple[DataNode, DataNode]:
-    """Height and width from the header, as floats; a header that is damaged raises."""
+    """Read height and width from the header, as floats; a damaged header raises."""
     shape = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)
     return shape[0], shape[1]
 
 
 def decode_whole(spec: LoaderSpec, encoded: DataNode) -> DataNode:
-    """An image, RGB in HWC; EXIF orientation is not applied.
+    """Decode an image to RGB in HWC; EXIF orientation is not applied.
 
-    Adding nothing makes the decoder wait until the header has been read: on a damaged one the
-    decoder of DALI 2.4 itself, in about half of all cases, does not raise but ends the process.
+    Adding 0 times its height makes the decoder wait until the header has been read: on a damaged
+    one the decoder of DALI 2.4, in about half of all cases, crashes the process instead of raising.
     """
     height, _ = shape_of(encoded)
     guarded = encoded + fn.cast(0 * height, dtype=types.UINT8)
@@ -98,13 +98,8 @@ def decode_whole(spec: LoaderSpec, encoded: DataNode) -> DataNode:
     return fn.decoders.image(guarded, **options)
 
 
-def decode_window(
-    spec: LoaderSpec,
-    encoded: DataNode,
-    start: Pair,
-    shape: Pair,
-) -> DataNode:
-    """A window (y, x) of an image, RGB in HWC; both corners follow from `shape_of`.
+def decode_window(spec: LoaderSpec, encoded: DataNode, start: Pair, shape: Pair) -> DataNode:
+    """Decode a window (y, x) of an image to RGB in HWC; its corners follow from `shape_of`.
 
     Without fancy upsampling: before version 13.2, nvJPEG leaves windows of 4:2:0 images that ask
     for it to the CPU.
@@ -119,7 +114,7 @@ def decode_window(
 
 
 def decoder_options(spec: LoaderSpec) -> dict[str, Any]:
-    """Arguments for a decoder on the CPU or a GPU; EXIF orientation is not applied."""
+    """Make arguments for a decoder on the CPU or a GPU; EXIF orientation is not applied."""
     options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
     if spec.device == "cpu":
         return options | {"device": "cpu"}
@@ -132,7 +127,7 @@ def decoder_options(spec: LoaderSpec) -> dict[str, Any]:
 
 
 def centre(room: DataNode) -> DataNode:
-    """Where a centre crop begins that leaves `room` pixels; halves go to the even side."""
+    """Compute where a centre crop begins that leaves `room` pixels; halves are rounded to even."""
     half = dali_math.floor(room / 2)
     room_is_odd = room - 2 * half
     half_is_odd = half - 2 * dali_math.floor(half / 2)
@@ -140,10 +135,10 @@ def centre(room: DataNode) -> DataNode:
 
 
 def crop(shape: Pair, start: tuple[Any, Any], room: tuple[Any, Any]) -> dict[str, Any]:
-    """Arguments for a crop of `shape` that begins `start` pixels into `room` (y, x).
+    """Make arguments for a crop of `shape` that begins `start` pixels into `room` (y, x).
 
-    DALI takes the place as a fraction of the room and truncates: the quarters of a pixel keep
-    rounding errors from moving it, and 0 / 0 away.
+    DALI takes the start as a fraction of the room and truncates: the quarters of a pixel keep
+    rounding errors from moving it, and avoid 0 / 0.
     """
     top, left = (
         (begin + 0.25) / (pixels + 0.25) for begin, pixels in zip(start, room, strict=True)

@@ -1,8 +1,8 @@
-"""The fast back end: NVIDIA DALI reads, decodes, crops and normalises, on the CPU or a GPU.
+"""Read with NVIDIA DALI, the fast back end: decode, crop and normalise on the CPU or a GPU.
 
 One pipeline serves the whole run. All that varies from batch to batch (files, labels, image size,
-random numbers, even the batch size) is fed to it from `Order`, so it holds no state of its own:
-progressive resizing needs no rebuild and a resume is exact.
+random numbers, even the batch size) is fed to it from `BatchSampler`, so it holds no state of its
+own: progressive resizing needs no rebuild and a resume is exact.
 """
 
 from __future__ import annotations
@@ -24,80 +24,84 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from pipelines.augment.crops import reflect_crop
-from pipelines.backends.dali.finish import Output, finished
+from pipelines.backends.dali.finish import Output, finish_batches
 from pipelines.backends.dali.graph import decoded_graph, finished_graph
 from pipelines.backends.stream import StreamLoader
 from pipelines.datasets.checks import check_file
 from pipelines.datasets.split import undecodable
 from pipelines.errors import Damage, UserError
 from pipelines.loader import LoaderSpec
-from pipelines.sampling import Batch, Draws, Order
+from pipelines.sampling import Batch, BatchSampler, CropParams
 
 Bytes = NDArray[np.uint8]
-HELD_BATCHES = 16
-"""At most, of those that a GPU has yet to work on; the trainer lets it catch up at log steps."""
+MAX_KEPT = 16
+"""Batches kept at most until a GPU has consumed them; the trainer waits for it at log steps."""
 OUT_OF_MEMORY = ("out of memory", "bad_alloc", "cudaErrorMemoryAllocation", "allocation failed")
 
 
 class DaliLoader(StreamLoader):
-    """`Loader` by DALI; on "cpu" it needs neither GPU nor driver."""
+    """`Loader` with DALI; on "cpu" it needs neither GPU nor driver."""
 
     def __init__(self, spec: LoaderSpec) -> None:
         super().__init__(spec)
         check_one_dali()
-        # DALI reads it when it first needs memory. By default buffers below 32 MB come from malloc,
-        # which returns or keeps them as it happens: batches of 50 at 224 px then left 750 to 920
-        # MiB resident, and leave 753 to 755 this way, at no lower rate.
+        # DALI reads it when it first allocates. By default buffers below 32 MB come from malloc,
+        # which returns some of them only: batches of 50 at 224 px left 750 to 920 MiB resident, and
+        # leave 753 to 755 this way, at no lower rate.
         os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
         assert spec.device != "cpu" or not spec.half, "float16 is for GPUs"
-        self.order = Order(spec)
+        self.sampler = BatchSampler(spec)
         sources = {spec.source(stage) for stage in spec.stages}
         self.packed = any(source.in_shards for source in sources)
-        """Whether images are read here; DALI's operator reads whole files only."""
+        """Whether images are read in Python, since DALI's operator reads whole files only."""
 
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
-        batches = self.order.batches(epoch, step)
+        batches = self.sampler.batches(epoch, step)
         threads = self.spec.num_threads
         source = with_bytes(batches, threads) if self.packed else with_paths(batches)
         feed = Feed(self.spec, source, finish=self.spec.device != "cpu")
         pipeline = build(self.spec, feed, self.packed)
         try:
-            complete = finished if self.spec.device == "cpu" else held
-            for images, labels, batch in complete(self.spec, outputs(pipeline, feed)):
-                if batch.draws is not None and self.spec.reflect_pad:
-                    images = self.reflect_crop(images, batch.draws)
+            done = outputs(pipeline, feed)
+            on_cpu = self.spec.device == "cpu"
+            finished = finish_batches(self.spec, done) if on_cpu else keep_until_consumed(done)
+            for images, labels, batch in finished:
+                if batch.crops is not None and self.spec.reflect_pad:
+                    images = self.reflect_crop(images, batch.crops)
                 yield images, labels
         finally:
-            del pipeline  # the last reference: its threads end
+            del pipeline  # drops the last reference, which ends its threads
             source.close()
             ReleaseUnusedMemory()
 
-    def reflect_crop(self, images: Tensor, draws: Draws) -> Tensor:
+    def reflect_crop(self, images: Tensor, crops: CropParams) -> Tensor:
         """Pad, crop and mirror a batch on its own device."""
-        offset = torch.from_numpy(draws.offset).to(images.device, non_blocking=True)
-        mirror = torch.from_numpy(draws.mirror).to(images.device, non_blocking=True)
+        offset, mirror = (
+            torch.from_numpy(values).to(images.device, non_blocking=True)
+            for values in (crops.offset, crops.mirror)
+        )
         return reflect_crop(images, offset, mirror, self.spec.reflect_pad)
 
 
 class Feed:
-    """The source of the pipeline's inputs; remembers the batches that are on their way."""
+    """Feeds the pipeline, and remembers the batches in flight."""
 
     def __init__(
         self, spec: LoaderSpec, batches: Iterator[tuple[Batch, list[Bytes]]], finish: bool
     ) -> None:
         """`finish`: the pipeline resizes and normalises, too."""
         self.batches = batches
-        self.crops = spec.training and not spec.reflect_pad
+        self.random_crops = spec.training and not spec.reflect_pad
         self.finish = finish
-        self.under_way: deque[Batch] = deque()
+        self.in_flight: deque[Batch] = deque()
 
     def nodes(self) -> tuple[DataNode, DataNode, list[DataNode], list[DataNode]]:
-        """In a pipeline: files and labels; for crops, offset, area and ratio; to finish, shape and,
-        for crops, mirror."""
+        """Define the pipeline's inputs: files and labels; for random crops offset, area and ratio;
+        to finish, shape and, for random crops, mirror."""
         kinds = [(types.UINT8, 1), (types.INT64, 0)]
-        kinds += 3 * [(types.FLOAT, 1)] if self.crops else []
+        kinds += 3 * [(types.FLOAT, 1)] if self.random_crops else []
         kinds += [(types.FLOAT, 1)] if self.finish else []
-        kinds += [(types.INT32, 0)] if self.finish and self.crops else []
+        kinds += [(types.INT32, 0)] if self.finish and self.random_crops else []
         files, labels, *others = fn.external_source(
             source=self,
             num_outputs=len(kinds),
@@ -105,44 +109,40 @@ class Feed:
             dtype=[dtype for dtype, _ in kinds],
             ndim=[ndim for _, ndim in kinds],
         )
-        draws = 3 * self.crops
-        return files, labels, others[:draws], others[draws:]
+        num_crops = 3 * self.random_crops
+        return files, labels, others[:num_crops], others[num_crops:]
 
     def __call__(self) -> list[Any]:
-        """One batch, in the order of `nodes`."""
+        """Return the values of the next batch, in the order of `nodes`."""
         batch, files = next(self.batches)
-        self.under_way.append(batch)
+        self.in_flight.append(batch)
         values: list[Any] = [files, batch.labels]
-        draws = batch.draws if self.crops else None
-        if draws is not None:
-            values += [draws.offset, draws.area, draws.ratio]
+        crops = batch.crops if self.random_crops else None
+        if crops is not None:
+            values += [crops.offset, crops.area, crops.ratio]
         if self.finish:
             values.append(np.tile(np.array(batch.shape, np.float32), (len(files), 1)))
-        if self.finish and draws is not None:
-            values.append(draws.mirror)
+        if self.finish and crops is not None:
+            values.append(crops.mirror)
         return values
-
-    def taken(self) -> Batch:
-        """The oldest batch under way, which has arrived."""
-        return self.under_way.popleft()
 
 
 def outputs(pipeline: Pipeline, feed: Feed) -> Generator[Output]:
-    """What the pipeline gives, batch after batch. Raises UserError for what cannot be decoded."""
+    """Run the pipeline batch after batch. Raises UserError for a file that cannot be decoded."""
     while True:
         try:
             images, labels = pipeline.run()
         except RuntimeError as error:
             raise unreadable(feed, error) from error
-        yield images, torch.from_dlpack(labels.as_tensor()), feed.taken()
+        yield images, torch.from_dlpack(labels.as_tensor()), feed.in_flight.popleft()
 
 
-def held(spec: LoaderSpec, outputs: Iterator[Output]) -> Generator[tuple[Tensor, Tensor, Batch]]:
-    """Batches on a GPU as they are handed out; as `finished` on a CPU.
+def keep_until_consumed(outputs: Iterator[Output]) -> Generator[tuple[Tensor, Tensor, Batch]]:
+    """Yield batches on a GPU and keep each until the work that was queued on it is done.
 
-    DALI does not know of torch's streams and takes memory back as soon as nobody here holds it:
-    each batch is kept until the work that was queued on it is done. That is asked, not waited for,
-    up to `HELD_BATCHES`: a wait would pass for one for data.
+    DALI knows nothing of torch's streams and reuses memory as soon as no reference is left. The end
+    of the work is polled, not waited for, up to MAX_KEPT batches: the wait would be measured as one
+    for data.
     """
     queued: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
     try:
@@ -150,7 +150,7 @@ def held(spec: LoaderSpec, outputs: Iterator[Output]) -> Generator[tuple[Tensor,
             images = torch.from_dlpack(decoded.as_tensor())
             yield images.permute(0, 3, 1, 2), labels, batch
             queued.append((torch.cuda.current_stream().record_event(), images, labels))
-            while queued and (queued[0][0].query() or len(queued) > HELD_BATCHES):
+            while queued and (queued[0][0].query() or len(queued) > MAX_KEPT):
                 queued[0][0].synchronize()
                 queued.popleft()
     finally:
@@ -158,15 +158,15 @@ def held(spec: LoaderSpec, outputs: Iterator[Output]) -> Generator[tuple[Tensor,
 
 
 def with_paths(batches: Iterator[Batch]) -> Generator[tuple[Batch, list[Bytes]]]:
-    """Batches with the paths of their files."""
+    """Pair batches with the paths of their files."""
     for batch in batches:
         yield batch, [np.frombuffer(os.fsencode(file.path), np.uint8) for file in batch.files]
 
 
 def with_bytes(batches: Iterator[Batch], num_threads: int) -> Generator[tuple[Batch, list[Bytes]]]:
-    """Batches with their encoded images, of which those of the next one are read meanwhile.
+    """Pair batches with their encoded images, read one batch ahead.
 
-    Raises UserError naming an image that cannot be read.
+    Raises UserError that names an image that cannot be read.
     """
     with ThreadPoolExecutor(num_threads) as pool:
         reading: deque[tuple[Batch, list[Future[bytes]]]] = deque()
@@ -185,7 +185,7 @@ def with_bytes(batches: Iterator[Batch], num_threads: int) -> Generator[tuple[Ba
 
 
 def empty_pipeline(spec: LoaderSpec) -> Pipeline:
-    """For the batches, threads and device of the spec."""
+    """Make a pipeline for the batches, threads and device of the spec."""
     on_gpu = spec.device != "cpu"
     return Pipeline(
         batch_size=max(stage.batch_size for stage in spec.stages),
@@ -197,17 +197,16 @@ def empty_pipeline(spec: LoaderSpec) -> Pipeline:
 
 
 def build(spec: LoaderSpec, feed: Feed, packed: bool) -> Pipeline:
-    """Make the pipeline that turns what `feed` gives into (images HWC, labels).
+    """Build the pipeline from `feed` to (images HWC, labels).
 
-    Unless the feed is one to finish with, images are only decoded, and cropped at random: then
-    `finished` does the rest.
-    `packed`: the feed gives encoded images, else the paths of files.
+    Unless `feed.finish`, images are only decoded, and cropped at random: `finish_batches` does the
+    rest. `packed`: the feed has encoded images, else the paths of files.
     """
     pipeline = empty_pipeline(spec)
     with pipeline:
-        files, labels, draws, view = feed.nodes()
+        files, labels, crops, view = feed.nodes()
         encoded = files if packed else fn.io.file.read(files)
-        images = decoded_graph(spec, encoded, draws)
+        images = decoded_graph(spec, encoded, crops)
         if feed.finish:
             images = finished_graph(spec, encoded, images, *view)
         pipeline.set_outputs(images, labels if spec.device == "cpu" else labels.gpu())
@@ -216,17 +215,15 @@ def build(spec: LoaderSpec, feed: Feed, packed: bool) -> Pipeline:
 
 
 def unreadable(feed: Feed, error: RuntimeError) -> Exception:
-    """The UserError for memory, or for the first file under way that a back end cannot decode.
-
-    Where it is neither, `error` itself.
-    """
+    """Turn DALI's error into a UserError: out of memory, or the first file in flight that cannot
+    be decoded. Where it is neither, return `error` itself."""
     if any(words in str(error) for words in OUT_OF_MEMORY):
-        batch = feed.under_way[-1]
+        batch = feed.in_flight[-1]
         return UserError(
             f"DALI is out of memory with batch_size {len(batch.files)} at {batch.shape[0]} px: "
             "--set phases.INDEX.batch_size=... lowers it for a phase"
         )
-    for batch in feed.under_way:
+    for batch in feed.in_flight:
         for file in batch.files:
             try:
                 check_file(file, pixels=True)

@@ -1,20 +1,24 @@
-"""A reader of tar archives that trusts nothing: plain files only, nothing is written or followed.
+"""Read tar archives that are not trusted: plain files only, no link is followed.
 
 Python's tarfile reads the long names and extended headers of a hostile archive into memory at
-whatever size they declare; here a header is 512 bytes and a declared size is only compared.
+whatever size they declare, and takes a damaged header for the archive's end; here a header is 512
+bytes, a declared size is only compared, and damage is an error.
 """
 
 from __future__ import annotations
 
 import gzip
+import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from pipelines.datasets.folders import visible
 from pipelines.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -32,7 +36,7 @@ class Member:
     """A plain file in an archive."""
 
     name: str
-    """As the archive has it: anything, `../` too."""
+    """As in the archive: anything, even `../`."""
     start: int
     """Where its bytes begin in the file that is read, in bytes."""
     size: int
@@ -45,14 +49,14 @@ class Member:
 def read_members(
     archive: Archive, name: str, start: int = 0, end: int | None = None
 ) -> Iterator[Member]:
-    """The plain files of the archive that lies in `archive` from byte `start` to `end`, in order.
+    """Yield the plain files of the archive between the bytes `start` and `end` of `archive`.
 
-    `name` is how errors call it. None for `end`: unknown, as in a compressed file. Raises
+    Errors call it `name`. `end` is None where it is unknown, as in a compressed file. Raises
     UserError for damage and for links, devices and all else that is neither file nor folder.
     """
-    place = start
-    while end is None or place < end:
-        archive.seek(place)
+    offset = start
+    while end is None or offset < end:
+        archive.seek(offset)
         header = archive.read(BLOCK)
         if not header.strip(b"\0"):
             return
@@ -60,9 +64,9 @@ def read_members(
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             raise UserError(
-                f"{name} is damaged at byte {place - start:,} (no tar header): download it again"
+                f"{name} is damaged at byte {offset - start:,} (no tar header): download it again"
             ) from None
-        member = Member(info.name, place + BLOCK, info.size)
+        member = Member(info.name, offset + BLOCK, info.size)
         if info.size < 0 or (end is not None and member.end > end):
             raise UserError(
                 f"{name} ends within {info.name!r}, which says it has {info.size:,} bytes: "
@@ -75,11 +79,11 @@ def read_members(
                 f"{name}: {info.name!r} is refused: a plain file was expected, not a link, a "
                 "device or the like"
             )
-        place = member.start + -(-info.size // BLOCK) * BLOCK
+        offset = member.start + -(-info.size // BLOCK) * BLOCK
 
 
 def read_bytes(archive: Archive, name: str, member: Member) -> Iterator[bytes]:
-    """The bytes of a member in pieces of at most 1 MiB. UserError if they end early."""
+    """Yield the bytes of a member in chunks of at most 1 MiB. UserError if they end early."""
     archive.seek(member.start)
     left = member.size
     while left:
@@ -92,7 +96,7 @@ def read_bytes(archive: Archive, name: str, member: Member) -> Iterator[bytes]:
 
 @contextmanager
 def open_gzip(path: Path) -> Iterator[gzip.GzipFile]:
-    """A compressed archive for reading; damage is a UserError in the block or at its end."""
+    """Open a compressed archive; damage is a UserError in the block or at its end."""
     try:
         with gzip.open(path) as file:
             yield file
@@ -100,3 +104,23 @@ def open_gzip(path: Path) -> Iterator[gzip.GzipFile]:
                 pass
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged ({error}): download it again") from None
+
+
+def class_folders(split: Path) -> list[os.DirEntry[str]]:
+    """List the visible folders of a split; none where it is not there."""
+    if not split.is_dir():
+        return []
+    return [
+        entry for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith(".")
+    ]
+
+
+def check_counts(folder: Path, classes: Counter[str]) -> None:
+    """Raise UserError unless each class folder has as many files as the archive has images."""
+    found = {entry.name: len(visible(entry.path)) for entry in class_folders(folder)}
+    for name in sorted(found.keys() | classes.keys()):
+        if found.get(name, 0) != classes[name]:
+            raise UserError(
+                f"{folder / name} has {found.get(name, 0):,} files where the archive has "
+                f"{classes[name]:,}: remove what is not from it and call again"
+            )

@@ -1,0 +1,177 @@
+"""What a scan found: the kinds of findings, the report as JSON and as text."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.prepare.duplicates import Duplicates
+from pipelines.prepare.examine import Examined
+
+DAMAGE = {
+    "empty": "no bytes",
+    "truncated": "the end is missing",
+    "junk": "no image at all",
+    "format": "an image that not every back end reads: convert it",
+    "corrupt": "cannot be decoded",
+    "too-large": "more pixels than Pillow decodes",
+    "too-thin": "no memory would hold it once its short side is enlarged",
+    "unreadable": "no permission, or a link that leads nowhere",
+    "not-a-file": "a FIFO, socket or device",
+}
+"""Kinds that would stop training, on at least one back end: these go to the skip list."""
+NOTES = {
+    "wrong-suffix": "the name says another format: read all the same",
+    "animated": "only the first of several frames is read",
+    "16-bit": "more than 8 bits a sample: greyscale ones look different to each back end",
+    "cmyk": "the colour profile is not applied",
+    "greyscale": "all channels will be equal",
+    "palette": "converted to RGB",
+    "alpha": "transparency is dropped",
+    "exif-rotated": "EXIF orientation is not applied",
+    "large": "slow, and takes much memory",
+    "thin": "little is left of it after a crop",
+    "tiny": "less than 8 pixels high or wide",
+    "name": "no UTF-8",
+    "folder": "a folder in a class folder: what it holds is not read",
+}
+"""Kinds that every back end reads."""
+
+
+@dataclass
+class Findings:
+    """What a scan found; paths are relative to the data folder."""
+
+    examined: dict[str, Examined]
+    decoded: bool
+    problems: list[str] = field(default_factory=list)
+    """What is wrong with the folders: training stops at these."""
+    folders: list[str] = field(default_factory=list)
+    """Folders in class folders."""
+    duplicates: list[Duplicates] = field(default_factory=list)
+    repeated: dict[str, int] = field(default_factory=dict)
+    """Split -> number of images that repeat another one of the split."""
+
+    def by_kind(self) -> dict[str, list[tuple[str, str]]]:
+        """Group the files by kind, damage first: kind -> (path, details)."""
+        found: dict[str, list[tuple[str, str]]] = {kind: [] for kind in (*DAMAGE, *NOTES)}
+        for path, file in self.examined.items():
+            for kind, text in file.findings:
+                found[kind].append((path, text))
+        found["folder"] += [(path, "is a folder") for path in self.folders]
+        return {kind: sorted(files) for kind, files in found.items() if files}
+
+    def damaged(self) -> list[tuple[str, str]]:
+        """List what the skip list names, sorted: (path, kind)."""
+        return sorted(
+            (path, kind)
+            for path, file in self.examined.items()
+            for kind, _ in file.findings
+            if kind in DAMAGE
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as a JSON object."""
+        by_kind = self.by_kind()
+        counts = Counter({kind: len(files) for kind, files in by_kind.items()})
+        return {
+            "images": len(self.examined),
+            "decoded": self.decoded,
+            "counts": dict(counts),
+            "problems": self.problems,
+            "findings": [
+                {
+                    "path": path,
+                    "kind": kind,
+                    "severity": "damage" if kind in DAMAGE else "note",
+                    "detail": text,
+                }
+                for kind, files in by_kind.items()
+                for path, text in files
+            ],
+            "duplicates_between_splits": [
+                {"train": train, "val": val} for train, val in self.duplicates
+            ],
+            "duplicates_within_splits": self.repeated,
+        }
+
+
+SHOWN = 3
+"""Paths that are shown of a kind."""
+
+
+def describe(findings: Findings, num_read: int, seconds: float, skip_list: Path | None) -> str:
+    """Describe the findings as text: damage, notes, duplicates, problems and what to do.
+
+    `num_read` files were read in `seconds`; `skip_list` is the file that was asked for.
+    """
+    number = len(findings.examined)
+    rate = f", {num_read / seconds:,.0f} images/s" if num_read else ""
+    what = "all pixels" if findings.decoded else "headers and ends; --decode reads the pixels too"
+    lines = [
+        f"{number:,} images, {num_read:,} of them read in {seconds:.1f} s{rate} "
+        f"({number - num_read:,} unchanged since an earlier scan); {what}"
+    ]
+    by_kind = findings.by_kind()
+    for title, kinds in (("damage, would stop training:", DAMAGE), ("notes:", NOTES)):
+        found = {kind: by_kind[kind] for kind in kinds if kind in by_kind}
+        if found:
+            lines.append(title)
+        for kind, files in found.items():
+            lines += kind_lines(kind, kinds[kind], files)
+    lines += duplicate_lines(findings)
+    if findings.problems:
+        lines += ["problems, would stop training:", *(f"  {text}" for text in findings.problems)]
+    lines.append(advice(findings, skip_list))
+    return printable("\n".join(lines))
+
+
+def kind_lines(kind: str, meaning: str, files: list[tuple[str, str]]) -> list[str]:
+    """Describe a kind in one line, then name some of its files."""
+    lines = [f"  {kind:<12} {len(files):>8,}  {meaning}"]
+    lines += [f"      {shown(path)} {text}".rstrip() for path, text in files[:SHOWN]]
+    return lines + more(len(files))
+
+
+def duplicate_lines(findings: Findings) -> list[str]:
+    lines = []
+    if findings.duplicates:
+        images = sum(len(val) for _, val in findings.duplicates)
+        lines.append(f"duplicates: {images:,} images of validation are in training as well")
+        for train, val in findings.duplicates[:SHOWN]:
+            lines.append(f"      {shown(val[0])} = {shown(train[0])}")
+        lines += more(len(findings.duplicates))
+    if findings.repeated:
+        parts = [f"{number:,} in {split}" for split, number in findings.repeated.items()]
+        lines.append(f"duplicates within a split: {', '.join(parts)}")
+    return lines
+
+
+def more(number: int) -> list[str]:
+    return [f"      and {number - SHOWN:,} more"] if number > SHOWN else []
+
+
+def shown(path: str) -> str:
+    """Escape and shorten a path, so that it fits on one line."""
+    path = path if path.isprintable() else ascii(path)[1:-1]
+    return path if len(path) <= 120 else f"{path[:70]}...{path[-45:]}"
+
+
+def printable(text: str) -> str:
+    """Escape the bytes of file names that are not UTF-8."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def advice(findings: Findings, skip_list: Path | None) -> str:
+    """Say in the last line what to do now."""
+    number = len(findings.damaged())
+    if not number:
+        return "training stops at the problems above" if findings.problems else "nothing is damaged"
+    files = "1 damaged file" if number == 1 else f"{number:,} damaged files"
+    if skip_list is not None:
+        return f"{files}: leave them out with --skip-list {shlex.quote(str(skip_list))}"
+    return f"{files}: --skip-list FILE writes the list that training takes"

@@ -1,0 +1,121 @@
+"""The commands as the tests type them: in this process, or in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from fastimagenet import cli
+from fastimagenet.report.run import rows_of
+from fastimagenet.training.recorder import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--recipe", "tests/small.toml", "--device", "cpu"]
+TWO = [*SMALL, "--nproc-per-node", 2, "--checkpoint-steps", 3]
+SEVERAL = ("--nproc-per-node", "--nodes")
+"""Flags with which torch's elastic agent takes over signals: not in the process of the tests."""
+
+
+def start(module: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(module: str, *arguments: object, status: int = 0) -> tuple[str, str]:
+    """Standard output and error of a command that ends with `status`, in a process of its own."""
+    process = start(module, *arguments)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def call(module: str, *arguments: object, status: int = 0) -> tuple[str, str]:
+    """The same in this process, which has torch imported already."""
+    if any(flag in arguments for flag in SEVERAL):
+        return run(module, *arguments, status=status)
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        contextlib.chdir(ROOT),
+        patch.object(cli, "keep_freed_memory"),  # it would stay for the tests to come
+    ):
+        ended = cli.exit_status(import_module(module).main, [str(each) for each in arguments])
+    assert ended == status, f"status {ended}\n{out.getvalue()}\n{err.getvalue()}"
+    return out.getvalue(), err.getvalue()
+
+
+def train(*arguments: object, status: int = 0) -> tuple[str, str]:
+    return call("fastimagenet.train", *arguments, status=status)
+
+
+def evaluate(*arguments: object, status: int = 0) -> tuple[str, str]:
+    return call("fastimagenet.evaluate", *arguments, status=status)
+
+
+def error_of(*arguments: object) -> str:
+    """The one line on standard error of a training that the user got wrong."""
+    _, err = train(*arguments, status=2)
+    # DALI's decoder says in a line of its own, which cannot be turned off, that it failed.
+    lines = [line for line in err.splitlines() if "[ERROR]" not in line]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def stop_soon(*arguments: Any) -> str:
+    """Standard output of a training that gets SIGTERM after its first row and ends with 143."""
+    folder = arguments[arguments.index("--output") + 1]
+    if not any(flag in arguments for flag in SEVERAL):
+        kill = threading.Thread(target=kill_at_first_row, args=(folder, os.getpid()))
+        kill.start()
+        out, _ = train(*arguments, status=143)
+        kill.join()
+        return out
+    process = start("fastimagenet.train", *arguments)
+    kill_at_first_row(folder, process.pid)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, out + err
+    return out
+
+
+def kill_at_first_row(folder: Path, process: int) -> None:
+    deadline = time.monotonic() + 300
+    while not losses_of(folder) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process, signal.SIGTERM)
+
+
+def free_endpoint() -> str:
+    """Where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def losses_of(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows_of("step", read_rows(folder))]
