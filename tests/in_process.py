@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -18,7 +19,8 @@ def call(module: str, *arguments: object) -> int:
     name = f"{module}.__main__" if spec and spec.submodule_search_locations else module
     threads = torch.get_num_threads()
     try:
-        return cli.exit_status(import_module(name).main, list(map(str, arguments)))
+        with patch.object(cli, "keep_freed_memory"):  # it would stay for the tests to come
+            return cli.exit_status(import_module(name).main, list(map(str, arguments)))
     finally:
         torch.set_num_threads(threads)
 
