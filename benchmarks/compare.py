@@ -48,9 +48,9 @@ from pipelines.formats import NO_BREAK, duration, percent, time_unit
 
 HEADER = (
     *("run", "hardware", "top-1", "top-5", "train time", "time to target", "wall time"),
-    *("epochs", "updates", "max_lr", "schedule", "data"),
+    *("epochs", "steps", "max_lr", "schedule", "data"),
 )
-TERMINAL = ("run", "max_lr", "schedule", "updates", "top-1", "train time", "time to target")
+TERMINAL = ("run", "max_lr", "schedule", "steps", "top-1", "train time", "time to target")
 """The columns that the terminal gets."""
 
 
@@ -103,7 +103,7 @@ def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
         f"{metric} against training time": against_time(what),
         f"{metric} against epochs": against_epochs(what),
         "Where the wall time went": time_split(what),
-        "top-1 and learning rate against updates": accuracy_and_lr(curves),
+        "top-1 and learning rate against steps": accuracy_and_lr(curves),
     }
     beside = (
         f"beside {len(what.entries)} published entries"

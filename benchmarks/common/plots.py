@@ -1,4 +1,4 @@
-"""The picture of several finished runs: validation accuracy and learning rate against updates."""
+"""The picture of several finished runs: validation accuracy and learning rate against steps."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class Curve:
     name: str
     legend: str
     accuracy: list[Points]
-    """(updates done, per cent) of each seed, at the same updates."""
+    """(steps done, per cent) of each seed, at the same steps."""
     lr: Points
-    """(updates done, learning rate)."""
+    """(steps done, learning rate)."""
 
     @property
     def mean(self) -> Points:
@@ -78,7 +78,7 @@ def accuracy_and_lr(curves: list[Curve]) -> Figure:
     above.set_xlim(0, last * (1 + LABEL_WIDTH / 2))
     label_ends(above, curves, looks)
     above.set_ylabel("validation top-1 (%)")
-    below.set(xlabel="updates", ylabel="learning rate", ylim=(0, None))
+    below.set(xlabel="steps", ylabel="learning rate", ylim=(0, None))
     below.xaxis.set_major_formatter(FuncFormatter(thousands))
     figure.align_ylabels([above, below])
     return with_legend(figure, ncols=3, handlelength=2.6)

@@ -1,4 +1,4 @@
-"""Before renting the machines: what fits into a budget, predicted from a minute on this one.
+"""Before renting the nodes: what fits into a budget, predicted from a minute on this one.
 
     python -m benchmarks.plan --data DIR --minutes 30 --nodes 4 --gpus 8 --price 98.32
 
@@ -43,7 +43,7 @@ def parser() -> Parser:
     """Build the command line."""
     result = make_parser(
         "benchmarks.plan",
-        "Predict what a recipe takes on machines like this one, and scale it to a budget.",
+        "Predict what a recipe takes on nodes like this one, and scale it to a budget.",
         "python -m benchmarks.plan --data imagenet --minutes 30 --nodes 4 --price 98.32",
     )
     cli.add_machine_flags(result)
@@ -131,7 +131,7 @@ def batch_note(asked: Recipe, planned: Recipe) -> str:
         return ""
     return (
         f"batch size a process: {', '.join(map(str, after))} in place of the recipe's "
-        f"{', '.join(map(str, before))}, so that an epoch has at least {MIN_STEPS} updates; "
+        f"{', '.join(map(str, before))}, so that an epoch has at least {MIN_STEPS} steps; "
         "the LR in proportion"
     )
 
@@ -191,7 +191,7 @@ def write_results(result: Row, found: list[Candidate], folder: Path) -> None:
 def table(result: Row, found: list[Candidate]) -> str:
     """Format the candidates as Markdown."""
     header = (
-        *("predicted", "epochs", "sizes", "global batch", "updates", "train", "wall", "cost"),
+        *("predicted", "epochs", "sizes", "global batch", "steps", "train", "wall", "cost"),
         *("expected top-1", "top-5"),
     )
     rows = [row(each) for each in found]
@@ -199,12 +199,12 @@ def table(result: Row, found: list[Candidate]) -> str:
     known = any(each.accuracy for each in found)
     spread = max(rates["spread"] for rates in result["probe"]["train"])
     price = result["node_usd_per_hour"]
-    machines = f"{result['nodes']} x {result['gpus_per_node']} processes"
+    nodes = f"{result['nodes']} x {result['gpus_per_node']} processes"
     lines = [
         f"# {found[0].recipe.name} on {result['data']} within {result['minutes']:g} minutes: "
         "predicted",
         "",
-        f"{machines} like the one probed: {result['hardware_probed']}; {result['precision']}; "
+        f"{nodes} like the one probed: {result['hardware_probed']}; {result['precision']}; "
         f"torch {result['versions']['torch']}; {result['date']}"
         + ("." if price is None else f"; ${price:g} an hour and node."),
         "",
