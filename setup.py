@@ -49,9 +49,12 @@ setup(
         "dali": ["nvidia-dali-cuda120>=2.0"],
         "dali-cuda13": ["nvidia-dali-cuda130>=2.0"],
         "digits": ["scikit-learn>=1.4"],
+        # Shards at a URL: s3:// with this, gs:// with gcsfs, hf:// with huggingface_hub beside it.
+        "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],
         "test": [
             "pytest>=8.0",
             "pytest-xdist>=3.6",
+            "setuptools>=77",
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.14",
@@ -60,7 +63,8 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=6.29",
             "scikit-learn>=1.4",
-            # A server of the S3 protocol.
+            # A client and a server of the S3 protocol.
+            "s3fs>=2024.6",
             "moto[s3]>=5.0",
             "flask>=3.0",
             "flask-cors>=5.0",

@@ -12,10 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import torch
 
 from fastimagenet import cli
 from fastimagenet.report.run import rows_of
@@ -48,28 +52,56 @@ def run(module: str, *arguments: object, status: int = 0) -> tuple[str, str]:
     return out, err
 
 
-def call(module: str, *arguments: object, status: int = 0) -> tuple[str, str]:
-    """The same in this process, which has torch imported already."""
+def call(module: str, *arguments: object) -> int:
+    """Run `python -m module arguments` in this process, which has torch imported already.
+
+    Returns its exit status; what it prints is printed here.
+    """
+    spec = find_spec(module)
+    name = f"{module}.__main__" if spec and spec.submodule_search_locations else module
+    threads = torch.get_num_threads()
+    # Freed memory would stay with this process for the tests to come.
+    with contextlib.chdir(ROOT), patch.object(cli, "keep_freed_memory"):
+        try:
+            return cli.exit_status(import_module(name).main, list(map(str, arguments)))
+        finally:
+            torch.set_num_threads(threads)
+
+
+def output_of(module: str, *arguments: object, status: int = 0) -> tuple[str, str]:
+    """Standard output and error of a command that ends with `status`, in this process if it can."""
     if any(flag in arguments for flag in SEVERAL):
         return run(module, *arguments, status=status)
     out, err = io.StringIO(), io.StringIO()
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        contextlib.chdir(ROOT),
-        patch.object(cli, "keep_freed_memory"),  # it would stay for the tests to come
-    ):
-        ended = cli.exit_status(import_module(module).main, [str(each) for each in arguments])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        ended = call(module, *arguments)
     assert ended == status, f"status {ended}\n{out.getvalue()}\n{err.getvalue()}"
     return out.getvalue(), err.getvalue()
 
 
 def train(*arguments: object, status: int = 0) -> tuple[str, str]:
-    return call("fastimagenet.train", *arguments, status=status)
+    return output_of("fastimagenet.train", *arguments, status=status)
 
 
 def evaluate(*arguments: object, status: int = 0) -> tuple[str, str]:
-    return call("fastimagenet.evaluate", *arguments, status=status)
+    return output_of("fastimagenet.evaluate", *arguments, status=status)
+
+
+class Child:
+    """A stand-in for the subprocess.Popen of `[python, "-m", module, ...]`."""
+
+    pid = 0
+
+    def __init__(self, command: Sequence[str], **_: Any) -> None:
+        self.words = command[1:]
+
+    def wait(self) -> int:
+        """Run the command, as a whole."""
+        assert self.words[0] == "-m"
+        return call(*self.words[1:])
+
+    def terminate(self) -> None:
+        """It is never running when it could be asked to stop."""
 
 
 def error_of(*arguments: object) -> str:

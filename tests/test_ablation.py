@@ -15,7 +15,7 @@ from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from pipelines.errors import UserError
 from pipelines.files import read_object
-from tests.in_process import Child
+from tests.commands import Child
 
 SMALL = (
     *("--device", "cpu", "--recipe", "digits", "--epochs", "2", "--runs", "1"),

@@ -25,7 +25,7 @@ from pipelines.datasets.digits import digits_folder
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main as prepare
-from tests.in_process import call
+from tests.commands import call
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,7 +19,7 @@ from fastimagenet.recipes.plan import Plan
 from fastimagenet.report.dawnbench import clocks_at_target, result_hours, write_entry
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object, write_object
-from tests.in_process import Child, call
+from tests.commands import Child, call
 
 SMALL = ("--recipe", "tests/small.toml", "--device", "cpu")
 

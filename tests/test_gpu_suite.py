@@ -29,7 +29,7 @@ from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object
 from pipelines.loader import DaliSettings
-from tests.in_process import call
+from tests.commands import call
 from tests.test_step_variants import with_model
 
 ROOT = Path(__file__).resolve().parent.parent

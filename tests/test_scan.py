@@ -15,6 +15,7 @@ import pytest
 from odd_files import Odd, write_odd_files
 from PIL import Image
 
+from fastimagenet.train import main as train_main
 from pipelines.cli import exit_status
 from pipelines.datasets.checks import check_file
 from pipelines.datasets.images import ImageFile, whole_files

@@ -22,7 +22,7 @@ from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
 from pipelines.files import read_object
-from tests.in_process import Child, call
+from tests.commands import Child, call
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
