@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import math
 import os
@@ -14,8 +13,8 @@ import subprocess
 import sys
 import termios
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +46,13 @@ from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 from pipelines.files import Row
-from tests.commands import ROOT, start
+from tests.commands import ROOT, output_of, start
 
 MODULE = "fastimagenet.lr_find"
 SHORT = ["--device", "cpu", "--num-it", 24]
 ENDLESS = ["--device", "cpu", "--num-it", 100_000, "--end-lr", 2e-5]
 """The LR stays so low that nothing ends it but the user."""
-
-
-def sweep(*arguments: object, status: int = 0) -> tuple[str, str]:
-    """Run the command in this process; return its standard output and error."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(cli, "keep_freed_memory", lambda: None)  # not that of the tests to come
-        assert cli.exit_status(main, list(map(str, arguments))) == status
-    return out.getvalue(), err.getvalue()
+sweep = partial(output_of, MODULE)
 
 
 def found_in(folder: Path) -> dict[str, Any]:
@@ -194,6 +185,7 @@ def test_sweeps_are_plotted_as_asked_for(swept: tuple[Path, str]) -> None:
     lengths = {len(line.get_xdata()) for line in read.plot().axes[0].lines}  # type: ignore[arg-type]
     assert lengths == {len(run.shown()) for run in read.runs}
     figure = read.plot(skip_first=2, skip_last=0, smoothed=False)
+    assert figure._repr_svg_().startswith("<svg")  # type: ignore[attr-defined]
     losses, top1 = figure.axes[0].lines, figure.axes[2].lines
     assert len(losses) == len(top1) == 2  # no faint line beside the values themselves
     for line, run in zip(top1, read.runs, strict=True):
@@ -326,13 +318,20 @@ def test_nothing_to_suggest_is_said_and_is_no_error(tmp_path: Path, digits: Path
     ],
 )
 def test_a_wrong_flag_is_one_line_and_nothing_written(
-    flags: list[str], message: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: list[str],
+    message: str,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)  # not that of the tests to come
     Path("folder.toml").mkdir()
     Path("folder.toml/file").touch()
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    _, err = sweep("--device", "cpu", *flags, status=2)
+    assert cli.exit_status(main, ["--device", "cpu", *flags]) == 2
+    err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1

@@ -93,8 +93,7 @@ def by_hand(recipe: Recipe, rates: Sequence[float], momentum: float, wd: float) 
         momentum=momentum,
         nesterov=recipe.nesterov,
     )
-    make = loaders(recipe, "synthetic", SPLIT, SPLIT)
-    train, val = make(True), make(False)
+    train, val = loaders(recipe, "synthetic", SPLIT, SPLIT)
     train_batches = [batch for _ in range(3) for batch in train]
     val_batches = [batch for _ in range(3) for batch in val]
     losses, figures = [], []

@@ -74,6 +74,14 @@ def thousands(value: float, _: int) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:g}"
 
 
+class NotebookFigure(Figure):
+    """A figure that a notebook shows by itself, without pyplot."""
+
+    def _repr_svg_(self) -> str:
+        text = _svg_file(self, facecolor="white")
+        return text[text.index("<svg") :]
+
+
 def new_figure(
     rows: int = 1,
     columns: int = 1,
@@ -82,7 +90,7 @@ def new_figure(
 ) -> tuple[Figure, list[Axes]]:
     """Create a figure of `size` inches; return it and its axes, row by row."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = NotebookFigure(figsize=size, layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex)
         return figure, list(axes.flat)
 
