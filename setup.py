@@ -54,6 +54,7 @@ setup(
         "test": [
             "pytest>=8.0",
             "pytest-xdist>=3.6",
+            "setuptools>=77",
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.14",

@@ -163,13 +163,7 @@ def read_ablation(finished: Sequence[Training], data: Data, command: str) -> Row
         rows.append(row)
     about = {"recipe": values[0]["recipe"], "epochs": values[0]["epochs"]}
     return (
-        measured(values, command)
-        | about
-        | {
-            "data": asdict(data),
-            "judged": judged,
-            "rows": rows,
-        }
+        measured(values, command) | about | {"data": asdict(data), "judged": judged, "rows": rows}
     )
 
 

@@ -25,6 +25,7 @@ from benchmarks.common.plots import (
     accuracy_points,
     lr_points,
     schedule_text,
+    time_bars,
 )
 from benchmarks.common.published import Published, published
 from fastimagenet import cli
@@ -38,7 +39,6 @@ from fastimagenet.report.figures import (
     thousands,
     write_files,
 )
-from fastimagenet.report.plots import TIME_COLOURS
 from fastimagenet.report.run import Run
 from pipelines import pages
 from pipelines.cli import make_parser, output_folder
@@ -48,9 +48,9 @@ from pipelines.formats import NO_BREAK, duration, percent, time_unit
 
 HEADER = (
     *("run", "hardware", "top-1", "top-5", "train time", "time to target", "wall time"),
-    *("epochs", "updates", "max_lr", "schedule", "data"),
+    *("epochs", "steps", "max_lr", "schedule", "data"),
 )
-TERMINAL = ("run", "max_lr", "schedule", "updates", "top-1", "train time", "time to target")
+TERMINAL = ("run", "max_lr", "schedule", "steps", "top-1", "train time", "time to target")
 """The columns that the terminal gets."""
 
 
@@ -103,7 +103,7 @@ def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
         f"{metric} against training time": against_time(what),
         f"{metric} against epochs": against_epochs(what),
         "Where the wall time went": time_split(what),
-        "top-1 and learning rate against updates": accuracy_and_lr(curves),
+        "top-1 and learning rate against steps": accuracy_and_lr(curves),
     }
     beside = (
         f"beside {len(what.entries)} published entries"
@@ -169,6 +169,12 @@ class Comparison:
             if row.get(self.metric) is not None
         ]
 
+    def accuracy(self, entry: Published) -> float:
+        """Return what the entry has reached, as a fraction."""
+        value = entry.accuracy(self.metric)
+        assert value is not None, "published() returns none without it"
+        return value
+
 
 def look(index: int) -> Row:
     """Return colour and style of the line of a run."""
@@ -217,10 +223,7 @@ def draw_against_time(axes: Axes, what: Comparison) -> None:
     # A log axis takes the unit of its shortest time, so that few ticks are below 1.
     shortest = min((entry.seconds for entry in what.entries), default=max(seconds))
     unit, length = time_unit(shortest)
-    for index, run in enumerate(what.runs.values()):
-        points = [(x / length, y) for x, y in what.points(run, "train_seconds")]
-        draw_line(axes, points, **look(index))
-        draw_line(axes, points[-1:], color=look(index)["color"], marker="o", markersize=4)
+    draw_runs(axes, what, "train_seconds", length)
     if what.entries:
         axes.set_xscale("log")
     else:
@@ -233,63 +236,53 @@ def draw_against_time(axes: Axes, what: Comparison) -> None:
 
 
 def draw_entries(axes: Axes, what: Comparison, length: float) -> None:
-    """Draw a grey point for each entry, with its number above."""
+    """Draw a point for each entry; numbers that are near each other stand above one another."""
     low, high = axes.get_xlim()
     placed: list[tuple[float, float, int]] = []
     for number, entry in enumerate(what.entries, start=1):
-        accuracy = entry.accuracy(what.metric)
-        assert accuracy is not None
-        x, y = entry.seconds / length, 100 * accuracy
-        marker = "^" if entry.at_least else "o"
-        axes.plot([x], [y], color="#555555", marker=marker, markersize=4.5)
+        x, y = entry.seconds / length, 100 * what.accuracy(entry)
         width = log(max(high, x) / min(low, x))
         near = [tier for at, level, tier in placed
                 if abs(log(x / at)) < NEAR * width and abs(level - y) < 4]  # fmt: skip
-        tier = max(near, default=-1) + 1
-        placed.append((x, y, tier))
-        axes.annotate(
-            str(number), (x, y), xytext=(0, 5 + 10 * tier), textcoords="offset points",
-            ha="center", va="bottom", fontsize=SMALL, color="#333333",
-        )  # fmt: skip
+        placed.append((x, y, max(near, default=-1) + 1))
+        draw_entry(axes, number, entry, *placed[-1])
+
+
+def draw_entry(axes: Axes, number: int, entry: Published, x: float, y: float, tier: int) -> None:
+    """Draw a grey point with its number above, `tier` numbers higher than usual."""
+    marker = "^" if entry.at_least else "o"
+    axes.plot([x], [y], color="#555555", marker=marker, markersize=4.5)
+    axes.annotate(
+        str(number), (x, y), xytext=(0, 5 + 10 * tier), textcoords="offset points",
+        ha="center", va="bottom", fontsize=SMALL, color="#333333",
+    )  # fmt: skip
+
+
+def draw_runs(axes: Axes, what: Comparison, against: str, length: float = 1.0) -> None:
+    """Draw the line of every run, in units of `length`, with a point at its end."""
+    for index, run in enumerate(what.runs.values()):
+        points = [(x / length, y) for x, y in what.points(run, against)]
+        draw_line(axes, points, **look(index))
+        draw_line(axes, points[-1:], color=look(index)["color"], marker="o", markersize=4)
 
 
 def draw_against_epochs(axes: Axes, what: Comparison) -> None:
     """Draw our lines, and the entries that tell their epochs."""
-    for index, run in enumerate(what.runs.values()):
-        points = what.points(run, "epoch")
-        draw_line(axes, points, **look(index))
-        draw_line(axes, points[-1:], color=look(index)["color"], marker="o", markersize=4)
+    draw_runs(axes, what, "epoch")
     for number, entry in enumerate(what.entries, start=1):
-        accuracy = entry.accuracy(what.metric)
-        if entry.epochs is not None and accuracy is not None:
-            marker = "^" if entry.at_least else "o"
-            place = (entry.epochs, 100 * accuracy)
-            axes.plot(*([value] for value in place), color="#555555", marker=marker, markersize=4.5)
-            axes.annotate(
-                str(number), place, xytext=(0, 5), textcoords="offset points",
-                ha="center", va="bottom", fontsize=SMALL, color="#333333",
-            )  # fmt: skip
+        if entry.epochs is not None:
+            draw_entry(axes, number, entry, entry.epochs, 100 * what.accuracy(entry), 0)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="epochs done", ylabel=f"validation {METRICS[what.metric]} (%)")
 
 
 def draw_time_split(axes: Axes, what: Comparison) -> None:
-    """Draw one bar of the wall time for each run, the first one on top."""
-    splits = [run.summary["time_split_seconds"] for run in what.runs.values()]
-    unit, length = time_unit(max(sum(split.values()) for split in splits))
-    places = range(len(splits))
-    left = [0.0] * len(splits)
-    for part, colour in TIME_COLOURS.items():
-        values = [split.get(part, 0.0) / length for split in splits]
-        if max(values) > 0.001 * max(sum(split.values()) for split in splits) / length:
-            label = part.replace("_", " ")
-            axes.barh(places, values, 0.6, left, color=colour, label=label, edgecolor="white")
-        left = [start + value for start, value in zip(left, values, strict=True)]
-    axes.set_yticks(places, list(what.runs))
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.set(xlabel=f"wall time ({unit})", xlim=(0, 1.02 * max(left)))
+    """Draw one bar of the wall time for each run."""
+    splits = {name: run.summary["time_split_seconds"] for name, run in what.runs.items()}
+    unit, length = time_unit(max(sum(split.values()) for split in splits.values()))
+    time_bars(axes, splits, length)
+    axes.set(xlabel=f"wall time ({unit})")
     axes.xaxis.set_major_formatter(FuncFormatter(thousands))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), **(LEGEND | {"ncols": 4}))
 

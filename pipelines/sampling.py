@@ -69,7 +69,7 @@ class Batch:
     files: list[ImageFile]
     labels: NDArray[np.int64]
     shape: tuple[int, int]
-    """Height and width of what is handed out; the shorter side is the image size."""
+    """Height and width of the images in pixels; the shorter side is the image size."""
     crops: CropParams | None
     """None for validation."""
     indices: NDArray[np.int64]

@@ -17,6 +17,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from fastimagenet import train
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.toml import with_settings
 from fastimagenet.report.run import rows_of
@@ -36,7 +37,7 @@ from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.loader import MAGNITUDES, LoaderSpec, Stage, Transforms
 from pipelines.sampling import Stream
-from tests.commands import SMALL, train
+from tests.commands import SMALL
 
 EVERYTHING = Transforms(
     auto_augment="rand", color_jitter=0.4, random_erasing=0.5, mixup=0.2, cutmix=1.0
@@ -308,10 +309,9 @@ def test_back_ends_give_the_same_augmented_batches(reflect_pad: int, cifar10: Pa
 def test_a_training_with_everything_on(processes: int, cifar10: Path, tmp_path: Path) -> None:
     """Three epochs at three sizes, on labels that are probabilities, smoothed as well."""
     wanted = [f"{name}={getattr(EVERYTHING, name)}" for name in CHANGED]
-    train(
-        *("--data", cifar10, "--output", tmp_path / "run", *SMALL),
-        *("--nproc-per-node", processes, *(part for line in wanted for part in ("--set", line))),
-    )
+    flags = [*("--data", cifar10, "--output", tmp_path / "run", *SMALL)]
+    flags += ["--nproc-per-node", processes, *(p for line in wanted for p in ("--set", line))]
+    assert train.main([*map(str, flags)]) == 0
     rows = read_rows(tmp_path / "run")
     losses = [row["loss"] for row in rows_of("step", rows)]
     assert len(losses) >= 3 and all(map(math.isfinite, losses))

@@ -71,10 +71,7 @@ def test_estimates_are_told_without_exponents() -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        pytest.param([], id="random-crop"),
-        pytest.param(["--reflect-pad", "4"], id="reflect-pad"),
-    ],
+    [pytest.param([], id="random-crop"), pytest.param(["--reflect-pad", "4"], id="reflect-pad")],
 )
 def test_loaders_writes_rates_ratios_and_what_they_were_measured_on(
     flags: list[str], cifar10: Path, tmp_path: Path

@@ -53,9 +53,9 @@ def test_validation_is_pillows_resize_and_centre_crop(
     Measured on 500 photographs: dali differs from torchvision's tensors by a mean of .002 of 255,
     at most 2.
     """
-    split = some(photographs, 40)
+    split = some(photographs, 20)
     transform = v2.Compose([v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)])
-    images = first_batch(backend, split, 40, image_size, training=False)
+    images = first_batch(backend, split, 20, image_size, training=False)
     for (path, *_), image in zip(split.files, images, strict=False):
         expected = np.asarray(transform(Image.open(path).convert("RGB")), dtype=np.float32)
         difference = (image - torch.from_numpy(expected).permute(2, 0, 1)).abs()
@@ -67,9 +67,9 @@ def test_training_batches_are_the_same_in_both_back_ends(
     fields: dict[str, Any], photographs: Path
 ) -> None:
     """Same images, same crops, same flips; measured .03 of 255."""
-    split = some(photographs, 40)
+    split = some(photographs, 20)
     fast, reference = (
-        first_batch(backend, split, 40, 224, training=True, seed=3, **fields)
+        first_batch(backend, split, 20, 224, training=True, seed=3, **fields)
         for backend in ("dali", "torchvision")
     )
     assert (fast - reference).abs().mean(dim=(1, 2, 3)).max() < 0.5
@@ -103,20 +103,11 @@ def test_reflect_pad_is_torchs(backend: str, cifar10: Path) -> None:
         padded = torch.nn.functional.pad(
             torch.from_numpy(pixels).permute(2, 0, 1).float(), (4, 4, 4, 4), mode="reflect"
         )
-        drawn.append(
-            next(
-                (top, left, flipped)
-                for top in range(9)
-                for left in range(9)
-                for flipped in (False, True)
-                if torch.allclose(
-                    image.flip(2) if flipped else image,
-                    padded[:, top : top + 32, left : left + 32],
-                    atol=1e-3,
-                )
-            )
-        )
-    tops, lefts, flips = zip(*drawn, strict=True)
+        windows = padded.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 9, 9, 32, 32)
+        sides = torch.stack([image, image.flip(2)])[:, :, None, None]
+        equal = torch.isclose(sides, windows, atol=1e-3).all(dim=(1, 4, 5))
+        drawn.append(equal.nonzero()[0].tolist())
+    flips, tops, lefts = zip(*drawn, strict=True)
     assert set(tops) == set(lefts) == set(range(9))
     assert 0.35 < sum(flips) / len(flips) < 0.65
 

@@ -37,7 +37,7 @@ RECIPE = Recipe(
 SPEED = named_recipe("cifar10-speed")
 SPEED = replace(
     SPEED,
-    phases=tuple(replace(phase, image_size=16, batch_size=30) for phase in SPEED.phases),
+    phases=tuple(replace(phase, image_size=16, batch_size=100) for phase in SPEED.phases),
     ema_decay=0.9,
     precision="fp32",
 ).stretched(2)
@@ -46,19 +46,19 @@ SPEED = replace(
 
 @dataclass(frozen=True)
 class Scenario:
-    """A training of 500 images, and when it is killed, counted from where a phase begins."""
+    """A training on 500 images, killed some steps after the first of its second phase."""
 
     backend: str
-    kill_offsets: tuple[int, ...]
+    kill_offset: int
     recipe: Recipe = RECIPE
     accumulation: int = 1
 
 
 SCENARIOS = (
-    Scenario("dali", (-1, 0, 1)),
-    Scenario("torchvision", (1,)),
-    Scenario("dali", (-1, 1), accumulation=2),
-    Scenario("memory", (1,), recipe=SPEED),
+    Scenario("dali", 1),
+    Scenario("dali", 0, accumulation=2),
+    Scenario("torchvision", -1),
+    Scenario("memory", 1, recipe=SPEED),
 )
 
 
@@ -110,23 +110,20 @@ def one_process(rank: int, endpoint: str, data: Path, root: Path) -> None:
     world, splits = World(rank, rank, 2, 2), (read_split(data, "train"), read_split(data, "val"))
     with process_group(world, 120):
         for index, scenario in enumerate(SCENARIOS):
-            whole = make(scenario, world, splits, root / str(index))
+            whole = make(scenario, world, splits, root / f"{index} whole")
             whole.fit()
-            for offset in scenario.kill_offsets:
-                folder = root / f"{index} killed at {offset}"
-                check(scenario, whole, offset, world, splits, folder)
+            check(scenario, whole, world, splits, root / f"{index} killed")
 
 
 def check(
     scenario: Scenario,
     whole: Trainer,
-    offset: int,
     world: World,
     splits: tuple[Split, Split],
     folder: Path,
 ) -> None:
     """Saved at that step, killed an update later, and resumed by another trainer."""
-    killed_at = whole.plan.phases[1].first_step + offset
+    killed_at = whole.plan.phases[1].first_step + scenario.kill_offset
     first = make(scenario, world, splits, folder, every=killed_at)
     update = first.train_step
 

@@ -47,10 +47,10 @@ def finished(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_the_files_of_the_interface(finished: Path) -> None:
     plan = json.loads((finished / "plan.json").read_text())
-    assert [phase["image_size"] for phase in plan["phases"]] == [8, 16, 24]
+    assert [phase["image_size"] for phase in plan["phases"]] == [8, 12, 16]
     rows = read_rows(finished)
     epochs = rows_of("epoch", rows)
-    assert [row["image_size"] for row in epochs] == [8, 16, 24]
+    assert [row["image_size"] for row in epochs] == [8, 12, 16]
     assert [row["batch_size"] for row in epochs] == [50, 50, 25]
     assert [row["epoch"] for row in epochs] == [0, 1, 2]
     assert epochs[-1]["step"] == plan["total_steps"] == 10 + 10 + 20

@@ -348,8 +348,6 @@ def test_it_ends_at_the_evaluation_that_reaches_the_target() -> None:
 
 def test_a_resumed_run_takes_the_clock_and_both_loaders_with_it(tmp_path: Path) -> None:
     first, second = make_trainer(folder=tmp_path), make_trainer(folder=tmp_path)
-    for trainer in (first, second):
-        trainer.about = {"recipe": "test", "classes": [], "num_train": 50, "seed": 3}
     first.fit()
     saved = checkpoint.load(tmp_path / "checkpoints" / "last.pt")
     second.resume("auto")
@@ -360,9 +358,7 @@ def test_a_resumed_run_takes_the_clock_and_both_loaders_with_it(tmp_path: Path) 
 
 def test_another_folder_gets_the_checkpoints_that_its_rows_speak_of(tmp_path: Path) -> None:
     old, new = tmp_path / "old" / "checkpoints", tmp_path / "new" / "checkpoints"
-    about = {"recipe": "test", "classes": [], "num_train": 50, "seed": 3}
     first, second = make_trainer(folder=old.parent), make_trainer(folder=new.parent)
-    first.about = second.about = about
     first.fit()
     second.resume(str(old / "epoch.pt"))
     assert second.finished
@@ -374,16 +370,16 @@ def test_another_folder_gets_the_checkpoints_that_its_rows_speak_of(tmp_path: Pa
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"recipe": "mine"}, "of a run with another recipe: give the --recipe, --set,"),
+        ({}, "of a run with another recipe: give the --recipe, --set,"),
         ({"classes": ["cat"]}, "of a run with other classes: name the --data that"),
         ({"num_train": 49}, "of a run with 50 training images: name the --data and --skip-list"),
-        ({"seed": 4}, "of a run with another seed: --seed 3"),
+        ({"seed": 4}, "of a run with another seed: --seed 0"),
     ],
 )
 def test_another_run_is_refused(other: dict[str, Any], message: str, tmp_path: Path) -> None:
-    about = {"recipe": "test", "classes": [], "num_train": 50, "seed": 3}
-    first, second = make_trainer(folder=tmp_path), make_trainer(folder=tmp_path)
-    first.about, second.about = about, about | other
+    first = make_trainer(folder=tmp_path)
+    second = make_trainer(RECIPE if other else replace(RECIPE, max_lr=0.2), folder=tmp_path)
+    second.about |= other
     checkpoint.save_last(tmp_path / "checkpoints", first.state_dict())
     with pytest.raises(UserError, match=message):
         second.resume("auto")

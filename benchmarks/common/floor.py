@@ -225,11 +225,7 @@ def count_layers(recipe: Recipe, image_size: int) -> list[Layer]:
 
 
 def floor_images_per_sec(
-    layers: Sequence[Layer],
-    batch_size: int,
-    width: int,
-    flops_per_sec: float,
-    bytes_per_sec: float,
+    layers: Sequence[Layer], batch_size: int, width: int, flops_per_sec: float, bytes_per_sec: float
 ) -> float:
     """Compute what no step can be faster than; `width`: bytes of an activation."""
     seconds = sum(

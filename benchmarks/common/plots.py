@@ -1,7 +1,8 @@
-"""The picture of several finished runs: validation accuracy and learning rate against updates."""
+"""The picture of several finished runs: validation accuracy and learning rate against steps."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -25,6 +26,7 @@ from fastimagenet.report.figures import (
     thousands,
     with_legend,
 )
+from fastimagenet.report.plots import TIME_COLOURS
 from pipelines.files import Row
 
 LOOKS: list[dict[str, Any]] = [
@@ -46,9 +48,9 @@ class Curve:
     name: str
     legend: str
     accuracy: list[Points]
-    """(updates done, per cent) of each seed, at the same updates."""
+    """(steps done, per cent) of each seed, at the same steps."""
     lr: Points
-    """(updates done, learning rate)."""
+    """(steps done, learning rate)."""
 
     @property
     def mean(self) -> Points:
@@ -76,7 +78,7 @@ def accuracy_and_lr(curves: list[Curve]) -> Figure:
     above.set_xlim(0, last * (1 + LABEL_WIDTH / 2))
     label_ends(above, curves, looks)
     above.set_ylabel("validation top-1 (%)")
-    below.set(xlabel="updates", ylabel="learning rate", ylim=(0, None))
+    below.set(xlabel="steps", ylabel="learning rate", ylim=(0, None))
     below.xaxis.set_major_formatter(FuncFormatter(thousands))
     figure.align_ylabels([above, below])
     return with_legend(figure, ncols=3, handlelength=2.6)
@@ -102,6 +104,25 @@ def label_ends(axes: Axes, curves: list[Curve], looks: list[dict[str, Any]]) -> 
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
     axes.set(ylim=(low, max(high, *(top + step for _, top in placed))), yticks=ticks)
+
+
+def time_bars(axes: Axes, splits: Mapping[str, Mapping[str, float]], unit_seconds: float) -> None:
+    """Draw a bar of seconds by part for each name, the first one on top; parts of 0 are left out.
+
+    `unit_seconds`: length of the axis' unit.
+    """
+    longest = max(sum(split.values()) for split in splits.values())
+    rows, left = range(len(splits)), [0.0] * len(splits)
+    for part, colour in TIME_COLOURS.items():
+        values = [split.get(part, 0.0) / unit_seconds for split in splits.values()]
+        if max(values) > 0.001 * longest / unit_seconds:
+            label = part.replace("_", " ")
+            axes.barh(rows, values, 0.6, left, color=colour, label=label, edgecolor="white")
+        left = [start + value for start, value in zip(left, values, strict=True)]
+    axes.set_yticks(rows, list(splits))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 1.02 * max(left))
 
 
 def accuracy_points(epochs: list[Row]) -> Points:

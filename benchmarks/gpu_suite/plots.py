@@ -55,9 +55,9 @@ def line_plot(lines: dict[str, Points], xlabel: str, ylabel: str) -> Figure | No
 def by_name(rows: list[tuple[str, float, float]]) -> dict[str, Points]:
     """Return the highest value at each x, by name, from rows (name, x, value)."""
     best: dict[str, dict[float, float]] = {}
-    for name, place, value in rows:
+    for name, x, value in rows:
         points = best.setdefault(name, {})
-        points[place] = max(value, points.get(place, value))
+        points[x] = max(value, points.get(x, value))
     return {name: list(points.items()) for name, points in best.items()}
 
 
@@ -111,11 +111,11 @@ def phases(stall: Row) -> Figure | None:
     found = stall["phases"]
     for index, part in enumerate(("loader", "model", "both")):
         rates = [phase[f"{part}_images_per_sec"] for phase in found]
-        places = [place + 0.27 * (index - 1) for place in range(len(found))]
+        positions = [x + 0.27 * (index - 1) for x in range(len(found))]
         means = [rate["mean"] for rate in rates]
         reach = [rate["high"] - rate["mean"] for rate in rates]
         look = {"color": LOOKS[index]["color"], "ecolor": "#555555", "label": part}
-        axes.bar(places, means, 0.25, yerr=reach, capsize=2, **look)
+        axes.bar(positions, means, 0.25, yerr=reach, capsize=2, **look)
     labels = [f"{phase['image_size']} px\nx {phase['batch_size']}" for phase in found]
     axes.set_xticks(range(len(found)), labels)
     axes.set(ylabel="images/s", ylim=(0, None))

@@ -1,4 +1,4 @@
-"""Before renting the machines: what fits into a budget, predicted from a minute on this one.
+"""Before renting the nodes: what fits into a budget, predicted from a minute on this one.
 
     python -m benchmarks.plan --data DIR --minutes 30 --nodes 4 --gpus 8 --price 98.32
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.common.measuring import facts, markdown
+from benchmarks.common.plots import time_bars
 from benchmarks.plan.prediction import MIN_STEPS, Candidate, candidates, with_fitting_batch
 from fastimagenet import cli
 from fastimagenet.distributed.world import World
@@ -26,7 +27,6 @@ from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.figures import new_figure, with_legend, write_files
-from fastimagenet.report.plots import TIME_COLOURS
 from fastimagenet.run import check_output, read_data, with_copies
 from fastimagenet.training.clock import Stopwatch
 from pipelines.cli import Parser, at_least, make_parser, output_folder, positive
@@ -43,7 +43,7 @@ def parser() -> Parser:
     """Build the command line."""
     result = make_parser(
         "benchmarks.plan",
-        "Predict what a recipe takes on machines like this one, and scale it to a budget.",
+        "Predict what a recipe takes on nodes like this one, and scale it to a budget.",
         "python -m benchmarks.plan --data imagenet --minutes 30 --nodes 4 --price 98.32",
     )
     cli.add_machine_flags(result)
@@ -131,7 +131,7 @@ def batch_note(asked: Recipe, planned: Recipe) -> str:
         return ""
     return (
         f"batch size a process: {', '.join(map(str, after))} in place of the recipe's "
-        f"{', '.join(map(str, before))}, so that an epoch has at least {MIN_STEPS} updates; "
+        f"{', '.join(map(str, before))}, so that an epoch has at least {MIN_STEPS} steps; "
         "the LR in proportion"
     )
 
@@ -191,7 +191,7 @@ def write_results(result: Row, found: list[Candidate], folder: Path) -> None:
 def table(result: Row, found: list[Candidate]) -> str:
     """Format the candidates as Markdown."""
     header = (
-        *("predicted", "epochs", "sizes", "global batch", "updates", "train", "wall", "cost"),
+        *("predicted", "epochs", "sizes", "global batch", "steps", "train", "wall", "cost"),
         *("expected top-1", "top-5"),
     )
     rows = [row(each) for each in found]
@@ -199,12 +199,12 @@ def table(result: Row, found: list[Candidate]) -> str:
     known = any(each.accuracy for each in found)
     spread = max(rates["spread"] for rates in result["probe"]["train"])
     price = result["node_usd_per_hour"]
-    machines = f"{result['nodes']} x {result['gpus_per_node']} processes"
+    nodes = f"{result['nodes']} x {result['gpus_per_node']} processes"
     lines = [
         f"# {found[0].recipe.name} on {result['data']} within {result['minutes']:g} minutes: "
         "predicted",
         "",
-        f"{machines} like the one probed: {result['hardware_probed']}; {result['precision']}; "
+        f"{nodes} like the one probed: {result['hardware_probed']}; {result['precision']}; "
         f"torch {result['versions']['torch']}; {result['date']}"
         + ("." if price is None else f"; ${price:g} an hour and node."),
         "",
@@ -252,17 +252,9 @@ def picture(found: list[Candidate], minutes: float) -> Figure:
     """Plot the predicted wall time of every candidate by its parts, and the budget."""
     unit, length = time_unit(60 * minutes)
     figure, (axes,) = new_figure(size=(6.6, 1.6 + 0.55 * len(found)))
-    places, left = range(len(found)), [0.0] * len(found)
-    for part, colour in TIME_COLOURS.items():
-        values = [each.seconds.get(part, 0.0) / length for each in found]
-        if any(values):
-            label = part.replace("_", " ")
-            axes.barh(places, values, 0.6, left, color=colour, label=label)
-        left = [start + value for start, value in zip(left, values, strict=True)]
+    time_bars(axes, {in_picture(each): each.seconds for each in found}, length)
     axes.axvline(60 * minutes / length, color="#333333", linestyle="--", linewidth=1.2)
-    axes.set_yticks(places, [in_picture(each) for each in found])
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 1.05 * max(60 * minutes, *(each.wall_seconds for each in found)) / length)
     axes.set(xlabel=f"predicted wall time ({unit}); dashed: the budget")
     return with_legend(figure, ncols=3)
 

@@ -16,7 +16,7 @@ from fastimagenet.recipes.superconvergence import STUDY
 from pipelines.errors import UserError
 
 MIN_STEPS = 8
-"""An epoch has at least so many updates; the batch is halved until it has."""
+"""An epoch has at least so many steps; the batch is halved until it has."""
 MAX_EPOCHS = 1000
 
 

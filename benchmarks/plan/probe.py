@@ -31,12 +31,7 @@ Item = TypeVar("Item")
 
 
 def measure(
-    config: RunConfig,
-    world: World,
-    train: Split,
-    val: Split,
-    clock: Stopwatch,
-    seconds: float,
+    config: RunConfig, world: World, train: Split, val: Split, clock: Stopwatch, seconds: float
 ) -> tuple[Probe, str, str]:
     """Probe for about `seconds`; returns hardware and precision, too. `clock`: the command's.
 

@@ -128,11 +128,7 @@ def added(seconds: list[float], base: list[float]) -> Estimate:
 
 
 def block(
-    trainer: Trainer,
-    step: Callable[[], None],
-    steps: int,
-    writer: CheckpointWriter,
-    way: str,
+    trainer: Trainer, step: Callable[[], None], steps: int, writer: CheckpointWriter, way: str
 ) -> float:
     """Measure seconds of so many steps, with a checkpoint at their start or without."""
     synchronize(trainer.device)

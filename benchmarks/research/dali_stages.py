@@ -65,7 +65,7 @@ class StageRate:
 
 
 def graph(
-    stage: str, spec: LoaderSpec, files: DataNode, draws: list[DataNode], view: list[DataNode]
+    stage: str, spec: LoaderSpec, files: DataNode, crop_params: list[DataNode], view: list[DataNode]
 ) -> DataNode:
     """Return what the pipeline gives when it ends with this stage."""
     if stage == "feed":
@@ -77,7 +77,7 @@ def graph(
         return fn.stack(*shape_of(encoded))
     if stage == "decode whole":
         return decode_whole(spec, encoded)
-    start, shape = random_window(spec, encoded, *draws)
+    start, shape = random_window(spec, encoded, *crop_params)
     if stage == "window":
         return fn.stack(*start, *shape)
     images = decode_window(spec, encoded, start, shape)
@@ -99,8 +99,8 @@ def batches(stage: str, task: Task) -> Iterator[Any]:
     feed = Feed(spec, with_paths(BatchSampler(spec).batches(0, 0)), finish=stage.startswith("dali"))
     pipeline = empty_pipeline(spec)
     with pipeline:
-        files, labels, draws, view = feed.nodes()
-        pipeline.set_outputs(graph(stage, spec, files, draws, view), labels)
+        files, labels, crop_params, view = feed.nodes()
+        pipeline.set_outputs(graph(stage, spec, files, crop_params, view), labels)
     pipeline.build()
     while True:
         yield pipeline.run()

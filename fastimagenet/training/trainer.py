@@ -85,12 +85,8 @@ class Trainer:
         self.train_loader, self.eval_loader = train_loader, eval_loader
         self.clock = clock or Stopwatch()
         self.folder, self.checkpoint_steps = folder, checkpoint_steps
-        self.about = {
-            "recipe": toml.dumps(recipe),
-            "num_train": plan.num_train,
-            "classes": [],
-            "seed": 0,
-        } | (about or {})
+        facts = {"recipe": toml.dumps(recipe), "num_train": plan.num_train}
+        self.about: dict[str, Any] = {"classes": [], "seed": 0} | facts | (about or {})
         self.writer: CheckpointWriter | None = None
         if folder is not None and world.is_main:
             self.writer = CheckpointWriter(folder / "checkpoints", self.recorder)
@@ -498,8 +494,9 @@ class Trainer:
         }
         # As a value: releases write a recipe's fields in different orders.
         state["recipe"] = toml.loads(state["recipe"], f"the recipe in {path}")
+        own = self.about | {"recipe": self.plan.recipe}
         for name, remedy in remedies.items():
-            if state[name] != (self.plan.recipe if name == "recipe" else self.about[name]):
+            if state[name] != own[name]:
                 raise UserError(f"--resume: {path} is of a run with {remedy}")
         self.load_state_dict(state)
         # A run that its launcher restarts is still the same one: its clock ran on since the save.

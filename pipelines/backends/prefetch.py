@@ -1,4 +1,4 @@
-"""Copy the batches of a CPU back end to a GPU while it trains on the one before."""
+"""Copy the batches of a CPU back end to a GPU, overlapped with training on the last one."""
 
 from __future__ import annotations
 

@@ -235,6 +235,8 @@ def open_image(stream: BinaryIO, name: str) -> Image.Image:
     try:
         image = Image.open(stream, formats=(name,))
     except Exception as error:
+        if name == "PNG" and isinstance(error, OSError) and not stream.read(1):
+            raise Damage("truncated", "is truncated in its header") from error
         raise damage(error) from error
     check_size(*image.size)
     check_dali(image)

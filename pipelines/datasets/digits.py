@@ -28,17 +28,17 @@ def digits_folder() -> Path:
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache))
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache))
     try:
-        write_digits(beside)
-        beside.chmod(0o755)
+        write_digits(temporary)
+        temporary.chmod(0o755)
         try:
-            beside.rename(folder)
+            temporary.rename(folder)
         except OSError:
             if not folder.is_dir():  # otherwise another process was faster
                 raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

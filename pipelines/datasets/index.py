@@ -161,7 +161,7 @@ def save(path: Path, index: Index, stamps: list[int]) -> None:
     }
     arrays = {name: getattr(images, name) for name in ARRAYS if getattr(images, name) is not None}
     try:
-        with atomic_write(path) as beside, beside.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez(
                 file,
                 about=np.frombuffer(json.dumps(about).encode(), np.uint8),

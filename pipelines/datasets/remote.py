@@ -67,8 +67,8 @@ def local_copy(url: str) -> Path:
     with locked(folder):
         if not (folder / NAME).exists():
             copy_files(store, folder, manifest)
-            with atomic_write(folder / NAME) as beside:
-                beside.write_bytes(data)
+            with atomic_write(folder / NAME) as temporary:
+                temporary.write_bytes(data)
     return folder
 
 
@@ -160,8 +160,8 @@ def files_of(manifest: Manifest) -> Iterator[Wanted]:
 def copy_file(store: Store, folder: Path, file: Wanted) -> int:
     """Copy a file if it is what the manifest says; returns its bytes, 0 for an index."""
     digest = hashlib.sha256()
-    with atomic_write(folder / file.name) as beside:
-        with beside.open("wb") as target:
+    with atomic_write(folder / file.name) as temporary:
+        with temporary.open("wb") as target:
             limit = MAX_BYTES if file.num_bytes is None else file.num_bytes
             for data in store.read(file.name, limit):
                 digest.update(data)

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags, checked."""
+    """Parse the flags and check them."""
     parser = make_parser(
         "pipelines.parity", DESCRIPTION, "python -m pipelines.parity imagenet --output parity"
     )
@@ -105,10 +105,10 @@ def find_device(device: str) -> str:
     """Name the device as `LoaderSpec` does. Raises UserError where there is no GPU to take."""
     import torch
 
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
         raise UserError("--device cuda: torch finds no CUDA device; --device cpu runs without one")
-    return "cuda:0" if there and device != "cpu" else "cpu"
+    return "cuda:0" if available and device != "cpu" else "cpu"
 
 
 if __name__ == "__main__":

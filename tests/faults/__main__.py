@@ -30,6 +30,7 @@ from fastimagenet.report.run import rows_of
 from fastimagenet.training import checkpoint
 from fastimagenet.training.recorder import read_rows
 from pipelines.cli import at_least, make_parser, output_file
+from pipelines.datasets.digits import digits_folder
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 from pipelines.files import write_object
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not permitted():
         raise UserError("network namespaces cannot be made here: run it as root")
-    data, generator = cli.data_folder(args), random.Random(args.seed)
+    data, generator = args.data or digits_folder(), random.Random(args.seed)
     undisturbed, expected = measured(data)
     print(f"undisturbed: {undisturbed:.0f} s, fingerprint {expected[:16]}", flush=True)
     outcomes: list[Outcome] = []

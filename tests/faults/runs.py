@@ -88,13 +88,13 @@ class Run:
         endpoint = f"{network.address(0)}:29400"
         self.flags = [*FLAGS, "--data", data, "--output", output, "--rdzv-endpoint", endpoint]
         self.statuses: list[list[int]] = [[], []]
-        self.typed = [0, 0]
+        self.started = [0, 0]
         self.done = 0
         self.commands = [self._type(host) for host in range(2)]
 
     def _type(self, host: int) -> subprocess.Popen[str]:
-        more = ["--resume", "auto"] if self.typed[host] else []
-        self.typed[host] += 1
+        more = ["--resume", "auto"] if self.started[host] else []
+        self.started[host] += 1
         log = (self.output.parent / f"{self.output.name}-{host}.log").open("a")
         with log:
             return self.network.start(host, "fastimagenet.train", *self.flags, *more, log=log)
@@ -159,7 +159,7 @@ class Run:
                 command.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 command.kill()
-            if len(self.statuses[host]) < self.typed[host]:
+            if len(self.statuses[host]) < self.started[host]:
                 self.statuses[host].append(command.wait())
 
 
