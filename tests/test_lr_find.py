@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import pty
 import shlex
 import signal
-import subprocess
 import sys
-import termios
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -46,7 +45,7 @@ from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 from pipelines.files import Row
-from tests.commands import ROOT, output_of, start
+from tests.commands import call, output_of, start
 
 MODULE = "fastimagenet.lr_find"
 SHORT = ["--device", "cpu", "--num-it", 24]
@@ -72,10 +71,12 @@ def pasted(out: str) -> list[str]:
     return shlex.split(line)
 
 
-def wait_for_rows(folder: Path, process: subprocess.Popen[Any]) -> None:
+def stop_at_rows(folder: Path, process: int, number: signal.Signals) -> None:
+    """Send a signal once there are enough rows to draw."""
     deadline = time.monotonic() + 300
-    while len(rows_in(folder)) < 25 and process.poll() is None and time.monotonic() < deadline:
+    while len(rows_in(folder)) < 25 and time.monotonic() < deadline:
         time.sleep(0.05)
+    os.kill(process, number)
 
 
 def check_stopped(folder: Path) -> None:
@@ -222,30 +223,29 @@ def test_settings_give_the_flags_that_ask_for_the_same() -> None:
     assert asked == [settings, SweepConfig()]
 
 
-def test_ctrl_c_on_a_terminal_keeps_and_draws_what_there_is(tmp_path: Path, digits: Path) -> None:
+def test_ctrl_c_on_a_terminal_keeps_and_draws_what_there_is(
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A terminal of unknown size, as a fresh pseudo-terminal is: the bar is seen all the same."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", MODULE, *ENDLESS, "--output", tmp_path / "out"]
-    process = subprocess.Popen(
-        list(map(str, command)),
-        cwd=ROOT,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
-    os.close(theirs)
-    wait_for_rows(tmp_path / "out", process)
-    os.write(ours, b"\x03")
-    text = b""
-    try:
-        while part := os.read(ours, 65536):
-            text += part
-    except OSError:  # the other end is closed
-        pass
+    text = bytearray()
+
+    def read() -> None:
+        with suppress(OSError):  # the other end is closed
+            while part := os.read(ours, 65536):
+                text.extend(part)
+
+    stop = (tmp_path / "out", os.getpid(), signal.SIGINT)
+    threads = [Thread(target=read), Thread(target=stop_at_rows, args=stop)]
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monkeypatch.setattr(sys, "__stdout__", terminal)
+        for thread in threads:
+            thread.start()
+        assert call(MODULE, *ENDLESS, "--output", tmp_path / "out") == 130
+    for thread in threads:
+        thread.join()
     os.close(ours)
-    assert process.wait(timeout=120) == 130, text.decode()
     check_stopped(tmp_path / "out")
     assert b"lr 1.00e-05, loss" in text
     assert b"/100000 [" in text
@@ -259,8 +259,7 @@ def test_a_stopped_group_keeps_and_draws_what_there_is(tmp_path: Path, digits: P
         *(MODULE, *ENDLESS, "--nproc-per-node", 2, "--output", tmp_path / "out"),
         *("--recipe-out", recipe),
     )
-    wait_for_rows(tmp_path / "out", process)
-    process.send_signal(signal.SIGTERM)
+    stop_at_rows(tmp_path / "out", process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143, out + err
     check_stopped(tmp_path / "out")

@@ -6,11 +6,10 @@ import copy
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from test_trainer import RECIPE, SPLIT, loaders, make_trainer, tiny_model
 from torch import Tensor, nn
 
 from fastimagenet import lr_find2
+from fastimagenet.distributed.collectives import process_group
+from fastimagenet.distributed.world import World
 from fastimagenet.lr_finder.analysis import SweepRecord, check_validation, smoothed
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
@@ -28,6 +29,7 @@ from fastimagenet.training.trainer import Trainer
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
+from tests.commands import free_endpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -462,51 +464,6 @@ def test_a_validation_set_smaller_than_a_batch_is_refused() -> None:
         check_validation(Plan.of(RECIPE, 2, len(SPLIT)), 15)
 
 
-TWO = """
-import json, sys
-from dataclasses import asdict, replace
-from pathlib import Path
-import torch
-from fastimagenet import lr_find2
-from fastimagenet.distributed.collectives import process_group
-from fastimagenet.distributed.world import World
-from fastimagenet.recipes.plan import Plan
-from fastimagenet.training.recorder import NullRecorder
-from fastimagenet.training.trainer import Trainer
-from pipelines.datasets.images import whole_files
-from pipelines.datasets.split import Split
-from pipelines.errors import UserError
-from test_lr_finder import TWO_RECIPE, shard, state, assert_same
-from test_trainer import SPLIT, tiny_model
-
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-world = World(rank, rank, 2, 2)
-
-def trainer(val=SPLIT):
-    loaders = shard(True, rank, val), shard(False, rank, val)
-    model = tiny_model()
-    return Trainer(Plan.of(TWO_RECIPE, 2, len(SPLIT)), model, *loaders, world=world)
-
-def stop(record):
-    if record.iteration == 3 and rank == 1:
-        swept.stop_requested = True
-
-torch.set_num_threads(1)
-with process_group(world):
-    swept = trainer()
-    before = state(swept)
-    whole = lr_find2(swept, 0.01, 1.0, 9, wds=0.3, momentum=0.5)
-    assert_same(state(swept), before)
-    assert swept.communication.take_seconds() == 0
-    stopped = lr_find2(swept, on_record=stop)
-    assert_same(state(swept), before | {"progress": (0, 0, [], rank == 1)})
-    try:
-        lr_find2(trainer(Split(whole_files([""]), [0], tuple("abcdefg"))))
-    except UserError as error:
-        text = str(error)
-    result = {"whole": asdict(whole), "stopped": asdict(stopped), "error": text}
-    (folder / f"{rank}.json").write_text(json.dumps(result))
-"""
 TWO_RECIPE = replace(RECIPE, phases=(Phase(epochs=3, image_size=8, batch_size=8),))
 
 
@@ -562,25 +519,45 @@ def over_epochs(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
         yield from loader
 
 
-def test_two_processes_over_gloo(tmp_path: Path) -> None:
+def one_of_two(rank: int, folder: Path) -> None:
+    """What each of two processes does: a whole sweep, one that rank 1 stops, and a mistake."""
+    world = World(rank, rank, 2, 2)
+
+    def trainer(val: Split = SPLIT) -> Trainer:
+        loaders = shard(True, rank, val), shard(False, rank, val)
+        return Trainer(Plan.of(TWO_RECIPE, 2, len(SPLIT)), tiny_model(), *loaders, world=world)
+
+    def stop(record: SweepRecord) -> None:
+        if record.iteration == 3 and rank == 1:
+            swept.stop_requested = True
+
+    with process_group(world):
+        swept = trainer()
+        before = state(swept)
+        whole = lr_find2(swept, 0.01, 1.0, 9, wds=0.3, momentum=0.5)
+        assert_same(state(swept), before)
+        assert swept.communication is not None and swept.communication.take_seconds() == 0
+        stopped = lr_find2(swept, on_record=stop)
+        assert_same(state(swept), before | {"progress": (0, 0, [], rank == 1)})
+        with pytest.raises(UserError) as error:
+            lr_find2(trainer(Split(whole_files([""]), [0], tuple("abcdefg"))))
+        result = {"whole": asdict(whole), "stopped": asdict(stopped), "error": str(error.value)}
+        (folder / f"{rank}.json").write_text(json.dumps(result))
+
+
+def test_two_processes_over_gloo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same sweep on both, equal to one reduced by hand; a stop and a mistake shared, too."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    host, port = free_endpoint().split(":")
+    monkeypatch.setenv("MASTER_ADDR", host)
+    monkeypatch.setenv("MASTER_PORT", port)
+    code = "import sys; from pathlib import Path; from test_lr_finder import one_of_two\n"
+    code += "one_of_two(1, Path(sys.argv[1]))"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": path}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, str(rank), str(tmp_path)],
-            env=os.environ | meeting,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+    second = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"PYTHONPATH": path}
+    )
+    one_of_two(0, tmp_path)
+    assert second.wait(timeout=300) == 0
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == two
     assert one["error"].startswith(
