@@ -8,6 +8,7 @@ which has the checksums of all files: what is in the cache has been verified.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -93,6 +94,8 @@ class Store:
             from fsspec.core import url_to_fs
         except ImportError:
             raise UserError(f"{url} is read by fsspec: {INSTALL}") from None
+        if "AWS_REGION" in os.environ:  # as all other clients of S3 but botocore read it
+            os.environ.setdefault("AWS_DEFAULT_REGION", os.environ["AWS_REGION"])
         try:
             files, root = url_to_fs(url, skip_instance_cache=True)
         except ImportError as error:
