@@ -20,7 +20,7 @@ from pipelines.augment.crops import normalise, on_device, resized_crop, window_c
 from pipelines.backends.stream import StreamLoader
 from pipelines.backends.torchvision import decode, padded, validation_crop
 from pipelines.datasets.images import ImageFile
-from pipelines.datasets.split import Split, undecodable
+from pipelines.datasets.split import undecodable
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage, eval_range
 from pipelines.sampling import Batch, BatchSampler, CropParams, crop_box, to_index
@@ -38,24 +38,10 @@ SHARE = 0.8
 T = TypeVar("T")
 
 
-def read_chunks(
-    read: Callable[[Sequence[ImageFile]], T], split: Split, indices: range, num_workers: int
-) -> Generator[tuple[slice, T]]:
-    """Call `read` on the images `indices` of the split, CHUNK files at a time, in any order.
-
-    Yields which of `indices` were read, and the result. Raises what `read` raises.
-    """
-    starts = range(0, len(indices), CHUNK)
-    chunks = (slice(start, min(start + CHUNK, len(indices))) for start in starts)
-    jobs = ((chunk, [split.files[index] for index in indices[chunk]]) for chunk in chunks)
-    job = partial(read_chunk, read)
-    many = num_workers > 1 and len(indices) >= MANY
-    yield from in_processes(job, jobs, num_workers) if many else map(job, jobs)
-
-
 def read_chunk(
     read: Callable[[Sequence[ImageFile]], T], job: tuple[slice, list[ImageFile]]
 ) -> tuple[slice, T]:
+    """Call `read` on the files of a job, in this process or a worker."""
     chunk, files = job
     return chunk, read(files)
 
@@ -149,14 +135,13 @@ class MemoryLoader(StreamLoader):
     def fill(self) -> None:
         """Decode every file into the cache; on an error it stays empty."""
         spec, count = self.spec, len(self.indices)
-        num_workers = max(1, spec.num_threads)
-        if spec.training and not spec.reflect_pad:
-            for stage in spec.stages:
-                if stage.copy not in self.shapes:
-                    shapes = self.shapes[stage.copy] = np.zeros((count, 2), np.int64)
-                    source = spec.source(stage)
-                    for chunk, found in read_chunks(read_shapes, source, self.indices, num_workers):
-                        shapes[chunk] = found
+        stages = {stage.copy: stage for stage in spec.stages}
+        random_area = spec.training and not spec.reflect_pad
+        for copy, stage in stages.items():
+            if random_area and copy not in self.shapes:
+                self.shapes[copy] = np.zeros((count, 2), np.int64)
+                for chunk, shapes in self.read_files(read_shapes, stage):
+                    self.shapes[copy][chunk] = shapes
         sides = {(stage.copy, stage.image_size): self.side(stage) for stage in spec.stages}
         self.check_memory(sides)
         # Stages of different image sizes may share squares.
@@ -164,21 +149,36 @@ class MemoryLoader(StreamLoader):
             (copy, side): np.empty((count, side, side, 3), np.uint8)
             for (copy, _), side in sides.items()
         }
-        for stage in {stage.copy: stage for stage in spec.stages}.values():
+        for copy, stage in stages.items():
             decoder = SquareDecoder(
-                sides=tuple(side for copy, side in cache if copy == stage.copy),
+                sides=tuple(side for other, side in cache if other == copy),
                 training=spec.training,
                 reflect_pad=spec.reflect_pad,
                 resize_ratio=spec.resize_ratio,
             )
-            source = spec.source(stage)
-            for chunk, squares in read_chunks(decoder, source, self.indices, num_workers):
+            for chunk, squares in self.read_files(decoder, stage):
                 for side, images in zip(decoder.sides, squares, strict=True):
-                    cache[stage.copy, side][chunk] = images
-        on_device = {key: torch.from_numpy(images).to(self.device) for key, images in cache.items()}
-        self.images = {
-            (copy, image_size): on_device[copy, side] for (copy, image_size), side in sides.items()
+                    cache[copy, side][chunk] = images
+        squares_of = {
+            key: torch.from_numpy(images).to(self.device) for key, images in cache.items()
         }
+        self.images = {
+            (copy, image_size): squares_of[copy, side] for (copy, image_size), side in sides.items()
+        }
+
+    def read_files(
+        self, read: Callable[[Sequence[ImageFile]], T], stage: Stage
+    ) -> Generator[tuple[slice, T]]:
+        """Call `read` on the stage's files of the cached images, CHUNK at a time, in any order.
+
+        Yields which of the cached images were read, and the result. Raises what `read` raises.
+        """
+        files, count = self.spec.source(stage).files, len(self.indices)
+        chunks = (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+        jobs = ((chunk, [files[index] for index in self.indices[chunk]]) for chunk in chunks)
+        job, num_workers = partial(read_chunk, read), self.spec.num_threads
+        many = num_workers > 1 and count >= MANY
+        yield from in_processes(job, jobs, num_workers) if many else map(job, jobs)
 
     def side(self, stage: Stage) -> int:
         """Height and width of the squares for all stages of this one's copy and image size."""
