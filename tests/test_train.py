@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 
 from fastimagenet.report.dawnbench import check_entry
@@ -393,6 +395,20 @@ def test_a_finished_run_is_not_written_again(finished: Path, cifar10: Path, tmp_
     message = error_of("--data", cifar10, "--output", folder, "--resume", "auto", *SMALL)
     assert "holds another run's summary.json and no checkpoint to resume from" in message
     assert everything_in(folder) == before
+
+
+def test_a_checkpoint_of_a_release_with_another_order_of_fields_is_of_the_same_run(
+    finished: Path, cifar10: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    last = folder / "checkpoints" / "last.pt"
+    state = checkpoint.load(last)
+    fields = tomllib.loads(state["recipe"])
+    state["recipe"] = tomli_w.dumps(dict(reversed(fields.items())))
+    checkpoint.save(last, state)
+    out, _ = train("--data", cifar10, "--output", folder, "--resume", "auto", *SMALL)
+    assert "is finished: nothing is left to train" in out
 
 
 def test_nodes_that_were_asked_for_different_runs_are_told(cifar10: Path, tmp_path: Path) -> None:
