@@ -36,7 +36,7 @@ from pipelines.cli import Parser, at_least, make_parser
 from pipelines.errors import UserError
 from pipelines.files import write_object
 from pipelines.prepare.examine import examine_all
-from pipelines.prepare.resize import copy_images
+from pipelines.prepare.resize import Resizer
 from pipelines.prepare.scan import PIXELS, list_folder
 from pipelines.workers import in_processes, num_cores
 
@@ -66,7 +66,8 @@ def scan(root: Path, part: Part) -> int:
 def resize(root: Path, output: Path, short_sides: tuple[int, ...], part: Part) -> int:
     """Do what `prepare resize` does, each time to another folder of `output`."""
     scratch = output / "scratch"
-    return len(copy_images(root, output / str(part[0]), short_sides, QUALITY, scratch, part[1]))
+    resizer = Resizer(root, output / str(part[0]), short_sides, QUALITY)
+    return len(resizer.copy_images(scratch, part[1]))
 
 
 def parts(names: list[str]) -> Iterator[Part]:

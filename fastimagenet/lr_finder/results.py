@@ -105,7 +105,18 @@ HEADER = (
 
 def table(sweeps: Sequence[Sweep]) -> list[list[str]]:
     """Return a row per sweep under HEADER; LRs to 3 digits, "-" where nothing can be read off."""
-    return [_row(sweep) for sweep in sweeps]
+    rows = []
+    for sweep in sweeps:
+        row = [plain(sweep.weight_decay), plain(sweep.momentum, 4)]
+        low, found = sweep.plateau, sweep.suggestions
+        if low and found:
+            row += [plain(lr, 3) for lr in (found.steepest, found.valley, found.minimum_10)]
+            row.append(f"{plain(low.low_lr, 3)} to {plain(low.high_lr, 3)}")
+            row += [plain(low.best_loss, 4), plain(low.best_lr, 3)]
+        else:
+            row += ["-"] * 6
+        rows.append([*row, f"{len(sweep.records)} of {sweep.num_it}", sweep.ended])
+    return rows
 
 
 def sweep_table(sweeps: Sequence[Sweep]) -> str:
@@ -114,26 +125,7 @@ def sweep_table(sweeps: Sequence[Sweep]) -> str:
     above, below = [w[0] if len(w) > 1 else "" for w in words], [w[-1] for w in words]
     rows = [above, below, *table(sweeps)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
-    return "\n".join(lines)
-
-
-def _row(sweep: Sweep) -> list[str]:
-    low, found = sweep.plateau, sweep.suggestions
-    lrs = (found.steepest, found.valley, found.minimum_10) if found else (None, None, None)
-    return [
-        plain(sweep.weight_decay),
-        plain(sweep.momentum, 4),
-        *(plain(lr, 3) for lr in lrs),
-        "-" if low is None else f"{plain(low.low_lr, 3)} to {plain(low.high_lr, 3)}",
-        "-" if low is None else plain(low.best_loss, 4),
-        "-" if low is None else plain(low.best_lr, 3),
-        f"{len(sweep.records)} of {sweep.num_it}",
-        sweep.ended,
-    ]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
 def verdict(sweeps: Sequence[Sweep], choice: Choice | None) -> list[str]:

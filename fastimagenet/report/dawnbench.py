@@ -5,7 +5,6 @@ The rules are those of https://github.com/stanford-futuredata/dawn-bench-entries
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 import unicodedata
@@ -72,8 +71,7 @@ def write_entry(run_dir: Path) -> list[Path]:
     valid.
     """
     summary = read_object(run_dir / "summary.json")
-    rows = rows_of("epoch", read_rows(run_dir))
-    rows = [row for row in rows if row.get("top1") is not None]
+    rows = [r for r in rows_of("epoch", read_rows(run_dir)) if r.get("top1") is not None]
     if not rows:
         return []
     entry = _entry(summary)
@@ -82,28 +80,26 @@ def write_entry(run_dir: Path) -> list[Path]:
         columns["top5Accuracy"] = "top5"
     lines = ["\t".join(("epoch", "hours", *columns))]
     for row in rows:
-        accuracies = (f"{100 * row[key]:.4f}" for key in columns.values())
         hours = f"{row['train_seconds'] / 3600:.8f}"
+        accuracies = (f"{100 * row[key]:.4f}" for key in columns.values())
         lines.append("\t".join((str(row["epoch"] + 1), hours, *accuracies)))
     table = "\n".join(lines) + "\n"
     _check_json(entry, f"{run_dir}: DAWNBench entry")
     _check_table(table, f"{run_dir}: DAWNBench table", "usedBlacklist" in entry)
 
-    parts = ("author", "model", "hardware", "framework")
-    stem = "_".join(_file_part(entry[key]) for key in parts)
-    folder = run_dir / "dawnbench"
-    json_path, tsv_path = folder / f"{stem}.json", folder / f"{stem}.tsv"
+    stem = "_".join(_file_part(entry[key]) for key in ("author", "model", "hardware", "framework"))
+    json_path, tsv_path = (run_dir / "dawnbench" / f"{stem}.{kind}" for kind in ("json", "tsv"))
     write_object(json_path, entry)
     write_text(tsv_path, table)
     return [json_path, tsv_path]
 
 
 def _entry(summary: Row) -> Row:
-    fields = {"author": "author", "authorEmail": "author_email", "framework": "framework"}
-    fields |= {"model": "model", "hardware": "hardware"}
     entry = {
         "version": "v1.0",
-        **{key: summary.get(field) for key, field in fields.items()},
+        "author": summary.get("author"),
+        "authorEmail": summary.get("author_email"),
+        **{key: summary.get(key) for key in ("framework", "model", "hardware")},
         "timestamp": str(summary.get("started"))[:10],
     }
     if summary.get("cost_per_hour") is not None:
@@ -128,8 +124,8 @@ def _file_part(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", plain).strip("-.")[:48] or "unnamed"
 
 
-def check_entry(json_path: Path, tsv_path: Path) -> None:
-    """Check an entry by the contest's rules. Raises UserError with what is wrong."""
+def check_entry(json_path: Path, tsv_path: Path) -> list[dict[str, float]]:
+    """Return an entry's rows. Raises UserError with what is wrong by the contest's rules."""
     if (json_path.suffix, tsv_path.suffix) != (".json", ".tsv") or json_path.stem != tsv_path.stem:
         raise UserError(f"{json_path.name}, {tsv_path.name}: should be NAME.json and NAME.tsv")
     parts = json_path.stem.split("_")
@@ -141,7 +137,7 @@ def check_entry(json_path: Path, tsv_path: Path) -> None:
         table = tsv_path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{tsv_path}: cannot be read as text: {error}") from None
-    _check_table(table, str(tsv_path), "usedBlacklist" in entry)
+    return _check_table(table, str(tsv_path), "usedBlacklist" in entry)
 
 
 def result_hours(json_path: Path, tsv_path: Path, metric: str, value: float) -> float:
@@ -150,15 +146,12 @@ def result_hours(json_path: Path, tsv_path: Path, metric: str, value: float) -> 
     The target: `metric`, "top1" or "top5", of at least `value`, a fraction. Raises UserError with
     what is wrong with the entry, or that it does not reach the target.
     """
-    check_entry(json_path, tsv_path)
-    column = f"{metric}Accuracy"
-    with tsv_path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
+    rows, column = check_entry(json_path, tsv_path), f"{metric}Accuracy"
     if column not in rows[0]:
         raise UserError(f"{tsv_path}: one column {column} is required for the target")
     for row in rows:
-        if float(row[column]) / 100 >= value:
-            return float(row["hours"])
+        if row[column] / 100 >= value:
+            return row["hours"]
     raise UserError(f"{tsv_path}: no row has {column} of {100 * value:g} or more")
 
 
@@ -184,8 +177,8 @@ def _check_json(entry: Row, where: str) -> None:
         raise UserError(f"{where}: usedBlacklist should be true or false")
 
 
-def _check_table(text: str, where: str, imagenet: bool) -> None:
-    """Check the rows of a table, whose columns may be in any order."""
+def _check_table(text: str, where: str, imagenet: bool) -> list[dict[str, float]]:
+    """Check and return the rows of a table, whose columns may be in any order."""
     header, *lines = [line.split("\t") for line in text.rstrip().splitlines()] or [[]]
     needed = ["epoch", "hours", "top1Accuracy", *(["top5Accuracy"] if imagenet else [])]
     for name in needed:
@@ -193,18 +186,19 @@ def _check_table(text: str, where: str, imagenet: bool) -> None:
             raise UserError(f"{where}: one column {name} is required; the header has {header}")
     if not lines:
         raise UserError(f"{where}: at least one row, one for each epoch, is required")
-    last = {"epoch": -math.inf, "hours": -math.inf}
+    rows = [{"epoch": -math.inf, "hours": -math.inf}]
     for number, fields in enumerate(lines, start=2):
         if len(fields) != len(header):
             raise UserError(f"{where}:{number}: {len(header)} fields expected, not {len(fields)}")
+        row: dict[str, float] = {}
         for name, field in zip(header, fields, strict=True):
             try:
-                value = int(field) if name == "epoch" else float(field)
+                value = row[name] = int(field) if name == "epoch" else float(field)
             except ValueError:
                 raise UserError(f"{where}:{number}: {name} is not a number: {field!r}") from None
             if name.endswith("Accuracy") and not 0 <= value <= 100:
                 raise UserError(f"{where}:{number}: {name} should be in 0..100, not {field}")
-            if name in last:
-                if value < 0 or not last[name] < value < math.inf:
-                    raise UserError(f"{where}:{number}: {name} should rise row by row: {field}")
-                last[name] = value
+            if name in rows[0] and (value < 0 or not rows[-1][name] < value < math.inf):
+                raise UserError(f"{where}:{number}: {name} should rise row by row: {field}")
+        rows.append(row)
+    return rows[1:]

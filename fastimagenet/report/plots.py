@@ -124,9 +124,7 @@ def outcomes(steps: list[Row], epochs: list[Row], phases: list[Row]) -> str:
         _log_if_spread(axes[key], [value for _, value in points])
     if not any(panel.lines for panel in axes.values()):
         return ""
-    for key, panel in axes.items():
-        mark_phases(panel, phases, *_step_edges(phases), names=key == "loss")
-    _step_axis(axes["top5"], phases)
+    _step_axis(list(axes.values()), phases)
     return svg(figure, "outcomes")
 
 
@@ -141,9 +139,8 @@ def schedule(steps: list[Row], phases: list[Row]) -> str:
         draw_line(panel, thin(points), color=colour)
         panel.set_ylabel(name)
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        mark_phases(panel, phases, *_step_edges(phases), names=panel is axes[0])
     axes[0].set_ylim(0, 1.1 * max(lr for _, lr in lrs))
-    _step_axis(axes[1], phases)
+    _step_axis(axes, phases)
     return svg(figure, "schedule")
 
 
@@ -178,8 +175,7 @@ def throughput(steps: list[Row], phases: list[Row]) -> str:
     draw_line(axes, thin(points), color=BLUE, **dots)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(thousands))
-    mark_phases(axes, phases, *_step_edges(phases))
-    _step_axis(axes, phases)
+    _step_axis([axes], phases)
     axes.set(ylabel="images/s in total")
     return svg(figure, "throughput")
 
@@ -188,16 +184,6 @@ def _log_if_spread(axes: Axes, values: list[float]) -> None:
     """Use a log axis where a few large values would flatten all others."""
     if values and min(values) > 0 and max(values) > 30 * median_high(values):
         axes.set_yscale("log")
-
-
-def _step_edges(phases: list[Row]) -> tuple[list[float | None], float]:
-    """Return the first step of each phase, and the end of the last."""
-    if not phases:
-        return [], 0.0
-    last = phases[-1]
-    return [p["first_step"] for p in phases], (
-        last["first_step"] + last["epochs"] * last["steps_per_epoch"]
-    )
 
 
 def _epochs_done(step: int, phases: list[Row]) -> float | None:
@@ -219,12 +205,19 @@ def _epoch_axis(axes: Axes, phases: list[Row], names: bool = True) -> None:
         mark_phases(axes, phases, [p["first_epoch"] for p in phases], end, names)
 
 
-def _step_axis(axes: Axes, phases: list[Row]) -> None:
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(thousands))
+def _step_axis(panels: list[Axes], phases: list[Row]) -> None:
+    """Label the shared axis of steps below the last panel, and mark the phases in all of them."""
+    axis = panels[-1].xaxis
+    axis.set_label_text("step")
+    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_formatter(FuncFormatter(thousands))
     if phases:
-        axes.set_xlim(0, _step_edges(phases)[1])
+        last = phases[-1]
+        end = last["first_step"] + last["epochs"] * last["steps_per_epoch"]
+        panels[-1].set_xlim(0, end)
+        for panel in panels:
+            starts = [phase["first_step"] for phase in phases]
+            mark_phases(panel, phases, starts, end, names=panel is panels[0])
 
 
 TIME_COLOURS = {

@@ -101,31 +101,23 @@ def check_jpeg_end(part: Part, head: bytes, at: int) -> None:
 
 
 MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"BM": "BMP",
-    b"II*\x00": "TIFF",
-    b"MM\x00*": "TIFF",
-    b"II+\x00": "TIFF",
-    b"P2": "PPM",
-    b"P3": "PPM",
-    b"P4": "PPM",
-    b"P5": "PPM",
-    b"P6": "PPM",
-    b"\x00\x00\x00\x0cjP  ": "JPEG2000",
-    b"\xff\x4f\xff\x51": "JPEG2000",
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "BMP": (b"BM",),
+    "TIFF": (b"II*\x00", b"MM\x00*", b"II+\x00"),
+    "PPM": (b"P2", b"P3", b"P4", b"P5", b"P6"),
+    "JPEG2000": (b"\x00\x00\x00\x0cjP  ", b"\xff\x4f\xff\x51"),
 }
-"""First bytes and Pillow's name of the format; WebP has its own at two offsets."""
+"""Pillow's name of a format: its first bytes; WebP has its own at two offsets."""
 OTHERS = {
-    b"GIF8": "GIF",
-    b"8BPS": "PSD",
-    b"\xff\x0a": "JPEG XL",
-    b"\x00\x00\x00\x0cJXL ": "JPEG XL",
+    "GIF": (b"GIF8",),
+    "PSD": (b"8BPS",),
+    "JPEG XL": (b"\xff\x0a", b"\x00\x00\x00\x0cJXL "),
 }
-"""First bytes of images that not every back end decodes."""
+"""The same of images that not every back end decodes."""
 BRANDS = {
-    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
-    **dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIC"),
+    "AVIF": (b"avif", b"avis"),
+    "HEIC": (b"heic", b"heix", b"hevc", b"mif1", b"msf1"),
 }
 """The same for those that bytes 4 to 12 tell: "ftyp", then one of these."""
 WHOLE = frozenset({"JPEG", "PNG", "WEBP"})
@@ -181,17 +173,19 @@ def check_png(image: Image.Image, stream: BinaryIO) -> None:
 
 def format_of(head: bytes) -> str:
     """Return Pillow's name of the format; raises Damage for others and for what is no image."""
-    for magic, name in MAGIC.items():
-        if head.startswith(magic):
-            return name
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "WEBP"
-    other = next((name for magic, name in OTHERS.items() if head.startswith(magic)), None)
-    if head[4:8] == b"ftyp":
-        other = BRANDS.get(head[8:12])
+    if (name := named_by(MAGIC, head)) is not None:
+        return name
+    is_media = head[4:8] == b"ftyp"
+    other = named_by(BRANDS, head[8:12]) if is_media else named_by(OTHERS, head)
     if other is not None:
         raise Damage("format", f"is no image that every back end reads ({other}, not {FORMATS})")
     raise Damage("junk", f"is no image ({FORMATS})")
+
+
+def named_by(table: dict[str, tuple[bytes, ...]], head: bytes) -> str | None:
+    return next((name for name, magic in table.items() if head.startswith(magic)), None)
 
 
 def check_file(image: ImageFile, pixels: bool = False) -> Header:

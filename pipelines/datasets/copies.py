@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.datasets.folders import class_names
-from pipelines.datasets.images import ImageFile
 from pipelines.datasets.known import ORIGINAL
-from pipelines.datasets.manifest import NAME, read_manifest
+from pipelines.datasets.manifest import read_manifest
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
 
@@ -23,12 +22,11 @@ fast.ai's students read copies of 160 px for 128."""
 def find_copies(root: Path) -> dict[str, int]:
     """Find the finished copies in a data folder: name -> length of the short side, in pixels."""
     found = {}
-    for name in class_names(root) if root.is_dir() else ():
-        if (root / name / NAME).is_file():
-            facts = read_manifest(root / name)
-            side = facts.get("short_side")
-            if facts.get("complete") is True and isinstance(side, int):
-                found[name] = side
+    for name in class_names(root):
+        facts = read_manifest(root / name)
+        side = facts.get("short_side")
+        if facts.get("complete") is True and isinstance(side, int):
+            found[name] = side
     return found
 
 
@@ -44,13 +42,8 @@ def read_copy(root: Path, name: str, train: Split) -> Split:
     Raises UserError if some have no copy that can be read.
     """
     copy = read_split(root / name, "train", on_bad_image="skip")
-    stems = [stems_of(copy, label) for label in range(len(copy.classes))]
-    labels = {title: label for label, title in enumerate(copy.classes)}
-    indices = np.full(len(train), -1)
-    for index, label in enumerate(np.asarray(train.labels).tolist()):
-        there = labels.get(train.classes[label])
-        if there is not None:
-            indices[index] = stems[there].get(stem(train.files[index]), -1)
+    there = {key: index for index, key in enumerate(keys_of(copy))}
+    indices = np.array([there.get(key, -1) for key in keys_of(train)], np.int64)
     missing = np.flatnonzero(indices < 0)
     if len(missing):
         raise UserError(
@@ -61,13 +54,8 @@ def read_copy(root: Path, name: str, train: Split) -> Split:
     return replace(copy.take(indices), labels=train.labels, classes=train.classes)
 
 
-def stems_of(split: Split, label: int) -> dict[str, int]:
-    """Map the images of a class: name without its suffix -> index in the split."""
-    indices = np.flatnonzero(np.asarray(split.labels) == label).tolist()
-    return {stem(split.files[index]): index for index in indices}
-
-
-def stem(file: ImageFile) -> str:
-    """Return the part of the name that an image and its copies have in common."""
-    name = (file.name or file.path).rpartition("/")[2]
-    return name.rpartition(".")[0] or name
+def keys_of(split: Split) -> Iterator[str]:
+    """Yield what each image has in common with its copies: class, and name without suffix."""
+    for file, label in zip(split.files, np.asarray(split.labels).tolist(), strict=True):
+        name = (file.name or file.path).rpartition("/")[2]
+        yield f"{split.classes[label]}/{name.rpartition('.')[0] or name}"

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
-
-from pipelines.datasets.images import Images, Listing, pack_names
+from pipelines.datasets.images import Images, Listing
 from pipelines.errors import UserError
 
 
@@ -36,7 +34,10 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def class_names(folder: Path | str) -> list[str]:
+def class_names(folder: Path) -> list[str]:
+    """List the visible folders in `folder`, sorted; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
     return sorted(entry.name for entry in visible(folder) if is_folder(entry))
 
 
@@ -48,24 +49,12 @@ def list_folder(folder: Path) -> Listing:
     classes = class_names(folder)
     if not classes:
         raise UserError(f"{folder} has no class folders: expected {folder}/CLASS/IMAGE")
-    blobs, sizes, counts = [], [], []
-    for name in classes:
-        files = sorted(entry.name for entry in visible(folder / name) if not is_folder(entry))
-        blob, lengths = pack_names(files)
-        blobs.append(blob)
-        sizes.append(np.array(lengths, np.int32))
-        counts.append(len(files))
-    name_size = np.concatenate(sizes)
-    ends = np.cumsum(name_size, dtype=np.int64)
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    images = Images(
-        holders=tuple(f"{folder}/{name}" for name in classes),
-        holder=labels,
-        names=np.frombuffer(b"".join(blobs), np.uint8),
-        name_start=ends - name_size,
-        name_size=name_size,
+    files = (
+        sorted(entry.name for entry in visible(folder / name) if not is_folder(entry))
+        for name in classes
     )
-    return Listing(images, labels, tuple(classes))
+    images = Images.packed((f"{folder}/{name}" for name in classes), files)
+    return Listing(images, images.holder, tuple(classes))
 
 
 def folder_stamps(folder: Path) -> list[int]:

@@ -65,6 +65,30 @@ class Images(Sequence[ImageFile]):
     size: NDArray[np.int64] | None = None
     """Of shards, (N,): bytes of the image."""
 
+    @classmethod
+    def packed(
+        cls,
+        holders: Iterable[str],
+        names: Iterable[Iterable[str | bytes]],
+        **parts: NDArray[np.int64],
+    ) -> Images:
+        """Pack the names of the images of each holder; `parts`: `start` and `size` of shards."""
+        blobs, sizes, counts = [], [], []
+        for group in names:  # one at a time: a million strings take much memory
+            encoded = [os.fsencode(name) for name in group]
+            blobs.append(b"".join(encoded))
+            sizes.append(np.array([len(name) for name in encoded], np.int32))
+            counts.append(len(encoded))
+        name_size = np.concatenate(sizes)
+        return cls(
+            holders=tuple(holders),
+            holder=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
+            names=np.frombuffer(b"".join(blobs), np.uint8),
+            name_start=np.cumsum(name_size, dtype=np.int64) - name_size,
+            name_size=name_size,
+            **parts,
+        )
+
     def __len__(self) -> int:
         return len(self.holder)
 
@@ -96,12 +120,6 @@ class Images(Sequence[ImageFile]):
             None if self.start is None else self.start[indices],
             None if self.size is None else self.size[indices],
         )
-
-
-def pack_names(names: Iterable[str]) -> tuple[bytes, list[int]]:
-    """Concatenate file names; returns the bytes of each, too."""
-    encoded = [os.fsencode(name) for name in names]
-    return b"".join(encoded), [len(name) for name in encoded]
 
 
 def whole_files(paths: Iterable[str]) -> list[ImageFile]:

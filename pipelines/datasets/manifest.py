@@ -1,33 +1,20 @@
-"""Read and write `dataset.json` in an image folder, which says where its images are from."""
+"""Read `dataset.json` of an image folder, which says where its images are from."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.files import write_object
+from pipelines.files import Row, read_object
 
 NAME = "dataset.json"
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
+def read_manifest(root: Path) -> Row:
     """Read `root/dataset.json`; empty without the file. Raises UserError if it is damaged."""
-    path = root / NAME
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (root / NAME).exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}): remove it") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is expected, not {type(value).__name__}: remove it")
-    return value
-
-
-def write_manifest(root: Path, value: dict[str, Any]) -> Path:
-    """Write `root/dataset.json`, whole or not at all; returns its path."""
-    path = root / NAME
-    write_object(path, value)
-    return path
+    try:
+        return read_object(root / NAME)
+    except UserError as error:
+        raise UserError(f"{error}: remove it") from None

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -37,13 +37,8 @@ CHECK = (
 )
 
 
-class Wanted(NamedTuple):
-    """A file that a manifest names."""
-
-    name: str
-    num_bytes: int | None
-    """None for an index, which is small."""
-    sha256: str
+Wanted = tuple[str, int | None, str]
+"""A file that a manifest names, its bytes (None for an index, which is small) and its SHA-256."""
 
 
 def is_url(text: str) -> bool:
@@ -135,8 +130,8 @@ def copy_files(store: Store, folder: Path, manifest: Manifest) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for half_written in folder.glob(".*"):  # by a process that was killed
         half_written.unlink()
-    wanted = [file for file in files_of(manifest) if not (folder / file.name).exists()]
-    total, free = sum(file.num_bytes or 0 for file in wanted), shutil.disk_usage(folder).free
+    wanted = [file for file in files_of(manifest) if not (folder / file[0]).exists()]
+    total, free = sum(size or 0 for _, size, _ in wanted), shutil.disk_usage(folder).free
     if total > free:
         raise UserError(
             f"{store.url} has {total / 1e9:,.1f} GB more than the {free / 1e9:,.1f} GB that are "
@@ -144,7 +139,7 @@ def copy_files(store: Store, folder: Path, manifest: Manifest) -> None:
         )
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {store.url}", disable=None)
     with bar, ThreadPoolExecutor(NUM_PARALLEL) as pool:
-        copies = [pool.submit(copy_file, store, folder, file) for file in wanted]
+        copies = [pool.submit(copy_file, store, folder, *file) for file in wanted]
         try:
             for copy in copies:
                 bar.update(copy.result())
@@ -156,22 +151,21 @@ def copy_files(store: Store, folder: Path, manifest: Manifest) -> None:
 def files_of(manifest: Manifest) -> Iterator[Wanted]:
     for shard in manifest.shards():
         assert shard.sha256 is not None, "of a complete manifest"
-        yield Wanted(shard.file, shard.bytes, shard.sha256)
-        yield Wanted(shard.index, None, shard.index_sha256)
+        yield shard.file, shard.bytes, shard.sha256
+        yield shard.index, None, shard.index_sha256
 
 
-def copy_file(store: Store, folder: Path, file: Wanted) -> int:
+def copy_file(store: Store, folder: Path, name: str, size: int | None, sha256: str) -> int:
     """Copy a file if it is what the manifest says; returns its bytes, 0 for an index."""
     digest = hashlib.sha256()
-    with atomic_write(folder / file.name) as temporary:
+    with atomic_write(folder / name) as temporary:
         with temporary.open("wb") as target:
-            limit = MAX_BYTES if file.num_bytes is None else file.num_bytes
-            for data in store.read(file.name, limit):
+            for data in store.read(name, MAX_BYTES if size is None else size):
                 digest.update(data)
                 target.write(data)
-        if digest.hexdigest() != file.sha256:
-            raise damaged(file.name, "its checksum")
-    return file.num_bytes or 0
+        if digest.hexdigest() != sha256:
+            raise damaged(name, "its checksum")
+    return size or 0
 
 
 def damaged(name: str, what: str) -> UserError:

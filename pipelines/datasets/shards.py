@@ -14,7 +14,7 @@ import os
 import re
 import struct
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -239,78 +239,85 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
     except (ValueError, RecursionError):
         raise UserError(f"{name} is damaged (no JSON): {AGAIN}") from None
     try:
-        expect(isinstance(value, dict) and value.get("format") == FORMAT, "format")
-        expect(value.get("version") == VERSION, "version")
-        splits = value.get("splits")
-        expect(
-            isinstance(splits, dict) and 0 < len(splits) and set(splits) <= set(SPLITS), "splits"
-        )
+        found = checked(value, FIELDS, "format")
+        listed = checked(found["splits"], dict.fromkeys(found["splits"], is_full_list), "splits")
         return Manifest(
-            seed=whole_number(value, "seed", 0),
-            shard_size=whole_number(value, "shard_size", 1),
-            classes=class_names(value.get("classes")),
-            splits={split: shards_of(split, listed) for split, listed in splits.items()},
+            seed=found["seed"],
+            shard_size=found["shard_size"],
+            classes=tuple(found["classes"]),
+            splits={split: shards_of(split, entries) for split, entries in listed.items()},
             dataset=value["dataset"] if isinstance(value.get("dataset"), dict) else {},
         )
     except Unexpected as field:
         raise UserError(f"{name} is damaged (its field {field}): {AGAIN}") from None
 
 
+def shards_of(split: str, entries: list[Any]) -> tuple[Shard, ...]:
+    """Parse the shards of a split; the names follow from the numbers, so none leads elsewhere."""
+    return tuple(
+        Shard(**checked(entry, SHARD_FIELDS | {"file": shard_name(split, index)}, split))
+        for index, entry in enumerate(entries)
+    )
+
+
 class Unexpected(Exception):
     """A field that is not as it should be."""
 
 
-def expect(holds: bool, field: str) -> None:
-    if not holds:
-        raise Unexpected(field)
+def checked(value: Any, fields: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return these fields of the JSON object `name`. Raises Unexpected, naming the wrong one.
 
-
-def whole_number(value: dict[str, Any], field: str, least: int) -> int:
-    found = value.get(field)
-    if type(found) is not int or not least <= found <= MAX_NUMBER:  # True is none
-        raise Unexpected(field)
+    Each has to equal what `fields` has for it, or to pass the check there; a missing one is None.
+    """
+    if not isinstance(value, dict):
+        raise Unexpected(name)
+    found = {field: value.get(field) for field in fields}
+    for field, wanted in fields.items():
+        if not (wanted(found[field]) if callable(wanted) else found[field] == wanted):
+            raise Unexpected(field)
     return found
 
 
-def checksum(value: dict[str, Any], field: str) -> str:
-    found = value.get(field)
-    expect(isinstance(found, str) and SHA256.fullmatch(found) is not None, field)
-    return str(found)
+def is_number_from(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= MAX_NUMBER  # True is none
 
 
-def class_names(value: Any) -> tuple[str, ...]:
-    expect(isinstance(value, list) and len(value) > 0, "classes")
-    expect(all(isinstance(name, str) and is_file_name(name) for name in value), "classes")
-    expect(sorted(set(value)) == value, "classes")
-    return tuple(value)
+def is_checksum(value: Any) -> bool:
+    return isinstance(value, str) and SHA256.fullmatch(value) is not None
 
 
-def is_file_name(name: str) -> bool:
+def is_full_list(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0
+
+
+def are_classes(value: Any) -> bool:
+    """Whether these are names of visible folders, sorted, each once."""
+    return is_full_list(value) and all(map(is_file_name, value)) and sorted(set(value)) == value
+
+
+def is_file_name(name: Any) -> bool:
     """Whether a visible folder can have this name."""
     try:
         size = len(os.fsencode(name))
-    except UnicodeEncodeError:
+    except (UnicodeEncodeError, TypeError):
         return False
     return 0 < size <= 255 and not name.startswith(".") and "/" not in name and "\0" not in name
 
 
-def shards_of(split: str, value: Any) -> tuple[Shard, ...]:
-    """Parse the shards of a split; the names follow from the numbers, so none leads elsewhere."""
-    expect(isinstance(value, list) and len(value) > 0, split)
-    shards = []
-    for index, entry in enumerate(value):
-        expect(isinstance(entry, dict), split)
-        expect(entry.get("file") == shard_name(split, index), "file")
-        shards.append(
-            Shard(
-                file=shard_name(split, index),
-                images=whole_number(entry, "images", 1),
-                bytes=whole_number(entry, "bytes", RECORD),
-                index_sha256=checksum(entry, "index_sha256"),
-                sha256=None if entry.get("sha256") is None else checksum(entry, "sha256"),
-            )
-        )
-    return tuple(shards)
+FIELDS = {
+    "format": FORMAT,
+    "version": VERSION,
+    "seed": is_number_from(0),
+    "shard_size": is_number_from(1),
+    "classes": are_classes,
+    "splits": lambda value: isinstance(value, dict) and len(value) > 0 and {*value} <= {*SPLITS},
+}
+SHARD_FIELDS = {
+    "images": is_number_from(1),
+    "bytes": is_number_from(RECORD),
+    "index_sha256": is_checksum,
+    "sha256": lambda value: value is None or is_checksum(value),
+}
 
 
 WORD = rb"[A-Za-z0-9_~%-]{1,155}"
@@ -334,14 +341,9 @@ def list_shards(root: Path, split: str) -> Listing:
     folders = {name.encode(): label for label, name in enumerate(class_folders(manifest.classes))}
     shards = listed_shards(root, manifest, split)
     parts = [read_index(root, shard, folders) for shard in shards]
-    names = [name for rows in parts for name in rows.names]
-    name_size = np.array([len(name) for name in names], np.int32)
-    images = Images(
-        holders=tuple(str(root / shard.file) for shard in shards),
-        holder=np.repeat(np.arange(len(shards), dtype=np.int32), [s.images for s in shards]),
-        names=np.frombuffer(b"".join(names), np.uint8),
-        name_start=np.cumsum(name_size, dtype=np.int64) - name_size,
-        name_size=name_size,
+    images = Images.packed(
+        (str(root / shard.file) for shard in shards),
+        (rows.names for rows in parts),
         start=np.concatenate([layout(rows.sizes)[0] for rows in parts]),
         size=np.concatenate([rows.sizes for rows in parts]),
     )

@@ -8,7 +8,6 @@ bytes, a declared size is only compared, and damage is an error.
 from __future__ import annotations
 
 import gzip
-import os
 import tarfile
 import zlib
 from collections import Counter
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pipelines.datasets.folders import visible
+from pipelines.datasets.folders import class_names, visible
 from pipelines.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -106,18 +105,9 @@ def open_gzip(path: Path) -> Iterator[gzip.GzipFile]:
         raise UserError(f"{path} is damaged ({error}): download it again") from None
 
 
-def class_folders(split: Path) -> list[os.DirEntry[str]]:
-    """List the visible folders of a split; none where it is not there."""
-    if not split.is_dir():
-        return []
-    return [
-        entry for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith(".")
-    ]
-
-
 def check_counts(folder: Path, classes: Counter[str]) -> None:
     """Raise UserError unless each class folder has as many files as the archive has images."""
-    found = {entry.name: len(visible(entry.path)) for entry in class_folders(folder)}
+    found = {name: len(visible(folder / name)) for name in class_names(folder)}
     for name in sorted(found.keys() | classes.keys()):
         if found.get(name, 0) != classes[name]:
             raise UserError(

@@ -23,9 +23,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines.datasets.known import CIFAR10_CLASSES
-from pipelines.datasets.manifest import write_manifest
+from pipelines.datasets.manifest import NAME
 from pipelines.errors import UserError
-from pipelines.files import atomic_write_in, scratch_folder
+from pipelines.files import atomic_write_in, scratch_folder, write_object
 from pipelines.prepare.archives import check_counts, open_gzip, read_bytes, read_members
 
 SHAPE = (3, 32, 32)
@@ -145,7 +145,7 @@ class PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         stand_ins = {
-            ("numpy.core.multiarray", "_reconstruct"): new_pixel_array,
+            ("numpy.core.multiarray", "_reconstruct"): PixelArray,
             ("numpy", "ndarray"): "ndarray",
             ("numpy", "dtype"): PixelType,
         }
@@ -155,9 +155,12 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 class PixelArray:
-    """A stand-in for numpy.ndarray."""
+    """A stand-in for numpy.ndarray, made empty and then filled."""
 
     pixels: np.ndarray
+
+    def __init__(self, *_: object) -> None:
+        pass
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         """Take (version, shape, dtype, is Fortran order, bytes), as numpy.ndarray is pickled."""
@@ -178,11 +181,6 @@ class PixelType:
 
     def __setstate__(self, state: object) -> None:
         pass  # byte order and the like: one byte has none
-
-
-def new_pixel_array(*_: object) -> PixelArray:
-    """A stand-in for the function of NumPy that makes an empty array to fill."""
-    return PixelArray()
 
 
 COUNTS = {"train": 50_000, "val": 10_000}
@@ -255,7 +253,7 @@ def report(
 ) -> None:
     """Write dataset.json and print a summary."""
     totals = {split: classes.total() for split, classes in counts.items()}
-    write_manifest(dst, {"dataset": "CIFAR10", "images": totals} | origin)
+    write_object(dst / NAME, {"dataset": "CIFAR10", "images": totals} | origin)
     lines = [
         f"train: {totals['train']:,} images, val: {totals['val']:,} images in {dst}; "
         f"{written:,} written now, {sum(totals.values()) - written:,} were there"

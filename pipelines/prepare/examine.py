@@ -103,44 +103,33 @@ def notes_on_image(stream: BinaryIO, header: Header, decode: bool) -> list[Findi
             read_pixels(image)
             if header.format == "PNG":
                 orientation = orientation_of(image)  # it may stand behind the pixels
-        notes = notes_on_colours(image, bits) + notes_on_shape(image)
-        if 2 <= orientation <= 8:
-            by = " but by torchvision" if image.format == "TIFF" else ""
-            notes.append(("exif-rotated", f"has EXIF orientation {orientation}: not applied{by}"))
-    return notes
+        return notes_on_look(image, bits, orientation)
 
 
-def notes_on_colours(image: Image.Image, bits: int) -> list[Finding]:
-    notes = []
-    mode = image.mode
+def notes_on_look(image: Image.Image, bits: int, orientation: int) -> list[Finding]:
+    """Note what is odd about the colours and the shape of an image."""
+    mode, (width, height) = image.mode, image.size
     grey = mode in ("1", "L", "LA", "La", "F") or mode.startswith("I")
-    if grey:
-        notes.append(("greyscale", ""))
-    if bits > 8:
-        fate = "torchvision reads it too bright or dark" if grey else "8 are used"
-        notes.append(("16-bit", f"has {bits} bits a sample: {fate}"))
-    if mode == "CMYK":
-        notes.append(("cmyk", ""))
-    if mode in ("P", "PA"):
-        notes.append(("palette", ""))
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        notes.append(("alpha", ""))
-    return notes
-
-
-def notes_on_shape(image: Image.Image) -> list[Finding]:
-    notes = []
-    width, height = image.size
+    alpha = mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    fate = "torchvision reads it too bright or dark" if grey else "8 are used"
     frames = num_frames(image)
-    if frames > 1:
-        notes.append(("animated", f"has {frames} frames: the first is read"))
-    if 2 * width * height > MAX_PIXELS:
-        notes.append(("large", f"has {width:,} x {height:,} pixels"))
-    if max(width, height) > THIN * min(width, height):
-        notes.append(("thin", f"has {width} x {height} pixels"))
-    if min(width, height) < TINY:
-        notes.append(("tiny", f"has {width} x {height} pixels"))
-    return notes
+    pixels = f"has {width} x {height} pixels"
+    rotated = f"has EXIF orientation {orientation}: not applied"
+    if image.format == "TIFF":
+        rotated += " but by torchvision"
+    notes = (
+        (grey, "greyscale", ""),
+        (bits > 8, "16-bit", f"has {bits} bits a sample: {fate}"),
+        (mode == "CMYK", "cmyk", ""),
+        (mode in ("P", "PA"), "palette", ""),
+        (alpha, "alpha", ""),
+        (frames > 1, "animated", f"has {frames} frames: the first is read"),
+        (2 * width * height > MAX_PIXELS, "large", f"has {width:,} x {height:,} pixels"),
+        (max(width, height) > THIN * min(width, height), "thin", pixels),
+        (min(width, height) < TINY, "tiny", pixels),
+        (2 <= orientation <= 8, "exif-rotated", rotated),
+    )
+    return [(kind, text) for holds, kind, text in notes if holds]
 
 
 def notes_on_name(path: str, header: Header) -> list[Finding]:

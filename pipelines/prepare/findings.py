@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,11 +76,10 @@ class Findings:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a JSON object."""
         by_kind = self.by_kind()
-        counts = Counter({kind: len(files) for kind, files in by_kind.items()})
         return {
             "images": len(self.examined),
             "decoded": self.decoded,
-            "counts": dict(counts),
+            "counts": {kind: len(files) for kind, files in by_kind.items()},
             "problems": self.problems,
             "findings": [
                 {

@@ -20,13 +20,13 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from pipelines.datasets.manifest import read_manifest, write_manifest
+from pipelines.datasets.folders import class_names
+from pipelines.datasets.manifest import NAME, read_manifest
 from pipelines.errors import UserError
-from pipelines.files import atomic_write_in, scratch_folder
+from pipelines.files import atomic_write_in, scratch_folder, write_object
 from pipelines.prepare.archives import (
     Member,
     check_counts,
-    class_folders,
     open_gzip,
     read_bytes,
     read_members,
@@ -231,8 +231,8 @@ def check_space(dst: Path, paths: dict[str, Path]) -> None:
     there = sum(
         entry.stat().st_size
         for split in paths
-        for folder in class_folders(dst / split)
-        for entry in os.scandir(folder)
+        for name in class_names(dst / split)
+        for entry in os.scandir(dst / split / name)
     )
     needed = sum(path.stat().st_size for path in paths.values()) * (1 + BLOCK_LOSS) - there
     folder = next(parent for parent in (dst, *dst.absolute().parents) if parent.is_dir())
@@ -321,7 +321,7 @@ def record(dst: Path, split: str, path: Path, found: Extracted) -> None:
         # DAWNBench's word: true where accuracy is over all images, the blacklisted ones too.
         manifest["used_blacklist"] = not found.left_out
     manifest["splits"] = manifest.get("splits", {}) | {split: entry}
-    write_manifest(dst, manifest)
+    write_object(dst / NAME, manifest)
 
 
 def report(dst: Path, split: str, found: Extracted) -> None:

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -32,9 +32,9 @@ from tqdm import tqdm
 from pipelines.datasets.checks import check_file, damage
 from pipelines.datasets.folders import class_names, is_folder, visible
 from pipelines.datasets.images import ImageFile
-from pipelines.datasets.manifest import read_manifest, write_manifest
+from pipelines.datasets.manifest import NAME, read_manifest
 from pipelines.errors import UserError
-from pipelines.files import atomic_write_in, scratch_folder
+from pipelines.files import Row, atomic_write_in, scratch_folder, write_object
 from pipelines.workers import in_processes, num_cores
 
 SCALED_DECODE_MARGIN = 2
@@ -62,7 +62,7 @@ def shrink(source: Path | str, short_sides: tuple[int, ...], quality: int) -> li
         size, box = image.size, None
         if image.format == "JPEG":
             margin = SCALED_DECODE_MARGIN * max(short_sides) / min(size)
-            scaled = image.draft(None, (ceil(size[0] * margin), ceil(size[1] * margin)))
+            scaled = image.draft(None, (math.ceil(size[0] * margin), math.ceil(size[1] * margin)))
             box = scaled[1] if scaled else None
         image.load()
         if box is None:
@@ -84,18 +84,10 @@ def shrink(source: Path | str, short_sides: tuple[int, ...], quality: int) -> li
     return copies
 
 
-def ceil(value: float) -> int:
-    return -int(-value // 1)
-
-
 def target_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     """Return (width, height) with this short side and the same aspect ratio."""
-    width, height = size
-    shorter = min(size)
-    return (
-        max(short_side, round(width * short_side / shorter)),
-        max(short_side, round(height * short_side / shorter)),
-    )
+    width, height = (max(short_side, round(side * short_side / min(size))) for side in size)
+    return width, height
 
 
 def kept_metadata(image: Image.Image) -> dict[str, bytes]:
@@ -182,51 +174,35 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the copies; returns 1 if images are damaged. UserError names the flag or file."""
-    sides = tuple(sorted(set(args.short_side)))
-    check_flags(args, sides)
+    if args.workers < 1:
+        raise UserError(f"--workers must be at least 1, not {args.workers}")
+    resizer = Resizer(args.src, args.dst, tuple(sorted(set(args.short_side))), args.quality)
+    resizer.check()
     names = list_images(args.src)
-    trees = {args.dst / str(side): side for side in sides}
-    facts = {tree: facts_of(args.src, tree, side, args.quality) for tree, side in trees.items()}
+    facts = {tree: resizer.facts_of(tree) for tree in resizer.trees}
     tally = Tally()
     started = time.perf_counter()
     with scratch_folder(args.dst) as scratch:
         for tree, fact in facts.items():
-            write_manifest(tree, fact | {"complete": False})
-        job = partial(copy_images, args.src, args.dst, sides, args.quality, scratch)
+            write_object(tree / NAME, fact | {"complete": False})
         jobs = (names[start : start + CHUNK] for start in range(0, len(names), CHUNK))
         with tqdm(total=len(names), unit="image", smoothing=0.05, disable=None) as bar:
-            for done in in_processes(job, jobs, args.workers):
+            for done in in_processes(partial(resizer.copy_images, scratch), jobs, args.workers):
                 for image in done:
-                    tally.add(image, sides)
+                    tally.add(image, resizer.sides)
                 bar.update(len(done))
         tally.damaged.sort()
         ends = {"images": dict(tally.splits), "damaged": [name for name, _ in tally.damaged]}
         for tree, fact in facts.items():
-            write_manifest(tree, fact | {"complete": True} | ends)
-    return report(args.src, args.dst, sides, tally, time.perf_counter() - started)
-
-
-def check_flags(args: argparse.Namespace, sides: tuple[int, ...]) -> None:
-    if sides[0] < 8:
-        raise UserError(f"--short-side must be at least 8 pixels, not {sides[0]}")
-    if not 1 <= args.quality <= 95:
-        raise UserError(f"--quality must be from 1 to 95, not {args.quality}")
-    if args.workers < 1:
-        raise UserError(f"--workers must be at least 1, not {args.workers}")
-    for folder in (args.dst, *(args.dst / str(side) for side in sides)):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file: DST must be a folder, or new")
-    for side in sides:
-        if (args.dst / str(side)).resolve() == args.src.resolve():
-            raise UserError(f"{args.dst}/{side} is {args.src} itself: name another DST")
+            write_object(tree / NAME, fact | {"complete": True} | ends)
+    resizer.report(tally, time.perf_counter() - started)
+    return 1 if tally.damaged else 0
 
 
 def list_images(src: Path) -> list[str]:
     """List SPLIT/CLASS/FILE of all images, sorted. UserError if two of a class share a stem."""
     names = []
     for split in SPLITS:
-        if not (src / split).is_dir():
-            continue
         for folder in class_names(src / split):
             stems: dict[str, str] = {}
             for entry in visible(src / split / folder):
@@ -249,53 +225,6 @@ def target_name(name: str) -> str:
     return str(Path(name).with_suffix(".jpg"))
 
 
-def facts_of(src: Path, tree: Path, side: int, quality: int) -> dict[str, Any]:
-    """Describe a folder of copies for its dataset.json. UserError if it was made differently."""
-    origin = read_manifest(src)
-    facts: dict[str, Any] = {"short_side": side, "quality": quality}
-    facts |= {key: origin[key] for key in ("dataset", "used_blacklist") if key in origin}
-    found = read_manifest(tree).get("quality", quality)
-    if found != quality:
-        raise UserError(
-            f"--quality: {tree} was made with {found}, not {quality}: name another DST or remove it"
-        )
-    return facts
-
-
-def copy_images(
-    src: Path, dst: Path, sides: tuple[int, ...], quality: int, scratch: Path, names: list[str]
-) -> list[Copied]:
-    """Write the missing copies of some images. Raises OSError if that fails."""
-    return [copy_image(src, dst, sides, quality, scratch, name) for name in names]
-
-
-def copy_image(
-    src: Path, dst: Path, sides: tuple[int, ...], quality: int, scratch: Path, name: str
-) -> Copied:
-    source = src / name
-    try:
-        before = source.stat()
-    except OSError as error:
-        return Copied(name, error=damage(error).text)
-    targets = [dst / str(side) / target_name(name) for side in sides]
-    there = [size_if_newer(target, before.st_mtime_ns) for target in targets]
-    if all(there):
-        return Copied(name, before.st_size, tuple(("there", size) for size in there))
-    try:
-        check_file(ImageFile(str(source)))
-        made = shrink(source, sides, quality)
-    except Exception as error:
-        return Copied(name, error=damage(error).text)
-    copies = []
-    for target, size, copy in zip(targets, there, made, strict=True):
-        if not size:
-            with atomic_write_in(scratch, target) as file:
-                file.write(copy.content)
-        what = "there" if size else "verbatim" if copy.verbatim else "written"
-        copies.append((what, size or len(copy.content)))
-    return Copied(name, before.st_size, tuple(copies))
-
-
 def size_if_newer(path: Path, mtime_ns: int) -> int:
     """Return the bytes of a file that is not older than this; otherwise 0."""
     try:
@@ -305,23 +234,91 @@ def size_if_newer(path: Path, mtime_ns: int) -> int:
     return found.st_size if found.st_mtime_ns >= mtime_ns else 0
 
 
-def report(src: Path, dst: Path, sides: tuple[int, ...], tally: Tally, seconds: float) -> int:
-    """Print a summary, and damaged images on standard error; returns the exit status."""
-    for name, error in tally.damaged:
-        print(f"{src / name}: {error}", file=sys.stderr)  # noqa: T201
-    images = tally.splits.total()
-    lines = []
-    for side in sides:
-        count = {what: tally.copies[side, what] for what in ("written", "verbatim", "there")}
-        lines.append(
-            f"{dst / str(side)}: {images:,} images, "
-            f"{tally.copies[side, 'bytes'] / 1e6:,.1f} MB of {tally.num_bytes / 1e6:,.1f} MB; "
-            f"{count['written']:,} written, {count['verbatim']:,} copied bit for bit, "
-            f"{count['there']:,} were there"
-        )
-    rate = tally.written / seconds
-    lines.append(f"{tally.written:,} images in {seconds:,.1f} s, {rate:,.0f} images/s")
-    if tally.damaged:
-        lines.append(f"{len(tally.damaged):,} damaged images have no copy; they are listed above")
-    print("\n".join(lines), flush=True)  # noqa: T201
-    return 1 if tally.damaged else 0
+@dataclass(frozen=True)
+class Resizer:
+    """Makes smaller copies of the images in `src`: one tree in `dst` for each short side."""
+
+    src: Path
+    dst: Path
+    sides: tuple[int, ...]
+    """Lengths of the short sides in pixels, ascending."""
+    quality: int
+    """Of the JPEGs, 1 to 95."""
+
+    @property
+    def trees(self) -> dict[Path, int]:
+        """The folders of the copies and their short sides."""
+        return {self.dst / str(side): side for side in self.sides}
+
+    def check(self) -> None:
+        """Raise UserError, naming the flag or folder, for what cannot be made."""
+        if self.sides[0] < 8:
+            raise UserError(f"--short-side must be at least 8 pixels, not {self.sides[0]}")
+        if not 1 <= self.quality <= 95:
+            raise UserError(f"--quality must be from 1 to 95, not {self.quality}")
+        for folder in (self.dst, *self.trees):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder} is a file: DST must be a folder, or new")
+            if folder != self.dst and folder.resolve() == self.src.resolve():
+                raise UserError(f"{folder} is {self.src} itself: name another DST")
+
+    def facts_of(self, tree: Path) -> Row:
+        """Describe a tree for its dataset.json. UserError if it was made with another quality."""
+        origin = read_manifest(self.src)
+        found = read_manifest(tree).get("quality", self.quality)
+        if found != self.quality:
+            raise UserError(
+                f"--quality: {tree} was made with {found}, not {self.quality}: name another DST or "
+                "remove it"
+            )
+        kept = {key: origin[key] for key in ("dataset", "used_blacklist") if key in origin}
+        return {"short_side": self.trees[tree], "quality": self.quality} | kept
+
+    def copy_images(self, scratch: Path, names: list[str]) -> list[Copied]:
+        """Write the missing copies of some images. Raises OSError if that fails."""
+        return [self.copy_image(scratch, name) for name in names]
+
+    def copy_image(self, scratch: Path, name: str) -> Copied:
+        source = self.src / name
+        try:
+            before = source.stat()
+        except OSError as error:
+            return Copied(name, error=damage(error).text)
+        targets = [tree / target_name(name) for tree in self.trees]
+        there = [size_if_newer(target, before.st_mtime_ns) for target in targets]
+        if all(there):
+            return Copied(name, before.st_size, tuple(("there", size) for size in there))
+        try:
+            check_file(ImageFile(str(source)))
+            made = shrink(source, self.sides, self.quality)
+        except Exception as error:
+            return Copied(name, error=damage(error).text)
+        copies = []
+        for target, size, copy in zip(targets, there, made, strict=True):
+            if not size:
+                with atomic_write_in(scratch, target) as file:
+                    file.write(copy.content)
+            what = "there" if size else "verbatim" if copy.verbatim else "written"
+            copies.append((what, size or len(copy.content)))
+        return Copied(name, before.st_size, tuple(copies))
+
+    def report(self, tally: Tally, seconds: float) -> None:
+        """Print a summary, and damaged images on standard error."""
+        for name, error in tally.damaged:
+            print(f"{self.src / name}: {error}", file=sys.stderr)  # noqa: T201
+        images, megabytes = tally.splits.total(), tally.num_bytes / 1e6
+        lines = []
+        for tree, side in self.trees.items():
+            count = {what: tally.copies[side, what] for what in ("written", "verbatim", "there")}
+            lines.append(
+                f"{tree}: {images:,} images, "
+                f"{tally.copies[side, 'bytes'] / 1e6:,.1f} MB of {megabytes:,.1f} MB; "
+                f"{count['written']:,} written, {count['verbatim']:,} copied bit for bit, "
+                f"{count['there']:,} were there"
+            )
+        rate = tally.written / seconds
+        lines.append(f"{tally.written:,} images in {seconds:,.1f} s, {rate:,.0f} images/s")
+        if tally.damaged:
+            number = len(tally.damaged)
+            lines.append(f"{number:,} damaged images have no copy; they are listed above")
+        print("\n".join(lines), flush=True)  # noqa: T201

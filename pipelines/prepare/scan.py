@@ -17,7 +17,7 @@ from typing import Any
 import PIL
 from tqdm import tqdm
 
-from pipelines.datasets.folders import find_split, is_folder, visible
+from pipelines.datasets.folders import class_names, find_split, is_folder, visible
 from pipelines.datasets.split import Split, check_classes, skip_line
 from pipelines.errors import UserError
 from pipelines.files import cache_folder, write_object, write_text
@@ -142,14 +142,12 @@ def list_folder(root: Path) -> Listing:
 def list_classes(root: Path, folder: Path, folders: list[str]) -> dict[str, list[str]]:
     """Map each class to its files, both sorted; folders in class folders go to `folders`."""
     classes = {}
-    for entry in sorted(visible(folder), key=lambda entry: entry.name):
-        if not is_folder(entry):
-            continue
+    for name in class_names(folder):
         files: list[str] = []
-        for inner in visible(entry.path):
-            where = folders if is_folder(inner) else files
-            where.append(os.path.relpath(inner.path, root))
-        classes[entry.name] = sorted(files)
+        for entry in visible(folder / name):
+            where = folders if is_folder(entry) else files
+            where.append(os.path.relpath(entry.path, root))
+        classes[name] = sorted(files)
     return classes
 
 
