@@ -194,9 +194,14 @@ class Sweep:
         return tuple(record for record in records if math.isfinite(record.loss))
 
     @property
+    def losses(self) -> list[float]:
+        """Smoothed training losses of the records that are shown by default."""
+        return [record.loss for record in self.shown()]
+
+    @property
     def still_falls(self) -> bool:
         """Whether the sweep finished with its lowest loss at the end."""
-        losses = [record.loss for record in self.shown()]
+        losses = self.losses
         return self.ended == "finished" and bool(losses) and losses[-1] == min(losses)
 
     @property
@@ -206,7 +211,7 @@ class Sweep:
         Not with fewer than FEWEST records, with a loss that never falls, or with one that still
         fell when the sweep was stopped: its lowest and steepest points are yet to come.
         """
-        losses = [record.loss for record in self.shown()]
+        losses = self.losses
         if len(losses) < FEWEST or min(losses) == losses[0]:
             return False
         return self.ended != "stopped" or losses[-1] > min(losses)
@@ -230,8 +235,7 @@ class Sweep:
         """
         if not self.readable:
             return None
-        records = self.shown()
-        losses = [record.loss for record in records]
+        records, losses = self.shown(), self.losses
         slopes = [
             (after.loss - before.loss) / math.log(after.lr / before.lr)
             for before, after in pairwise(records)
@@ -247,8 +251,7 @@ class Sweep:
         """The stretch around the lowest loss that `near_lowest` allows; None if not readable."""
         if not self.readable:
             return None
-        records = self.shown()
-        losses = [record.loss for record in records]
+        records, losses = self.shown(), self.losses
         low = high = best = losses.index(min(losses))
         limit = near_lowest(losses)
         while losses[low - 1] <= limit:  # the first loss is above
@@ -354,7 +357,7 @@ def best_sweep(sweeps: Sequence[Sweep]) -> Sweep | None:
     if not found:
         return None
     lowest, _ = min(found, key=lambda pair: pair[1].best_loss)
-    limit = near_lowest([record.loss for record in lowest.shown()])
+    limit = near_lowest(lowest.losses)
     found = [(sweep, flat) for sweep, flat in found if flat.best_loss <= limit]
     high = HIGH_ENOUGH * max(flat.high_lr for _, flat in found)
     found = [(sweep, flat) for sweep, flat in found if flat.high_lr >= high]

@@ -15,15 +15,13 @@ from fastimagenet.training.recorder import best_record
 from fastimagenet.training.trainer import Trainer
 from pipelines.backends import chosen_backend
 from pipelines.datasets import shards as shard_manifest
-from pipelines.datasets.known import dataset_name
+from pipelines.datasets.known import IMAGENET_COUNTS, dataset_name
 from pipelines.datasets.manifest import read_manifest
 from pipelines.datasets.shards import has_shards
 from pipelines.datasets.split import Split
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 from pipelines.files import Row, write_object
-
-IMAGENET_NUM_VAL = 50_000
 
 
 def write_results(
@@ -114,7 +112,7 @@ def used_blacklist(folder: Path | None, val: Split) -> bool | None:
         recorded = facts.get("used_blacklist")
     except UserError:  # no reason to lose the results of a run
         recorded = None
-    return recorded if isinstance(recorded, bool) else len(val) == IMAGENET_NUM_VAL
+    return recorded if isinstance(recorded, bool) else len(val) == IMAGENET_COUNTS["val"]
 
 
 def hardware(trainer: Trainer) -> str:

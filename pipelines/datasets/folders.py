@@ -8,13 +8,15 @@ from pathlib import Path
 from pipelines.datasets.images import Images, Listing
 from pipelines.errors import UserError
 
+SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test")}
+"""Split -> its folder, the first of these that is there."""
+
 
 def find_split(root: Path, split: str) -> Path:
     """Find the folder of a split; raises UserError if it or `root` is missing."""
-    assert split in ("train", "val"), split
     if not root.is_dir():
         raise UserError(f"no folder {root}: --data takes a folder with train/ and val/")
-    names = ("val", "test") if split == "val" else ("train",)
+    names = SPLIT_FOLDERS[split]
     for name in names:
         if (root / name).is_dir():
             return root / name

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, NamedTuple, overload
 
 import numpy as np
@@ -162,6 +163,14 @@ def open_file(path: str | bytes) -> tuple[int, os.stat_result]:
         return file, status
     os.close(file)
     raise Damage("not-a-file", "is no regular file")
+
+
+def status_of(path: Path) -> os.stat_result | None:
+    """Return the status of a file, None where it cannot be read."""
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
 
 
 def unreadable(error: OSError) -> Damage:

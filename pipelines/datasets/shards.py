@@ -354,7 +354,7 @@ def shard_stamps(root: Path, split: str) -> list[int]:
     """Return when the manifest and the split's files last changed, in ns."""
     shards = listed_shards(root, read_manifest(root), split)
     files = [NAME, *(name for shard in shards for name in (shard.file, shard.index))]
-    return [status_of(root / name).st_mtime_ns for name in files]
+    return [checked_status(root / name).st_mtime_ns for name in files]
 
 
 def listed_shards(root: Path, manifest: Manifest, split: str) -> tuple[Shard, ...]:
@@ -364,7 +364,7 @@ def listed_shards(root: Path, manifest: Manifest, split: str) -> tuple[Shard, ..
     return manifest.splits[split]
 
 
-def status_of(path: Path) -> os.stat_result:
+def checked_status(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
@@ -393,7 +393,7 @@ def read_index(root: Path, shard: Shard, folders: dict[bytes, int]) -> Rows:
     length = layout(rows.sizes)[2]
     if len(rows.names) != shard.images or length != shard.bytes:
         raise UserError(f"{path} is not the index of {shard.file}: {AGAIN}")
-    found = status_of(root / shard.file).st_size
+    found = checked_status(root / shard.file).st_size
     if found != length:
         raise UserError(
             f"{root / shard.file} has {found:,} bytes, which should be {length:,}: {AGAIN}"

@@ -86,10 +86,9 @@ def read_split(
     else:
         source = find_split(root, split)
         stamps, make_listing = partial(folder_stamps, source), partial(list_folder, source)
-    if not check_files:
-        return chosen(make_listing(), None, source, skipped, on_bad_image)
-    index = cached_index(source, stamps, make_listing)
-    return chosen(index.listing, index, source, skipped, on_bad_image)
+    index = cached_index(source, stamps, make_listing) if check_files else None
+    listing = make_listing() if index is None else index.listing
+    return chosen(listing, index, source, skipped, on_bad_image)
 
 
 def chosen(

@@ -26,6 +26,8 @@ PASSED_OVER = (tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE)
 """Folders, and extended headers: times and the like. Where one of these gives a longer name or
 another size, the plain header below it is what counts here."""
 CHUNK = 1 << 20
+SMALL = 64 << 20
+"""Bytes that a file of the devkit or of CIFAR-10 may have; the largest has 31 million."""
 Archive = IO[bytes] | gzip.GzipFile
 """Opened for reading; a compressed one is slow to go back in."""
 
@@ -91,6 +93,17 @@ def read_bytes(archive: Archive, name: str, member: Member) -> Iterator[bytes]:
             raise UserError(f"{name} ends within {member.name!r}: download it again")
         left -= len(piece)
         yield piece
+
+
+def read_whole(archive: Archive, name: str, member: Member) -> bytes:
+    """Read a member that is known to be small. UserError if it is large or ends early."""
+    check_small(member.size, f"{name}: {member.name!r}")
+    return b"".join(read_bytes(archive, name, member))
+
+
+def check_small(size: int, where: str) -> None:
+    if size > SMALL:
+        raise UserError(f"{where} is refused: {size:,} bytes, where {SMALL:,} are the most")
 
 
 @contextmanager

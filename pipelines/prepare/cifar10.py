@@ -22,17 +22,20 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines.datasets.known import CIFAR10_CLASSES
+from pipelines.datasets.known import CIFAR10_CLASSES, CIFAR10_COUNTS
 from pipelines.datasets.manifest import NAME
 from pipelines.errors import UserError
 from pipelines.files import atomic_write_in, scratch_folder, write_object
-from pipelines.prepare.archives import check_counts, open_gzip, read_bytes, read_members
+from pipelines.prepare.archives import (
+    check_counts,
+    check_small,
+    open_gzip,
+    read_members,
+    read_whole,
+)
 
 SHAPE = (3, 32, 32)
 IMAGE_BYTES = 3 * 32 * 32
-CLASSES = 10
-LIMIT = 64 << 20
-"""Bytes that a file of the archive may have; the official ones have 31 million."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ def read_batches(source: Path) -> Iterator[Batch]:
         where = f"{source}: {name}"
         decode = binary_batch if complete[0].suffix else python_batch
         pixels, labels = decode(contents[name], where)
-        if any(type(label) is not int or not 0 <= label < CLASSES for label in labels):
-            raise UserError(f"{where} has labels that are not 0 to {CLASSES - 1}")
+        if any(type(label) is not int or label not in range(10) for label in labels):
+            raise UserError(f"{where} has labels that are not 0 to 9")
         if len(labels) != len(pixels):
             raise UserError(f"{where} has {len(pixels):,} images but {len(labels):,} labels")
         yield Batch(split, pixels.reshape(-1, *SHAPE).transpose(0, 2, 3, 1), labels)
@@ -98,21 +101,15 @@ def read_files(source: Path) -> dict[str, bytes]:
     contents = {}
     if source.is_dir():
         for name in sorted(wanted & {path.name for path in source.iterdir()}):
-            check_size((source / name).stat().st_size, f"{source}: {name}")
+            check_small((source / name).stat().st_size, f"{source}: {name}")
             contents[name] = (source / name).read_bytes()
         return contents
     with open_gzip(source) as archive:
         for member in read_members(archive, source.name):
             name = Path(member.name).name
             if name in wanted:
-                check_size(member.size, f"{source}: {name}")
-                contents[name] = b"".join(read_bytes(archive, source.name, member))
+                contents[name] = read_whole(archive, source.name, member)
     return contents
-
-
-def check_size(size: int, where: str) -> None:
-    if size > LIMIT:
-        raise UserError(f"{where} is refused: {size:,} bytes, where {LIMIT:,} are the most")
 
 
 def binary_batch(content: bytes, where: str) -> tuple[np.ndarray, list[int]]:
@@ -183,10 +180,6 @@ class PixelType:
         pass  # byte order and the like: one byte has none
 
 
-COUNTS = {"train": 50_000, "val": 10_000}
-"""Images of the official data set, in equal shares of ten classes."""
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     names = " or ".join(version.archive for version in VERSIONS)
@@ -202,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
     written = 0
     with (
         scratch_folder(args.dst) as scratch,
-        tqdm(total=sum(COUNTS.values()), unit="image", disable=None) as bar,
+        tqdm(total=sum(CIFAR10_COUNTS.values()), unit="image", disable=None) as bar,
     ):
         for batch in read_batches(source):
             written += write_batch(batch, args.dst, counts[batch.split], scratch)
@@ -258,7 +251,7 @@ def report(
         f"train: {totals['train']:,} images, val: {totals['val']:,} images in {dst}; "
         f"{written:,} written now, {sum(totals.values()) - written:,} were there"
     ]
-    if totals != COUNTS:
+    if totals != CIFAR10_COUNTS:
         lines.append("note: this is not all of CIFAR-10, which has 50,000 and 10,000 images")
     official = {version.archive: version.md5 for version in VERSIONS}.get(origin["source"])
     if official and "md5" in origin and origin["md5"] != official:

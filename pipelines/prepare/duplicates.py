@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -67,13 +67,11 @@ def between_splits(
 ) -> tuple[list[Duplicates], dict[str, int]]:
     """Return the groups that are in both splits, and per split how many images repeat another."""
     both = []
-    repeated: dict[str, int] = defaultdict(int)
+    repeated = Counter({"train": 0, "val": 0})
     for group in groups:
-        parts: dict[str, list[str]] = {"train": [], "val": []}
-        for path in group:
-            parts[split_of(path)].append(path)
-        if all(parts.values()):
-            both.append((parts["train"], parts["val"]))
-        for split, paths in parts.items():
-            repeated[split] += max(0, len(paths) - 1)
-    return both, {split: number for split, number in repeated.items() if number}
+        train = [path for path in group if split_of(path) == "train"]
+        val = [path for path in group if split_of(path) == "val"]
+        if train and val:
+            both.append((train, val))
+        repeated.update(train=max(0, len(train) - 1), val=max(0, len(val) - 1))
+    return both, +repeated

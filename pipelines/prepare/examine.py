@@ -6,10 +6,12 @@ import hashlib
 import os
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from pipelines.datasets.checks import (
     MAX_PIXELS,
@@ -112,7 +114,7 @@ def notes_on_look(image: Image.Image, bits: int, orientation: int) -> list[Findi
     grey = mode in ("1", "L", "LA", "La", "F") or mode.startswith("I")
     alpha = mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     fate = "torchvision reads it too bright or dark" if grey else "8 are used"
-    frames = num_frames(image)
+    frames = metadata(lambda: getattr(image, "n_frames", 1), 1)
     pixels = f"has {width} x {height} pixels"
     rotated = f"has EXIF orientation {orientation}: not applied"
     if image.format == "TIFF":
@@ -143,25 +145,23 @@ def notes_on_name(path: str, header: Header) -> list[Finding]:
     return notes
 
 
-# Damaged metadata keeps no back end from reading an image, and Pillow raises many things for it.
+def metadata(read: Callable[[], Any], default: int) -> int:
+    """Read a number of an image's metadata. Pillow raises many things where it is damaged.
 
-
-def num_frames(image: Image.Image) -> int:
+    That keeps no back end from reading the image.
+    """
     try:
-        return int(getattr(image, "n_frames", 1))
+        return int(read())
     except Exception:
-        return 1
+        return default
 
 
 def bits_of(stream: BinaryIO, image: Image.Image) -> int:
     """Return the bits of a sample."""
     if image.format == "PNG":
         return os.pread(stream.fileno(), 1, 24)[0]
-    if image.format == "TIFF":
-        try:
-            return int(max(image.tag_v2.get(258, (1,))))  # type: ignore[attr-defined]
-        except Exception:
-            return 8
+    if isinstance(image, TiffImageFile):
+        return metadata(lambda: max(image.tag_v2.get(258, (1,))), 8)
     return {"I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)
 
 
@@ -169,10 +169,7 @@ def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 where there is none that makes sense."""
     if image.format != "TIFF" and EXIF.isdisjoint(image.info):
         return 1  # of a PNG, Pillow would decode the pixels to look behind them
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:
-        return 1
+    return metadata(lambda: image.getexif().get(ORIENTATION, 1), 1)
 
 
 def hash_of_ends(file: int, size: int) -> str:

@@ -21,6 +21,8 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from pipelines.datasets.folders import class_names
+from pipelines.datasets.images import status_of
+from pipelines.datasets.known import IMAGENET_CLASSES, IMAGENET_COUNTS
 from pipelines.datasets.manifest import NAME, read_manifest
 from pipelines.errors import UserError
 from pipelines.files import atomic_write_in, scratch_folder, write_object
@@ -30,14 +32,13 @@ from pipelines.prepare.archives import (
     open_gzip,
     read_bytes,
     read_members,
+    read_whole,
 )
 
 WNID = re.compile(r"n\d{8}", re.ASCII)
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.ASCII)
 GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 META = "data/meta.mat"
-LIMIT = 64 << 20
-"""Bytes that a file of the devkit may have; the largest that is read has about 0.2 MB."""
 
 
 def read_devkit(path: Path) -> dict[int, str]:
@@ -50,9 +51,7 @@ def read_devkit(path: Path) -> dict[int, str]:
         for member in read_members(archive, path.name):
             for wanted in (GROUND_TRUTH, META):
                 if f"/{member.name}".endswith(f"/{wanted}"):
-                    if member.size > LIMIT:
-                        raise UserError(f"{path}: {member.name!r} is refused: over {LIMIT:,} bytes")
-                    found[wanted] = b"".join(read_bytes(archive, path.name, member))
+                    found[wanted] = read_whole(archive, path.name, member)
     for wanted in (GROUND_TRUTH, META):
         if wanted not in found:
             raise UserError(f"{path} has no {wanted}: download it again or give --val-labels FILE")
@@ -133,8 +132,6 @@ def read_lines(path: Path, flag: str) -> list[str]:
 ARCHIVES = {"val": "ILSVRC2012_img_val.tar", "train": "ILSVRC2012_img_train.tar"}
 """The small one first: it shows soon what is wrong."""
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
-COUNTS = {"val": (50_000, 1000), "train": (1_281_167, 1000)}
-"""Images and classes of ILSVRC-2012."""
 TRAIN_IMAGE = re.compile(r"n\d{8}_\d+\.JPEG", re.ASCII)
 BLOCK_LOSS = 0.02
 """Share that file systems add to the bytes of ImageNet's images: half a block of 4 KiB each."""
@@ -289,7 +286,8 @@ def extract(
                 found.left_out.append(image.name)
             else:
                 target = folder / wnid / image.name
-                if not has_size(target, image.size):
+                there = status_of(target)
+                if there is None or there.st_size != image.size:
                     with atomic_write_in(scratch, target) as file:
                         file.writelines(read_bytes(archive, path.name, image))
                     found.written += 1
@@ -297,13 +295,6 @@ def extract(
             bar.update(image.end - bar.n)
         bar.update(size - bar.n)
     return found
-
-
-def has_size(path: Path, size: int) -> bool:
-    try:
-        return os.stat(path).st_size == size
-    except FileNotFoundError:
-        return False
 
 
 def record(dst: Path, split: str, path: Path, found: Extracted) -> None:
@@ -332,10 +323,10 @@ def report(dst: Path, split: str, found: Extracted) -> None:
     ]
     if found.left_out:
         lines.append(f"{split}: {len(found.left_out):,} blacklisted images are left out")
-    images, expected = COUNTS[split]
-    if (total + len(found.left_out), classes) != (images, expected):
+    images = IMAGENET_COUNTS[split]
+    if (total + len(found.left_out), classes) != (images, IMAGENET_CLASSES):
         lines.append(
             f"{split}: note: this is not all of ILSVRC-2012, whose {ARCHIVES[split]} has "
-            f"{images:,} images in {expected:,} classes"
+            f"{images:,} images in {IMAGENET_CLASSES:,} classes"
         )
     print("\n".join(lines), flush=True)  # noqa: T201

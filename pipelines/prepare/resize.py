@@ -31,16 +31,15 @@ from tqdm import tqdm
 
 from pipelines.datasets.checks import check_file, damage
 from pipelines.datasets.folders import class_names, is_folder, visible
-from pipelines.datasets.images import ImageFile
+from pipelines.datasets.images import ImageFile, status_of
 from pipelines.datasets.manifest import NAME, read_manifest
 from pipelines.errors import UserError
 from pipelines.files import Row, atomic_write_in, scratch_folder, write_object
+from pipelines.prepare.examine import ORIENTATION, metadata
 from pipelines.workers import in_processes, num_cores
 
 SCALED_DECODE_MARGIN = 2
 """A scaled decode has at least this times the length that is asked for."""
-ORIENTATION = 0x0112
-"""EXIF tag."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,7 @@ def target_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
 def kept_metadata(image: Image.Image) -> dict[str, bytes]:
     """Return arguments for saving a JPEG: the orientation tag and the profile, if it is of RGB."""
     kept = {}
-    try:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged EXIF: no decoder reads it
-        orientation = 1
+    orientation = metadata(lambda: image.getexif().get(ORIENTATION, 1), 1)
     if orientation in range(2, 9):
         exif = Image.Exif()
         exif[ORIENTATION] = orientation
@@ -227,11 +223,8 @@ def target_name(name: str) -> str:
 
 def size_if_newer(path: Path, mtime_ns: int) -> int:
     """Return the bytes of a file that is not older than this; otherwise 0."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return 0
-    return found.st_size if found.st_mtime_ns >= mtime_ns else 0
+    found = status_of(path)
+    return found.st_size if found is not None and found.st_mtime_ns >= mtime_ns else 0
 
 
 @dataclass(frozen=True)

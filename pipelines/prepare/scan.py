@@ -18,6 +18,7 @@ import PIL
 from tqdm import tqdm
 
 from pipelines.datasets.folders import class_names, find_split, is_folder, visible
+from pipelines.datasets.images import status_of
 from pipelines.datasets.split import Split, check_classes, skip_line
 from pipelines.errors import UserError
 from pipelines.files import cache_folder, write_object, write_text
@@ -238,11 +239,8 @@ class ScanCache:
         found = self.files.get(path)
         if found is None or (decode and not found.decoded):
             return None
-        try:
-            status = os.stat(root / path)
-        except OSError:
-            return None
-        same = (status.st_size, status.st_mtime_ns) == (found.size, found.mtime_ns)
+        now = status_of(root / path)
+        same = now and (now.st_size, now.st_mtime_ns) == (found.size, found.mtime_ns)
         return found if same else None
 
     def save(self, files: dict[str, Examined]) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines.cli import check_seed
-from pipelines.datasets.folders import visible
+from pipelines.datasets.folders import SPLIT_FOLDERS, visible
 from pipelines.datasets.images import open_file, unreadable
 from pipelines.datasets.manifest import read_manifest
 from pipelines.datasets.shards import (
@@ -235,7 +235,7 @@ def earlier_manifest(dst: Path, seed: int, shard_size: int) -> Manifest | None:
 def read_splits(src: Path, skip_list: Path | None, on_bad_image: str) -> dict[str, Split]:
     """Read the splits that `src` has: "train", "val" or both."""
     splits = {}
-    for name, folders in (("train", ("train",)), ("val", ("val", "test"))):
+    for name, folders in SPLIT_FOLDERS.items():
         if any((src / folder).is_dir() for folder in folders):
             splits[name] = read_split(src, name, skip_list, on_bad_image=on_bad_image)
     if not splits:
