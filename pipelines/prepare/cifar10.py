@@ -26,13 +26,7 @@ from pipelines.datasets.known import CIFAR10_CLASSES, CIFAR10_COUNTS
 from pipelines.datasets.manifest import NAME
 from pipelines.errors import UserError
 from pipelines.files import atomic_write_in, scratch_folder, write_object
-from pipelines.prepare.archives import (
-    check_counts,
-    check_small,
-    open_gzip,
-    read_members,
-    read_whole,
-)
+from pipelines.prepare import archives
 
 SHAPE = (3, 32, 32)
 IMAGE_BYTES = 3 * 32 * 32
@@ -101,14 +95,14 @@ def read_files(source: Path) -> dict[str, bytes]:
     contents = {}
     if source.is_dir():
         for name in sorted(wanted & {path.name for path in source.iterdir()}):
-            check_small((source / name).stat().st_size, f"{source}: {name}")
+            archives.check_small((source / name).stat().st_size, f"{source}: {name}")
             contents[name] = (source / name).read_bytes()
         return contents
-    with open_gzip(source) as archive:
-        for member in read_members(archive, source.name):
+    with archives.open_gzip(source) as archive:
+        for member in archives.read_members(archive, source.name):
             name = Path(member.name).name
             if name in wanted:
-                contents[name] = read_whole(archive, source.name, member)
+                contents[name] = archives.read_whole(archive, source.name, member)
     return contents
 
 
@@ -201,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
             written += write_batch(batch, args.dst, counts[batch.split], scratch)
             bar.update(len(batch.labels))
     for split, classes in counts.items():
-        check_counts(args.dst / split, classes)
+        archives.check_counts(args.dst / split, classes)
     report(args.dst, counts, written, origin)
     return 0
 

@@ -26,14 +26,7 @@ from pipelines.datasets.known import IMAGENET_CLASSES, IMAGENET_COUNTS
 from pipelines.datasets.manifest import NAME, read_manifest
 from pipelines.errors import UserError
 from pipelines.files import atomic_write_in, scratch_folder, write_object
-from pipelines.prepare.archives import (
-    Member,
-    check_counts,
-    open_gzip,
-    read_bytes,
-    read_members,
-    read_whole,
-)
+from pipelines.prepare import archives
 
 WNID = re.compile(r"n\d{8}", re.ASCII)
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.ASCII)
@@ -47,11 +40,11 @@ def read_devkit(path: Path) -> dict[int, str]:
     Raises UserError where it is damaged or scipy, which reads its MATLAB file, is missing.
     """
     found: dict[str, bytes] = {}
-    with open_gzip(path) as archive:
-        for member in read_members(archive, path.name):
+    with archives.open_gzip(path) as archive:
+        for member in archives.read_members(archive, path.name):
             for wanted in (GROUND_TRUTH, META):
                 if f"/{member.name}".endswith(f"/{wanted}"):
-                    found[wanted] = read_whole(archive, path.name, member)
+                    found[wanted] = archives.read_whole(archive, path.name, member)
     for wanted in (GROUND_TRUTH, META):
         if wanted not in found:
             raise UserError(f"{path} has no {wanted}: download it again or give --val-labels FILE")
@@ -187,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
                 else:
                     images = val_images(archive, path, labels, blacklist)
                 found = extract(archive, path, images, args.dst / split, scratch)
-            check_counts(args.dst / split, found.classes)
+            archives.check_counts(args.dst / split, found.classes)
             record(args.dst, split, path, found)
             report(args.dst, split, found)
     return 0
@@ -203,13 +196,13 @@ def find_archives(folder: Path, only: str | None) -> dict[str, Path]:
     return paths
 
 
-def read_labels(archives: Path, label_file: Path | None) -> dict[int, str]:
+def read_labels(folder: Path, label_file: Path | None) -> dict[int, str]:
     """Read the labels: number of a validation image (from 1) -> WNID."""
     if label_file is not None:
         return read_label_file(label_file)
-    devkit = archives / DEVKIT
+    devkit = folder / DEVKIT
     if not devkit.is_file():
-        raise UserError(f"{archives} has no {DEVKIT}: put it there or give --val-labels FILE")
+        raise UserError(f"{folder} has no {DEVKIT}: put it there or give --val-labels FILE")
     return read_devkit(devkit)
 
 
@@ -241,14 +234,14 @@ def check_space(dst: Path, paths: dict[str, Path]) -> None:
         )
 
 
-def train_images(archive: IO[bytes], path: Path) -> Iterator[tuple[str | None, Member]]:
+def train_images(archive: IO[bytes], path: Path) -> Iterator[tuple[str | None, archives.Member]]:
     """Yield each image and its WNID from the archive of archives n01440764.tar, one a class."""
-    for inner in read_members(archive, path.name, end=path.stat().st_size):
+    for inner in archives.read_members(archive, path.name, end=path.stat().st_size):
         wnid = inner.name.removesuffix(".tar")
         if not WNID.fullmatch(wnid):
             raise UserError(f"{path}: {inner.name!r} is refused: n01440764.tar was expected")
         name = f"{path.name}: {inner.name}"
-        for image in read_members(archive, name, inner.start, inner.end):
+        for image in archives.read_members(archive, name, inner.start, inner.end):
             if not TRAIN_IMAGE.fullmatch(image.name):
                 raise UserError(f"{name}: {image.name!r} is refused: {wnid}_1.JPEG was expected")
             yield wnid, image
@@ -256,9 +249,9 @@ def train_images(archive: IO[bytes], path: Path) -> Iterator[tuple[str | None, M
 
 def val_images(
     archive: IO[bytes], path: Path, labels: dict[int, str], blacklist: frozenset[int]
-) -> Iterator[tuple[str | None, Member]]:
+) -> Iterator[tuple[str | None, archives.Member]]:
     """Yield each image and its WNID; None as the WNID of a blacklisted image."""
-    for image in read_members(archive, path.name, end=path.stat().st_size):
+    for image in archives.read_members(archive, path.name, end=path.stat().st_size):
         match = VAL_IMAGE.fullmatch(image.name)
         if match is None:
             raise UserError(
@@ -273,7 +266,7 @@ def val_images(
 def extract(
     archive: IO[bytes],
     path: Path,
-    images: Iterator[tuple[str | None, Member]],
+    images: Iterator[tuple[str | None, archives.Member]],
     folder: Path,
     scratch: Path,
 ) -> Extracted:
@@ -289,7 +282,7 @@ def extract(
                 there = status_of(target)
                 if there is None or there.st_size != image.size:
                     with atomic_write_in(scratch, target) as file:
-                        file.writelines(read_bytes(archive, path.name, image))
+                        file.writelines(archives.read_bytes(archive, path.name, image))
                     found.written += 1
                 found.classes[wnid] += 1
             bar.update(image.end - bar.n)

@@ -20,26 +20,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines.cli import check_seed
+from pipelines.datasets import shards
 from pipelines.datasets.folders import SPLIT_FOLDERS, visible
 from pipelines.datasets.images import open_file, unreadable
 from pipelines.datasets.manifest import read_manifest
-from pipelines.datasets.shards import (
-    MAX_BYTES,
-    MAX_IMAGE,
-    NAME,
-    Manifest,
-    Shard,
-    class_folders,
-    footprint,
-    index_name,
-    index_text,
-    layout,
-    member_names,
-    parse_manifest,
-    read_bounded,
-    shard_name,
-    write_manifest,
-)
+from pipelines.datasets.shards import Manifest, Shard
 from pipelines.datasets.split import ON_BAD_IMAGE, Split, check_classes, left_out_note, read_split
 from pipelines.errors import Damage, UserError
 from pipelines.files import atomic_write_in, scratch_folder
@@ -63,7 +48,7 @@ class Plan:
     """Of the tar file, if an earlier call has written it."""
 
     def index(self) -> bytes:
-        return index_text(self.names, self.sizes, self.labels).encode("ascii")
+        return shards.index_text(self.names, self.sizes, self.labels).encode("ascii")
 
 
 @dataclass(frozen=True)
@@ -90,7 +75,7 @@ def pack(dst: Path, scratch: Path, plan: Plan) -> Packed:
         file.flush()
         os.fsync(file.fileno())
         written = checksum(Path(file.name))
-    with atomic_write_in(scratch, path.with_name(index_name(plan.file))) as file:
+    with atomic_write_in(scratch, path.with_name(shards.index_name(plan.file))) as file:
         file.write(plan.index())
     return Packed(plan.file, written, written=True)
 
@@ -102,12 +87,12 @@ def checksum_if_whole(path: Path, plan: Plan) -> str | None:
     """
     try:
         status = path.stat()
-        if path.with_name(index_name(plan.file)).read_bytes() != plan.index():
+        if path.with_name(shards.index_name(plan.file)).read_bytes() != plan.index():
             return None
         newest = max(os.stat(image).st_mtime_ns for image in plan.paths)
     except FileNotFoundError:
         return None
-    if status.st_size != layout(plan.sizes)[2] or status.st_mtime_ns < newest:
+    if status.st_size != shards.layout(plan.sizes)[2] or status.st_mtime_ns < newest:
         return None
     return checksum(path)
 
@@ -194,10 +179,10 @@ def run(args: argparse.Namespace) -> int:
     jobs = [replace(plan, sha256=known[plan.file]) for listed in plans.values() for plan in listed]
     with scratch_folder(args.dst) as scratch:
         if earlier is None:
-            write_manifest(args.dst, manifest)
+            shards.write_manifest(args.dst, manifest)
         packed = pack_all(args.dst, scratch, jobs, args.workers)
         manifest = manifest.with_checksums({file: shard.sha256 for file, shard in packed.items()})
-        write_manifest(args.dst, manifest)
+        shards.write_manifest(args.dst, manifest)
     report(args.dst, splits, manifest, packed, time.perf_counter() - started)
     return 0
 
@@ -218,9 +203,9 @@ def earlier_manifest(dst: Path, seed: int, shard_size: int) -> Manifest | None:
     """Read the manifest of an earlier call. UserError if it had other flags, or DST is no such."""
     if not dst.exists() or not visible(dst):
         return None
-    if not (dst / NAME).exists():
-        raise UserError(f"{dst} is not empty and has no {NAME}: name a new folder for DST")
-    found = parse_manifest(read_bounded(dst / NAME), str(dst / NAME))
+    if not (dst / shards.NAME).exists():
+        raise UserError(f"{dst} is not empty and has no {shards.NAME}: name a new folder for DST")
+    found = shards.parse_manifest(shards.read_bounded(dst / shards.NAME), str(dst / shards.NAME))
     for flag, was, asked in (
         ("--seed", found.seed, seed),
         ("--shard-size", found.shard_size, shard_size),
@@ -250,17 +235,17 @@ def plan_split(name: str, split: Split, seed: int, shard_bytes: int) -> Iterator
     paths = [file.path for file in split.files]
     sizes, labels = file_sizes(paths), np.asarray(split.labels, np.int32)
     files = map(os.path.basename, paths)
-    names = member_names(class_folders(split.classes), files, labels.tolist())
+    names = shards.member_names(shards.class_folders(split.classes), files, labels.tolist())
     order = np.arange(len(split))
     if name == "train":
         order = Stream.SHARD_SHUFFLE.generator(seed).permutation(len(split))
-    room = footprint(sizes[order])
+    room = shards.footprint(sizes[order])
     total = int(room.sum())
     share = -(-total // -(-total // shard_bytes))  # of the fewest that it takes
     shard = (np.cumsum(room) - room) // share
     for number, indices in enumerate(np.split(order, np.flatnonzero(np.diff(shard)) + 1)):
         yield Plan(
-            file=shard_name(name, number),
+            file=shards.shard_name(name, number),
             paths=[paths[i] for i in indices.tolist()],
             names=[names[i] for i in indices.tolist()],
             sizes=sizes[indices],
@@ -274,10 +259,10 @@ def file_sizes(paths: list[str]) -> NDArray[np.int64]:
     with ThreadPoolExecutor(8) as pool:  # pays where the disk is slow
         sizes = np.concatenate(list(pool.map(sizes_of, chunks)))
     largest = int(sizes.argmax())
-    if sizes[largest] > MAX_IMAGE:
+    if sizes[largest] > shards.MAX_IMAGE:
         raise UserError(
-            f"{paths[largest]} has {sizes[largest]:,} bytes, more than {MAX_IMAGE:,}: remove it or "
-            "name it in --skip-list"
+            f"{paths[largest]} has {sizes[largest]:,} bytes, more than {shards.MAX_IMAGE:,}: "
+            "remove it or name it in --skip-list"
         )
     return sizes
 
@@ -295,18 +280,18 @@ def sizes_of(paths: list[str]) -> NDArray[np.int64]:
 def planned(plan: Plan) -> Shard:
     """Make the manifest's entry of a shard before it is written."""
     index = plan.index()
-    if len(index) > MAX_BYTES:
+    if len(index) > shards.MAX_BYTES:
         raise UserError(
             f"--shard-size: the index of {plan.file} would have {len(index):,} bytes, more than "
-            f"{MAX_BYTES:,}: take a smaller size"
+            f"{shards.MAX_BYTES:,}: take a smaller size"
         )
-    size = layout(plan.sizes)[2]
+    size = shards.layout(plan.sizes)[2]
     return Shard(plan.file, len(plan.paths), size, hashlib.sha256(index).hexdigest())
 
 
 def pack_all(dst: Path, scratch: Path, plans: list[Plan], workers: int) -> dict[str, Packed]:
     """Pack all shards in processes; returns them by file name."""
-    sizes = {plan.file: int(footprint(plan.sizes).sum()) for plan in plans}
+    sizes = {plan.file: int(shards.footprint(plan.sizes).sum()) for plan in plans}
     packed = {}
     total = sum(sizes.values())
     with tqdm(total=total, unit="B", unit_scale=True, smoothing=0.05, disable=None) as bar:
@@ -327,9 +312,9 @@ def report(
     written = sum(shard.written for shard in packed.values())
     lines = [note for note in map(left_out_note, splits.values()) if note]
     for name, split in splits.items():
-        shards = manifest.splits[name]
-        size = sum(shard.bytes for shard in shards) / 1e6
-        files = "1 tar file" if len(shards) == 1 else f"{len(shards):,} tar files"
+        tars = manifest.splits[name]
+        size = sum(tar.bytes for tar in tars) / 1e6
+        files = "1 tar file" if len(tars) == 1 else f"{len(tars):,} tar files"
         lines.append(f"{name}: {len(split):,} images, {files}, {size:,.1f} MB")
     lines.append(
         f"{dst}: {written:,} written, {len(packed) - written:,} were there, {seconds:,.1f} s"
