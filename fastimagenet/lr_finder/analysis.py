@@ -453,7 +453,7 @@ def why_nothing(sweeps: Sequence[Sweep]) -> str:
     return "the loss is not finite, or diverges, in the first iterations: try a lower --start-lr"
 
 
-FIELDS = {"weight decay": "weight_decay", "momentum": "momentum"}
+FIELDS = ("weight_decay", "momentum")
 """What sweeps can differ in."""
 
 
@@ -462,11 +462,11 @@ def labels(sweeps: Sequence[Sweep]) -> tuple[str, list[str]]:
 
     Sweeps that are all alike are numbered.
     """
-    names = _differing(sweeps)
-    if not names:
+    fields = _differing(sweeps)
+    if not fields:
         return "sweep", [str(number) for number in range(1, len(sweeps) + 1)]
-    return ", ".join(names), [
-        ", ".join(plain(getattr(sweep, FIELDS[name])) for name in names) for sweep in sweeps
+    return ", ".join(fields).replace("_", " "), [
+        ", ".join(plain(getattr(sweep, field)) for field in fields) for sweep in sweeps
     ]
 
 
@@ -475,13 +475,10 @@ def in_words(sweep: Sweep, sweeps: Sequence[Sweep]) -> str:
 
     By its weight decay where nothing differs.
     """
-    names = _differing(sweeps) or ["weight decay"]
-    return ", ".join(f"{name} {plain(getattr(sweep, FIELDS[name]))}" for name in names)
+    fields = _differing(sweeps) or ["weight_decay"]
+    words = (f"{field} {plain(getattr(sweep, field))}" for field in fields)
+    return ", ".join(words).replace("_", " ")
 
 
 def _differing(sweeps: Sequence[Sweep]) -> list[str]:
-    return [
-        name
-        for name, field in FIELDS.items()
-        if len({getattr(sweep, field) for sweep in sweeps}) > 1
-    ]
+    return [field for field in FIELDS if len({getattr(sweep, field) for sweep in sweeps}) > 1]

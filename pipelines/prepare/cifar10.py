@@ -28,8 +28,7 @@ from pipelines.errors import UserError
 from pipelines.files import atomic_write_in, scratch_folder, write_object
 from pipelines.prepare import archives
 
-SHAPE = (3, 32, 32)
-IMAGE_BYTES = 3 * 32 * 32
+SHAPE, IMAGE_BYTES = (3, 32, 32), 3 * 32 * 32
 
 
 @dataclass(frozen=True)
@@ -58,20 +57,11 @@ VERSIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The images of one file."""
-
-    split: str
-    pixels: np.ndarray
-    """(N, 32, 32, 3) uint8, RGB."""
-    labels: list[int]
-
-
-def read_batches(source: Path) -> Iterator[Batch]:
+def read_batches(source: Path) -> Iterator[tuple[str, np.ndarray, list[int]]]:
     """Read the batches of an archive or of the folder it unpacks to, in the order of the images.
 
-    Raises UserError for anything but what the official files have inside.
+    Yields the split, pixels, (N, 32, 32, 3) uint8 RGB, and labels of each. Raises UserError for
+    anything but what the official files have inside.
     """
     contents = read_files(source)
     complete = [version for version in VERSIONS if version.files().keys() <= contents.keys()]
@@ -86,7 +76,7 @@ def read_batches(source: Path) -> Iterator[Batch]:
             raise UserError(f"{where} has labels that are not 0 to 9")
         if len(labels) != len(pixels):
             raise UserError(f"{where} has {len(pixels):,} images but {len(labels):,} labels")
-        yield Batch(split, pixels.reshape(-1, *SHAPE).transpose(0, 2, 3, 1), labels)
+        yield split, pixels.reshape(-1, *SHAPE).transpose(0, 2, 3, 1), labels
 
 
 def read_files(source: Path) -> dict[str, bytes]:
@@ -191,9 +181,9 @@ def run(args: argparse.Namespace) -> int:
         scratch_folder(args.dst) as scratch,
         tqdm(total=sum(CIFAR10_COUNTS.values()), unit="image", disable=None) as bar,
     ):
-        for batch in read_batches(source):
-            written += write_batch(batch, args.dst, counts[batch.split], scratch)
-            bar.update(len(batch.labels))
+        for split, pixels, labels in read_batches(source):
+            written += write_batch(pixels, labels, args.dst / split, counts[split], scratch)
+            bar.update(len(labels))
     for split, classes in counts.items():
         archives.check_counts(args.dst / split, classes)
     report(args.dst, counts, written, origin)
@@ -221,12 +211,14 @@ def describe(source: Path) -> dict[str, Any]:
     return origin
 
 
-def write_batch(batch: Batch, dst: Path, classes: Counter[str], scratch: Path) -> int:
+def write_batch(
+    batch: np.ndarray, labels: list[int], folder: Path, classes: Counter[str], scratch: Path
+) -> int:
     """Write the missing images and count all in `classes`; returns how many were written."""
     written = 0
-    for pixels, label in zip(batch.pixels, batch.labels, strict=True):
+    for pixels, label in zip(batch, labels, strict=True):
         name = CIFAR10_CLASSES[label]
-        path = dst / batch.split / name / f"{classes.total():05}.png"
+        path = folder / name / f"{classes.total():05}.png"
         classes[name] += 1
         if not (path.exists() and path.stat().st_size):
             with atomic_write_in(scratch, path) as file:
