@@ -42,18 +42,35 @@ NOTES = {
 
 
 @dataclass
+class Listing:
+    """The files of both splits, relative to the data folder."""
+
+    names: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    """Folders in class folders."""
+    classes: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """Split -> class -> names of its files."""
+    problems: list[str] = field(default_factory=list)
+    """What is wrong with the folders: training stops at these."""
+
+    def split_of(self, name: str) -> str:
+        return "train" if name.startswith("train" + os.sep) else "val"
+
+
+@dataclass(frozen=True)
 class Findings:
     """What a scan found; paths are relative to the data folder."""
 
+    listing: Listing
     examined: dict[str, Examined]
-    decoded: bool
-    problems: list[str] = field(default_factory=list)
-    """What is wrong with the folders: training stops at these."""
-    folders: list[str] = field(default_factory=list)
-    """Folders in class folders."""
-    duplicates: list[Duplicates] = field(default_factory=list)
-    repeated: dict[str, int] = field(default_factory=dict)
+    duplicates: list[Duplicates]
+    repeated: dict[str, int]
     """Split -> number of images that repeat another one of the split."""
+
+    @property
+    def decoded(self) -> bool:
+        """Whether all pixels were read, not only headers."""
+        return all(file.decoded for file in self.examined.values())
 
     def by_kind(self) -> dict[str, list[tuple[str, str]]]:
         """Group the files by kind, damage first: kind -> (path, details)."""
@@ -61,7 +78,7 @@ class Findings:
         for path, file in self.examined.items():
             for kind, text in file.findings:
                 found[kind].append((path, text))
-        found["folder"] += [(path, "is a folder") for path in self.folders]
+        found["folder"] += [(path, "is a folder") for path in self.listing.folders]
         return {kind: sorted(files) for kind, files in found.items() if files}
 
     def damaged(self) -> list[tuple[str, str]]:
@@ -73,6 +90,16 @@ class Findings:
             if kind in DAMAGE
         )
 
+    def classes_left_empty(self) -> list[str]:
+        """Name the classes at which training would stop even with the skip list."""
+        damaged = {path for path, _ in self.damaged()}
+        return [
+            f"class {name} has no image in {split} that can be read"
+            for split, classes in self.listing.classes.items()
+            for name, files in classes.items()
+            if files and damaged.issuperset(files)
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a JSON object."""
         by_kind = self.by_kind()
@@ -80,7 +107,7 @@ class Findings:
             "images": len(self.examined),
             "decoded": self.decoded,
             "counts": {kind: len(files) for kind, files in by_kind.items()},
-            "problems": self.problems,
+            "problems": self.listing.problems,
             "findings": [
                 {
                     "path": path,
@@ -122,8 +149,8 @@ def describe(findings: Findings, num_read: int, seconds: float, skip_list: Path 
         for kind, files in found.items():
             lines += kind_lines(kind, kinds[kind], files)
     lines += duplicate_lines(findings)
-    if findings.problems:
-        lines += ["problems, would stop training:", *(f"  {text}" for text in findings.problems)]
+    if problems := findings.listing.problems:
+        lines += ["problems, would stop training:", *(f"  {text}" for text in problems)]
     lines.append(advice(findings, skip_list))
     return printable("\n".join(lines))
 
@@ -168,7 +195,8 @@ def advice(findings: Findings, skip_list: Path | None) -> str:
     """Say in the last line what to do now."""
     number = len(findings.damaged())
     if not number:
-        return "training stops at the problems above" if findings.problems else "nothing is damaged"
+        problems = findings.listing.problems
+        return "training stops at the problems above" if problems else "nothing is damaged"
     files = "1 damaged file" if number == 1 else f"{number:,} damaged files"
     if skip_list is not None:
         return f"{files}: leave them out with --skip-list {shlex.quote(str(skip_list))}"

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,28 +23,13 @@ from pipelines.errors import UserError
 from pipelines.files import cache_folder, write_object, write_text
 from pipelines.prepare.duplicates import between_splits, equal_files
 from pipelines.prepare.examine import MAX_SECONDS, Examined, examine_all
-from pipelines.prepare.findings import DAMAGE, NOTES, Findings, describe
+from pipelines.prepare.findings import DAMAGE, NOTES, Findings, Listing, describe
 from pipelines.workers import in_processes, num_cores
 
 HEADERS, PIXELS = 128, 16
 """Files in a job, with headers and with pixels read: Ctrl-C waits until the current jobs end."""
 Job = Callable[[list[str]], list[tuple[str, Examined]]]
 SKIP_LIST_TITLE = "# Damaged images, found by python -m pipelines.prepare scan"
-
-
-@dataclass
-class Listing:
-    """The files of both splits, relative to the data folder."""
-
-    names: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    """Folders in class folders."""
-    classes: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    """Split -> class -> names of its files."""
-    problems: list[str] = field(default_factory=list)
-
-    def split_of(self, name: str) -> str:
-        return "train" if name.startswith("train" + os.sep) else "val"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -83,15 +67,14 @@ def run(args: argparse.Namespace) -> int:
         raise
     cache.save(files)
     both, repeated = between_splits(equal, listing.split_of)
-    decoded = args.decode or all(file.decoded for file in files.values())
-    findings = Findings(files, decoded, listing.problems, listing.folders, both, repeated)
-    findings.problems += classes_left_empty(listing, findings)
+    findings = Findings(listing, files, both, repeated)
+    listing.problems += findings.classes_left_empty()
     if args.report is not None:
         write_object(args.report, {"folder": str(root), **findings.to_dict()})
     if args.skip_list is not None:
         write_skip_list(args.skip_list, findings)
     print(describe(findings, len(left), seconds, args.skip_list), flush=True)  # noqa: T201
-    return 1 if findings.problems or findings.damaged() else 0
+    return 1 if listing.problems or findings.damaged() else 0
 
 
 def check_flags(workers: int, report: Path | None, skip_list: Path | None) -> None:
@@ -190,17 +173,6 @@ def examine_apart(job: Job, names: list[str]) -> Iterator[list[tuple[str, Examin
         else:
             text = f"ends the process that decodes it, or takes it over {MAX_SECONDS} s"
             yield [(names[0], Examined(-1, -1, True, "", (("corrupt", text),)))]
-
-
-def classes_left_empty(listing: Listing, findings: Findings) -> list[str]:
-    """Name the classes at which training would stop even with the skip list."""
-    damaged = {path for path, _ in findings.damaged()}
-    return [
-        f"class {name} has no image in {split} that can be read"
-        for split, classes in listing.classes.items()
-        for name, files in classes.items()
-        if files and damaged.issuperset(files)
-    ]
 
 
 def write_skip_list(path: Path, findings: Findings) -> None:
