@@ -9,7 +9,6 @@ resumes where it was stopped, and repeats no run that is finished.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -25,16 +24,16 @@ from benchmarks.common.matrix import (
     matrix_flags,
     measured,
 )
-from benchmarks.common.measuring import markdown
+from benchmarks.common.measuring import begin, command_parser, document, markdown, write_result
 from benchmarks.common.statistics import interval, interval_text
 from fastimagenet import cli
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.recipe import Recipe
-from pipelines.cli import Parser, make_parser
+from pipelines.cli import Parser
 from pipelines.errors import UserError
-from pipelines.files import Row, write_object, write_text
-from pipelines.formats import NO_BREAK, duration, percent
+from pipelines.files import Row
+from pipelines.formats import duration, percent
 
 FULL = "all"
 """The name of the runs in which nothing is switched off."""
@@ -72,11 +71,7 @@ PARTS: dict[str, Callable[[Recipe], list[str]]] = {
 
 def parser() -> Parser:
     """Build the command line."""
-    result = make_parser(
-        "benchmarks.ablation",
-        "Train a recipe whole and with one of its parts switched off at a time, and compare.",
-        "python -m benchmarks.ablation --data CIFAR10 --runs 3 --only whitening optimizer",
-    )
+    result = command_parser(__doc__)
     add = result.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder")
     add("--recipe", default="cifar10-speed", metavar="NAME", help="default cifar10-speed")
@@ -88,17 +83,14 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
+    args, about = begin(parser(), argv)
     data = describe(args.data)
     seeds = range(args.seed, args.seed + args.runs)
     matrix = Matrix.of(variants(args, data.train_images), seeds, args.output, args.data)
     status = matrix.run()
     if any(training.run == FULL for training in matrix.finished):
-        command = shlex.join(["python", "-m", "benchmarks.ablation", *argv])
-        result = read_ablation(matrix.finished, data, command)
-        write_object(args.output / "ablation.json", result)
-        write_text(args.output / "table.md", table(result))
+        result = read_ablation(matrix.finished, data, about["command"])
+        write_result(args.output, "ablation", result, table(result))
         print(f"\n{table(result)}\ntable and JSON: {args.output}", flush=True)
     else:
         print("\nno run of the whole recipe is finished: no table yet")
@@ -170,18 +162,14 @@ def read_ablation(finished: Sequence[Training], data: Data, command: str) -> Row
 def table(result: Row) -> str:
     """Format the result as Markdown."""
     name = "with TTA" if result["judged"] == "tta_top1" else "plain"
-    lines = [
+    return document(
         f"# Recipe {result['recipe']}, one part switched off at a time",
-        "",
         f"{result['hardware']}; {result['precision']}; torch {result['versions']['torch']}; "
         f"{result['date']}; {result['epochs']} epochs; {Data(**result['data']).counts}.",
-        "",
         markdown([HEADER, *map(cells, result["rows"])]),
-        "",
         f"Means over n seeds, with 95 % intervals for n > 1; differences to the first row {name}, "
         "seed by seed. Train: the training clock; wall: everything.",
-    ]
-    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
+    )
 
 
 def cells(row: Row) -> list[str]:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from math import log
 from pathlib import Path
 
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from benchmarks.common.measuring import markdown
+from benchmarks.common.measuring import command_parser, markdown
 from benchmarks.common.plots import (
     LOOKS,
     Curve,
@@ -25,6 +24,8 @@ from benchmarks.common.plots import (
     accuracy_points,
     lr_points,
     schedule_text,
+    set_heights,
+    svgs,
     time_bars,
 )
 from benchmarks.common.published import Published, published
@@ -35,13 +36,12 @@ from fastimagenet.report.figures import (
     SMALL,
     draw_line,
     new_figure,
-    svg,
     thousands,
     write_files,
 )
 from fastimagenet.report.run import Run
 from pipelines import pages
-from pipelines.cli import make_parser, output_folder
+from pipelines.cli import output_folder
 from pipelines.errors import UserError
 from pipelines.files import Row, write_text
 from pipelines.formats import NO_BREAK, duration, percent, time_unit
@@ -56,12 +56,7 @@ TERMINAL = ("run", "max_lr", "schedule", "steps", "top-1", "train time", "time t
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError naming the folder."""
-    parser = make_parser(
-        "benchmarks.compare",
-        "Set finished runs beside each other and beside published figures: a table, a page\n"
-        "(compare.html) and a picture (comparison.svg, .png).",
-        "python -m benchmarks.compare runs/one runs/other --output comparison",
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="a run's --output folder")
     add("--output", metavar="DIR", type=output_folder, default=Path(), help="default: here")
@@ -115,10 +110,7 @@ def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
         lead=f"Plain validation {metric}, one view of every image; {beside}.",
         header=HEADER,
         rows=[(name, *cells[1:]) for name, cells in zip(what.runs, rows, strict=True)],
-        figures=[
-            (heading, Markup(svg(figure, f"plot{index}")))
-            for index, (heading, figure) in enumerate(figures.items())
-        ],
+        figures=svgs(figures),
         entries=what.entries,
         clock=TRAIN_CLOCK,
     )
@@ -184,9 +176,7 @@ def look(index: int) -> Row:
 def picture(what: Comparison) -> Figure:
     """Plot accuracy against time and against epochs, and where the time went."""
     figure, axes = new_figure(3, size=(WIDE, 9.2 + 0.25 * len(what.runs)))
-    grid = axes[0].get_gridspec()
-    assert grid is not None
-    grid.set_height_ratios((5, 4, 0.8 + 0.5 * len(what.runs)))
+    set_heights(axes[0], (5, 4, 0.8 + 0.5 * len(what.runs)))
     draw_against_time(axes[0], what)
     draw_against_epochs(axes[1], what)
     draw_time_split(axes[2], what)

@@ -124,14 +124,9 @@ class Matrix:
                 recipe = with_copies(variant.recipe, data)
                 num_train, batch = variant.num_train, variant.global_batch
                 plan = Plan.of(recipe, world_size, num_train, batch)
+                flags = [*variant.flags, *flags]
                 trainings.append(
-                    Training(
-                        run=variant.name,
-                        seed=seed,
-                        plan=plan,
-                        folder=path,
-                        flags=[*variant.flags, *flags],
-                    )
+                    Training(run=variant.name, seed=seed, plan=plan, folder=path, flags=flags)
                 )
         for training in trainings:
             training.check_folder(os.path.abspath(data))
@@ -190,20 +185,8 @@ class Matrix:
         return 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """The head of a result: what was run on what, and when."""
-
-    command: str
-    date: str
-    hardware: str
-    """Of all machines that the runs were made on."""
-    precision: str
-    versions: dict[str, str]
-
-
 def measured(summaries: Sequence[Row], command: str) -> Row:
-    """Return the fields of `Measured` from the summaries of finished runs."""
+    """Return the head of a result: what was run on what, and when, by the runs' summaries."""
     return {
         "command": command,
         "date": max(summary["started"] for summary in summaries)[:10],

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.cli import Parser, at_least, output_file, positive
+from pipelines.cli import Parser, at_least, make_parser, output_file, positive
 from pipelines.datasets.split import Split, left_out_note, read_split
 from pipelines.environment import processor, versions
-from pipelines.files import Row
+from pipelines.files import Row, write_object, write_text
 from pipelines.formats import NO_BREAK
 
 
-def facts(name: str, argv: Sequence[str]) -> Row:
-    """Return what every result file tells of the machine; to be called before measuring.
+def begin(parser: Parser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Row]:
+    """Parse the flags; return them, and what every result file tells of command and machine.
 
     `load_average` is that of the minute before: well above 0, other processes ran too.
     """
-    return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *argv]),
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return parser.parse_args(argv), {
+        "command": shlex.join([*parser.prog.split(), *argv]),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": processor(),
         "versions": versions(),
         "load_average": os.getloadavg()[0],
     }
+
+
+def command_parser(doc: str) -> Parser:
+    """Make a command's parser from the docstring of its module: its first line and its example."""
+    example = re.search(r"python -m (\S+).*", doc)
+    assert example is not None
+    return make_parser(example[1], doc.partition("\n")[0], example[0])
 
 
 def add_round_flags(parser: Parser, seconds: float, rounds: int = 5) -> None:
@@ -56,6 +66,17 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded).replace(NO_BREAK, " ")
+
+
+def document(*blocks: str) -> str:
+    """Join headings, tables and paragraphs to a Markdown file; empty ones are left out."""
+    return "\n\n".join(filter(None, blocks)).replace(NO_BREAK, " ") + "\n"
+
+
+def write_result(folder: Path, name: str, result: Row, table: str) -> None:
+    """Write FOLDER/NAME.json and table.md."""
+    write_object(folder / f"{name}.json", result)
+    write_text(folder / "table.md", table)
 
 
 def training_images(root: Path) -> Split:

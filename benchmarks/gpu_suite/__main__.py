@@ -26,11 +26,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from benchmarks.common.measuring import command_parser
 from benchmarks.gpu_suite.parts import PARTS, Part, Setup
 from benchmarks.gpu_suite.report import REHEARSAL, PartResult, Result, write_results
 from fastimagenet import cli
 from fastimagenet.distributed.world import Launch
-from pipelines.cli import Parser, make_parser, output_folder
+from pipelines.cli import Parser, output_folder
 from pipelines.datasets.folders import find_split
 from pipelines.environment import processor, versions
 from pipelines.errors import UserError
@@ -46,11 +47,7 @@ GRACE_SECONDS = 5
 
 def parser() -> Parser:
     """Build the command line."""
-    result = make_parser(
-        "benchmarks.gpu_suite",
-        "Measure and test everything that needs a GPU, in less than eight minutes.",
-        "python -m benchmarks.gpu_suite --data photographs --cifar10 cifar10 --output runs/gpu",
-    )
+    result = command_parser(__doc__)
     cli.add_device_flag(result)
     add = result.add_argument
     add("--output", type=output_folder, required=True, metavar="DIR", help="a new folder")

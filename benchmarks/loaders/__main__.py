@@ -29,14 +29,15 @@ import torch
 from benchmarks.common.measuring import (
     add_json_flag,
     add_round_flags,
-    facts,
+    begin,
+    command_parser,
     markdown,
     training_images,
 )
 from benchmarks.common.statistics import estimate, ratio, shown
 from benchmarks.loaders.contestants import LOADERS, MIN_SCALE, Task, spdl_version
 from pipelines import cli
-from pipelines.cli import Parser, at_least, make_parser
+from pipelines.cli import Parser, at_least
 from pipelines.datasets.digits import digits_folder
 from pipelines.errors import UserError
 from pipelines.files import Row, write_object
@@ -172,11 +173,7 @@ def labelled(data: list[str] | None) -> dict[str, Path]:
 
 def parser() -> Parser:
     """Build the command line."""
-    result = make_parser(
-        "benchmarks.loaders",
-        __doc__.partition("\n")[0],
-        "python -m benchmarks.loaders --data originals=imagenet copies=small/160 --threads 2",
-    )
+    result = command_parser(__doc__)
     add = result.add_argument
     help_text = "folders with train/CLASS/IMAGE that are read in turn; default: the embedded digits"
     add("--data", nargs="+", metavar="[LABEL=]DIR", help=help_text)
@@ -194,9 +191,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    about = facts("loaders", argv)
+    args, about = begin(parser(), argv)
     torch.set_num_threads(args.threads)  # for what is augmented in this process
     measured, left_out = run(args)
     print(f"\n{about['hardware']}, {args.threads} threads (95 % intervals)\n")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.common.measuring import facts, markdown
+from benchmarks.common.measuring import begin, command_parser, document, markdown
 from benchmarks.common.plots import time_bars
 from benchmarks.plan.prediction import MIN_STEPS, Candidate, candidates, with_fitting_batch
 from fastimagenet import cli
@@ -29,7 +29,7 @@ from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.figures import new_figure, with_legend, write_files
 from fastimagenet.run import check_output, read_data, with_copies
 from fastimagenet.training.clock import Stopwatch
-from pipelines.cli import Parser, at_least, make_parser, output_folder, positive
+from pipelines.cli import Parser, at_least, output_folder, positive
 from pipelines.datasets.known import dataset_name
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object, write_object, write_text
@@ -41,11 +41,7 @@ PASSED_ON = ("data", "skip_list", "on_bad_image", "backend", "device", "seed", "
 
 def parser() -> Parser:
     """Build the command line."""
-    result = make_parser(
-        "benchmarks.plan",
-        "Predict what a recipe takes on nodes like this one, and scale it to a budget.",
-        "python -m benchmarks.plan --data imagenet --minutes 30 --nodes 4 --price 98.32",
-    )
+    result = command_parser(__doc__)
     cli.add_machine_flags(result)
     cli.add_run_flags(result, "runs/plan-RECIPE-TIME", output_folder)
     add = result.add_argument
@@ -55,28 +51,21 @@ def parser() -> Parser:
     add("--gpus", type=at_least(1), metavar="K", help="of a node; default: those of this one, or 1")
     add("--price", type=float, metavar="USD", help="of one node for an hour, on demand")
     add("--target", metavar="METRIC=VALUE", help="top5=0.93, top1=0.94; default: the recipe's")
-    add(
-        "--probe-seconds",
-        type=positive,
-        default=60.0,
-        metavar="S",
-        help="of measuring, about, start-up aside; default 60",
-    )
+    help_text = "of measuring, about, start-up aside; default 60"
+    add("--probe-seconds", type=positive, default=60.0, metavar="S", help=help_text)
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     clock = Stopwatch()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
+    args, about = begin(parser(), argv)
     if args.check is not None:
         if args.output is None:
             raise UserError("--check needs --output: the folder that the plan was written to")
         print(check(args.output, args.check))
         return 0
     check_numbers(args)
-    about = facts("plan", argv)
     config = cli.run_config(args).with_output("plan-")
     args.output = config.folder
     if args.target is not None:
@@ -160,6 +149,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--price must be a number of US dollars, not {args.price}")
 
 
+CLOCKS = ("train_seconds", "wall_seconds")
 UNQUIET = 0.1
 """Spread of the probed rates above which a prediction within 10 % is not to be had."""
 NOT_MEASURED = (
@@ -170,14 +160,10 @@ NOT_MEASURED = (
 
 def write_results(result: Row, found: list[Candidate], folder: Path) -> None:
     """Write plan.json, table.md, plan.svg and .png, and recipe.toml: the first candidate."""
-    rows = [
-        asdict(each)
-        | {
-            "predicted_wall_seconds": each.wall_seconds,
-            "predicted_train_seconds": each.train_seconds,
-        }
-        for each in found
-    ]
+    rows = []
+    for each in found:
+        totals = {f"predicted_{name}": getattr(each, name) for name in CLOCKS}
+        rows.append(asdict(each) | totals)
     probe = result["probe"]
     # Names in a JSON object are text.
     rates = {str(size): rate for size, rate in probe["eval_images_per_sec"].items()}
@@ -194,33 +180,28 @@ def table(result: Row, found: list[Candidate]) -> str:
         *("predicted", "epochs", "sizes", "global batch", "steps", "train", "wall", "cost"),
         *("expected top-1", "top-5"),
     )
-    rows = [row(each) for each in found]
     sources = dict.fromkeys(each.accuracy_source for each in found)
     known = any(each.accuracy for each in found)
     spread = max(rates["spread"] for rates in result["probe"]["train"])
     price = result["node_usd_per_hour"]
     nodes = f"{result['nodes']} x {result['gpus_per_node']} processes"
-    lines = [
-        f"# {found[0].recipe.name} on {result['data']} within {result['minutes']:g} minutes: "
-        "predicted",
-        "",
-        f"{nodes} like the one probed: {result['hardware_probed']}; {result['precision']}; "
-        f"torch {result['versions']['torch']}; {result['date']}"
-        + ("." if price is None else f"; ${price:g} an hour and node."),
-        "",
-        markdown([header, *rows]),
-        "",
+    unquiet = ": the machine was not quiet, and the prediction is as uncertain"
+    notes = [
         NOT_MEASURED,
         f"The probed training rates varied by up to {100 * spread:.0f} % from round to round"
-        + (
-            ": the machine was not quiet, and the prediction is as uncertain."
-            if spread > UNQUIET
-            else "."
-        ),
+        + (f"{unquiet}." if spread > UNQUIET else "."),
         ("Accuracies are expected, not measured" if known else "No accuracy is expected")
         + f": {'; '.join(sources)}.",
     ]
-    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
+    return document(
+        f"# {found[0].recipe.name} on {result['data']} within {result['minutes']:g} minutes: "
+        "predicted",
+        f"{nodes} like the one probed: {result['hardware_probed']}; {result['precision']}; "
+        f"torch {result['versions']['torch']}; {result['date']}"
+        + ("." if price is None else f"; ${price:g} an hour and node."),
+        markdown([header, *map(row, found)]),
+        "\n".join(notes),
+    )
 
 
 def row(each: Candidate) -> tuple[str, ...]:
@@ -289,8 +270,8 @@ def check(plan_dir: Path, run_dir: Path) -> str:
         part: (seconds, summary["time_split_seconds"].get(part, 0.0))
         for part, seconds in predicted["seconds"].items()
     }
-    parts["train"] = predicted["predicted_train_seconds"], summary["train_seconds"]
-    parts["wall"] = predicted["predicted_wall_seconds"], summary["wall_seconds"]
+    for name in CLOCKS:
+        parts[name.removesuffix("_seconds")] = predicted[f"predicted_{name}"], summary[name]
     rows = {
         part: {"predicted_seconds": ours, "measured_seconds": real, "error": error(ours, real)}
         for part, (ours, real) in parts.items()

@@ -23,7 +23,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from benchmarks.common.measuring import add_data_flag, facts, markdown, training_images
+from benchmarks.common.measuring import (
+    add_data_flag,
+    begin,
+    command_parser,
+    markdown,
+    training_images,
+)
 from fastimagenet.report.figures import (
     BLUE,
     ORANGE,
@@ -36,7 +42,7 @@ from fastimagenet.report.figures import (
 )
 from pipelines import cli
 from pipelines.backends import BACKENDS, make_loader
-from pipelines.cli import Parser, at_least, make_parser, output_file
+from pipelines.cli import Parser, at_least, output_file
 from pipelines.errors import UserError
 from pipelines.files import Row, write_object
 from pipelines.loader import LoaderSpec, Stage
@@ -166,11 +172,7 @@ def draw(epochs: list[Epoch]) -> Figure:
 
 def parser() -> Parser:
     """Build the command line."""
-    result = make_parser(
-        "benchmarks.research.loader_memory",
-        __doc__.partition("\n")[0],
-        "python -m benchmarks.research.loader_memory --data photos --json memory.json",
-    )
+    result = command_parser(__doc__)
     add = result.add_argument
     add_data_flag(result)
     add("--backend", choices=BACKENDS, default="dali")
@@ -187,9 +189,8 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    about, sizes = facts("research.loader_memory", argv), args.image_size
+    args, about = begin(parser(), argv)
+    sizes = args.image_size
     if len(set(sizes)) < len(sizes):
         raise UserError("--image-size: name each size once")
     if args.epochs % len(sizes) or args.epochs < 3 * len(sizes):

@@ -27,12 +27,13 @@ from benchmarks.common.measuring import (
     add_data_flag,
     add_json_flag,
     add_round_flags,
-    facts,
+    begin,
+    command_parser,
     markdown,
 )
 from benchmarks.common.statistics import estimate, ratio
 from pipelines import cli
-from pipelines.cli import Parser, at_least, make_parser
+from pipelines.cli import Parser, at_least
 from pipelines.errors import UserError
 from pipelines.files import write_object
 from pipelines.prepare.examine import examine_all
@@ -110,11 +111,7 @@ def measure(root: Path, names: list[str], args: argparse.Namespace) -> dict[str,
 
 def parser() -> Parser:
     """Build the command line."""
-    result = make_parser(
-        "benchmarks.research.prepare_rates",
-        __doc__.partition("\n")[0],
-        "python -m benchmarks.research.prepare_rates --data photos --workers 2",
-    )
+    result = command_parser(__doc__)
     add = result.add_argument
     add_data_flag(result)
     cores = num_cores()
@@ -128,9 +125,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    about = facts("research.prepare_rates", argv)
+    args, about = begin(parser(), argv)
     root = Path(os.path.abspath(args.data))
     names = list_folder(root).names
     if not names:

@@ -29,13 +29,14 @@ from tqdm import tqdm
 from benchmarks.common.measuring import (
     add_data_flag,
     add_json_flag,
-    facts,
+    begin,
+    command_parser,
     markdown,
     training_images,
 )
 from pipelines import cli
 from pipelines.backends import BACKENDS, chosen_backend
-from pipelines.cli import Parser, at_least, make_parser
+from pipelines.cli import Parser, at_least
 from pipelines.datasets.index import SETTLED_SECONDS
 from pipelines.errors import UserError
 from pipelines.files import write_object
@@ -93,11 +94,7 @@ STARTS = ("first", "again", "ImageFolder")
 
 def parser() -> Parser:
     """Build the command line."""
-    result = make_parser(
-        "benchmarks.research.start_up",
-        "Time from a start to the first batch, by the number of files.",
-        "python -m benchmarks.research.start_up --data photos --files 10000 1000000",
-    )
+    result = command_parser(__doc__)
     add = result.add_argument
     add_data_flag(result)
     numbers = [10_000, 100_000, 1_000_000, 1_300_000]
@@ -165,9 +162,7 @@ def growth(starts: Sequence[Start], start: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    about = facts("research.start_up", argv)
+    args, about = begin(parser(), argv)
     # Links to links: the originals may be symbolic ones.
     originals = [os.path.realpath(file.path) for file in training_images(args.data).files]
     backend = chosen_backend(args.backend)
