@@ -30,7 +30,6 @@ from fastimagenet import cli
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.recipe import Recipe
-from pipelines.cli import Parser
 from pipelines.errors import UserError
 from pipelines.files import Row
 from pipelines.formats import duration, percent
@@ -69,21 +68,16 @@ PARTS: dict[str, Callable[[Recipe], list[str]]] = {
 """Recipe field -> the settings that switch it off. TTA is in every row, on and off."""
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = command_parser(__doc__)
-    add = result.add_argument
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__)
+    add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder")
     add("--recipe", default="cifar10-speed", metavar="NAME", help="default cifar10-speed")
     help_text = f"some of {', '.join(PARTS)}"
     add("--only", nargs="+", choices=list(PARTS), metavar="FIELD", help=help_text)
-    add_matrix_flags(result, 3, Path("runs/ablation"))
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    args, about = begin(parser(), argv)
+    add_matrix_flags(parser, 3, Path("runs/ablation"))
+    args, about = begin(parser, argv)
     data = describe(args.data)
     seeds = range(args.seed, args.seed + args.runs)
     matrix = Matrix.of(variants(args, data.train_images), seeds, args.output, args.data)

@@ -6,7 +6,7 @@ python -m benchmarks.compare runs/one runs/other
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
@@ -95,16 +95,14 @@ def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
     ]
     metric = METRICS[what.metric]
     figures = {
-        f"{metric} against training time": against_time(what),
-        f"{metric} against epochs": against_epochs(what),
-        "Where the wall time went": time_split(what),
+        f"{metric} against training time": alone(draw_against_time, what, 4.6),
+        f"{metric} against epochs": alone(draw_against_epochs, what, 3.4),
+        "Where the wall time went": alone(draw_time_split, what, 1.3 + 0.4 * len(curves)),
         "top-1 and learning rate against steps": accuracy_and_lr(curves),
     }
-    beside = (
-        f"beside {len(what.entries)} published entries"
-        if what.entries
-        else ("there is no published entry for these data")
-    )
+    beside = "there is no published entry for these data"
+    if what.entries:
+        beside = f"beside {len(what.entries)} published entries"
     return pages.render(
         Path(__file__).with_name("compare.html.jinja"),
         lead=f"Plain validation {metric}, one view of every image; {beside}.",
@@ -161,12 +159,6 @@ class Comparison:
             if row.get(self.metric) is not None
         ]
 
-    def accuracy(self, entry: Published) -> float:
-        """Return what the entry has reached, as a fraction."""
-        value = entry.accuracy(self.metric)
-        assert value is not None, "published() returns none without it"
-        return value
-
 
 def look(index: int) -> Row:
     """Return colour and style of the line of a run."""
@@ -184,26 +176,12 @@ def picture(what: Comparison) -> Figure:
     return figure
 
 
-def against_time(what: Comparison) -> Figure:
-    """Plot the first part alone."""
-    figure, (axes,) = new_figure(size=(WIDE, 4.6))
-    draw_against_time(axes, what)
-    add_legends(figure, axes, what)
-    return figure
-
-
-def against_epochs(what: Comparison) -> Figure:
-    """Plot the second part alone."""
-    figure, (axes,) = new_figure(size=(WIDE, 3.4))
-    draw_against_epochs(axes, what)
-    add_legends(figure, axes, what, published=False)
-    return figure
-
-
-def time_split(what: Comparison) -> Figure:
-    """Plot the third part alone."""
-    figure, (axes,) = new_figure(size=(WIDE, 1.3 + 0.4 * len(what.runs)))
-    draw_time_split(axes, what)
+def alone(draw: Callable[[Axes, Comparison], None], what: Comparison, height: float) -> Figure:
+    """Plot one part, in so many inches."""
+    figure, (axes,) = new_figure(size=(WIDE, height))
+    draw(axes, what)
+    if draw is not draw_time_split:
+        add_legends(figure, axes, what, published=draw is draw_against_time)
     return figure
 
 
@@ -230,7 +208,7 @@ def draw_entries(axes: Axes, what: Comparison, length: float) -> None:
     low, high = axes.get_xlim()
     placed: list[tuple[float, float, int]] = []
     for number, entry in enumerate(what.entries, start=1):
-        x, y = entry.seconds / length, 100 * what.accuracy(entry)
+        x, y = entry.seconds / length, 100 * getattr(entry, what.metric)
         width = log(max(high, x) / min(low, x))
         near = [tier for at, level, tier in placed
                 if abs(log(x / at)) < NEAR * width and abs(level - y) < 4]  # fmt: skip
@@ -261,7 +239,7 @@ def draw_against_epochs(axes: Axes, what: Comparison) -> None:
     draw_runs(axes, what, "epoch")
     for number, entry in enumerate(what.entries, start=1):
         if entry.epochs is not None:
-            draw_entry(axes, number, entry, entry.epochs, 100 * what.accuracy(entry), 0)
+            draw_entry(axes, number, entry, entry.epochs, 100 * getattr(entry, what.metric), 0)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="epochs done", ylabel=f"validation {METRICS[what.metric]} (%)")

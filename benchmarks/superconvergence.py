@@ -45,7 +45,6 @@ from fastimagenet.recipes.superconvergence import COMPARISON, IMAGES_PER_CLASS, 
 from fastimagenet.report.figures import write_files
 from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
-from pipelines.cli import Parser
 from pipelines.datasets.split import read_split, skip_line
 from pipelines.files import Row, write_text
 from pipelines.formats import NO_BREAK, duration, number, percent
@@ -60,22 +59,17 @@ ACCURACY = (
 )
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = command_parser(__doc__)
-    add = result.add_argument
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__)
+    add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder of CIFAR-10")
     help_text = f"some of {', '.join(RUNS)}; default: the {len(STUDY)} of the study"
     runs, study = list(RUNS), list(STUDY)
     add("--only", nargs="+", choices=runs, default=study, metavar="RUN", help=help_text)
-    add_matrix_flags(result, 1, Path("runs/superconvergence"))
+    add_matrix_flags(parser, 1, Path("runs/superconvergence"))
     add("--precision", choices=PRECISIONS, help="in place of the recipes', fp32 for the study")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    args, about = begin(parser(), argv)
+    args, about = begin(parser, argv)
     data = describe(args.data)
     left_out = beyond_the_first(args.data, IMAGES_PER_CLASS)
     found = variants(args, data.train_images, len(left_out))

@@ -39,7 +39,7 @@ from fastimagenet.recipes.plan import Plan
 from fastimagenet.report.summary import hardware
 from fastimagenet.run import read_data
 from pipelines.backends import chosen_backend
-from pipelines.cli import Parser, output_folder
+from pipelines.cli import output_folder
 from pipelines.files import Row
 
 DEFINITIONS = {
@@ -72,18 +72,13 @@ class PhaseResult:
     rates: PhaseRates
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = command_parser(__doc__)
-    cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/throughput-RECIPE-TIME", output_folder)
-    add_round_flags(result, 3)
-    return result
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    args, about = begin(parser(), argv)
+    parser = command_parser(__doc__)
+    cli.add_machine_flags(parser)
+    cli.add_run_flags(parser, "runs/throughput-RECIPE-TIME", output_folder)
+    add_round_flags(parser, 3)
+    args, about = begin(parser, argv)
     config = run_config(args, "throughput-")
     for measured in measure(config, args.rounds, args.seconds):
         result = about | measured

@@ -40,7 +40,7 @@ from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import MODELS, Phase, Recipe
 from fastimagenet.training.loaders import open_loader
 from fastimagenet.training.trainer import Trainer
-from pipelines.cli import Parser, at_least, positive
+from pipelines.cli import at_least, positive
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split
 from pipelines.environment import processor
@@ -235,10 +235,10 @@ def table(rates: Sequence[StepRate]) -> str:
     return markdown(steps([asdict(rate) for rate in best(rates)]))
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = command_parser(__doc__)
-    add = result.add_argument
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__)
+    add = parser.add_argument
     add("--recipe", default="imagenet", metavar="NAME", help="default imagenet")
     add("--model", choices=MODELS, help="in place of the recipe's")
     add("--sizes", type=at_least(8), nargs="+", default=SIZES, metavar="S")
@@ -246,13 +246,8 @@ def parser() -> Parser:
     add("--batches", type=at_least(1), nargs="+", metavar="B", help="default: by device")
     add("--seconds", type=positive, default=10.0, help="of a rate, in five parts; default 10")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add_json_flag(result)
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    args, about = begin(parser(), argv)
+    add_json_flag(parser)
+    args, about = begin(parser, argv)
     kind = Launch(1, 1, args.device).resolved().device
     recipe = named_recipe(args.recipe, 1)
     recipe = replace(recipe, model=args.model or recipe.model)

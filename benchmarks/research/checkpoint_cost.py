@@ -30,7 +30,7 @@ from benchmarks.common.rates import (
     this_process,
     update,
 )
-from benchmarks.common.statistics import Estimate, estimate, ratio, shown
+from benchmarks.common.statistics import estimates, ratio, shown
 from fastimagenet import cli
 from fastimagenet.report.summary import hardware
 from fastimagenet.run import read_data
@@ -38,28 +38,23 @@ from fastimagenet.training import checkpoint
 from fastimagenet.training.checkpoint import CheckpointWriter, copied
 from fastimagenet.training.recorder import NullRecorder
 from fastimagenet.training.trainer import Trainer
-from pipelines.cli import Parser, at_least, output_folder
+from pipelines.cli import at_least, output_folder
 from pipelines.files import Row
 
 WAYS = ("without", "beside", "in line")
 PARTS = ("state", "copy", "write", "checksum", "fsync")
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = command_parser(__doc__)
-    cli.add_machine_flags(result)
-    default = "runs/checkpoint-cost-RECIPE-TIME; its disk is the one measured"
-    cli.add_run_flags(result, default, output_folder)
-    add = result.add_argument
-    add("--interval", type=at_least(1), default=100, help="steps of a block; default 100")
-    add("--rounds", type=at_least(2), default=5, help="at least 2, for intervals; default 5")
-    return result
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    args, about = begin(parser(), argv)
+    parser = command_parser(__doc__)
+    cli.add_machine_flags(parser)
+    default = "runs/checkpoint-cost-RECIPE-TIME; its disk is the one measured"
+    cli.add_run_flags(parser, default, output_folder)
+    add = parser.add_argument
+    add("--interval", type=at_least(1), default=100, help="steps of a block; default 100")
+    add("--rounds", type=at_least(2), default=5, help="at least 2, for intervals; default 5")
+    args, about = begin(parser, argv)
     config = run_config(args, "checkpoint-cost-")
     phase, output = config.recipe.phases[0], config.folder
     output.mkdir(parents=True, exist_ok=True)
@@ -96,21 +91,19 @@ def measure(
             seconds[way] += [spent / steps] if number else []
         for part, spent in save_parts(trainer, folder / "parts.pt").items():
             parts[part] += [spent] if number else []
-    base = seconds["without"]
     return {
         "bytes": (folder / checkpoint.LAST).stat().st_size,
-        "step_seconds": {way: asdict(estimate(values)) for way, values in seconds.items()},
-        "added": {way: asdict(added(seconds[way], base)) for way in WAYS[1:]},
-        "save_seconds": {part: asdict(estimate(values)) for part, values in parts.items()},
+        "step_seconds": estimates(seconds),
+        "added": {way: added(seconds[way], seconds["without"]) for way in WAYS[1:]},
+        "save_seconds": estimates(parts),
         "rounds_step_seconds": seconds,
         "rounds_save_seconds": parts,
     }
 
 
-def added(seconds: list[float], base: list[float]) -> Estimate:
+def added(seconds: list[float], base: list[float]) -> Row:
     """Compute the share by which they are above those of the same rounds."""
-    over = ratio(seconds, base)
-    return Estimate(over.mean - 1, over.low - 1, over.high - 1)
+    return {name: value - 1 for name, value in asdict(ratio(seconds, base)).items()}
 
 
 def block(

@@ -39,7 +39,7 @@ from pipelines.backends.dali.graph import (
     shape_of,
 )
 from pipelines.backends.dali.loader import Feed, empty_pipeline, with_paths
-from pipelines.cli import Parser, at_least
+from pipelines.cli import at_least
 from pipelines.files import Row, write_object
 from pipelines.loader import LoaderSpec
 from pipelines.sampling import BatchSampler
@@ -142,22 +142,17 @@ def table(rates: Sequence[Row]) -> str:
     return markdown(rows)
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = command_parser(__doc__)
-    add = result.add_argument
-    add_data_flag(result)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add_data_flag(parser)
     add("--size", type=at_least(1), default=224, metavar="S", help="default 224")
     add("--batch-size", type=at_least(1), default=64, help="default 64")
     add("--threads", type=at_least(1), default=2, help="default 2")
-    add_round_flags(result, 5)
-    add_json_flag(result)
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    args, about = begin(parser(), argv)
+    add_round_flags(parser, 5)
+    add_json_flag(parser)
+    args, about = begin(parser, argv)
     about["hardware"] += f", {args.threads} threads, {args.size} px"
     task = Task(
         split=training_images(args.data),

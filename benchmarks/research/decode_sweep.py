@@ -32,7 +32,7 @@ from benchmarks.common.statistics import Estimate, estimate
 from benchmarks.common.tables import DECODE_HEADER, Table, decode_row
 from fastimagenet import cli
 from pipelines.backends import make_loader
-from pipelines.cli import Parser, at_least, positive
+from pipelines.cli import at_least, positive
 from pipelines.datasets.split import Split
 from pipelines.files import Row, write_object
 from pipelines.loader import DaliSettings, LoaderSpec, Stage
@@ -151,12 +151,13 @@ def repeated(split: Split, entries: int) -> Split:
     return split.take(np.resize(np.arange(len(split)), max(len(split), entries)))
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = command_parser(__doc__)
-    cli.add_device_flag(result)
-    add = result.add_argument
-    add_data_flag(result)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 1 where a measurement failed. Raises UserError."""
+    start = time.monotonic()
+    parser = command_parser(__doc__)
+    cli.add_device_flag(parser)
+    add = parser.add_argument
+    add_data_flag(parser)
     add("--entries", type=at_least(1), default=20_000, metavar="N", help="at least; default 20000")
     sizes = [128, 160, 192, 224, 288]
     add("--image-size", type=at_least(1), nargs="+", default=sizes, metavar="S")
@@ -165,14 +166,8 @@ def parser() -> Parser:
     add("--batch-size", type=at_least(1), default=256)
     add("--seconds", type=positive, default=1.2, help="of each measurement, default 1.2")
     add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
-    add_json_flag(result)
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status, 1 where a measurement failed. Raises UserError."""
-    start = time.monotonic()
-    args = parser().parse_args(argv)
+    add_json_flag(parser)
+    args = parser.parse_args(argv)
     cores = num_cores()
     threads = args.threads or [count for count in (4, 8, 16) if count <= cores] or [cores]
     originals = training_images(args.data)

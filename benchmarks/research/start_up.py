@@ -36,7 +36,7 @@ from benchmarks.common.measuring import (
 )
 from pipelines import cli
 from pipelines.backends import BACKENDS, chosen_backend
-from pipelines.cli import Parser, at_least
+from pipelines.cli import at_least
 from pipelines.datasets.index import SETTLED_SECONDS
 from pipelines.errors import UserError
 from pipelines.files import write_object
@@ -90,20 +90,6 @@ class Start:
 
 
 STARTS = ("first", "again", "ImageFolder")
-
-
-def parser() -> Parser:
-    """Build the command line."""
-    result = command_parser(__doc__)
-    add = result.add_argument
-    add_data_flag(result)
-    numbers = [10_000, 100_000, 1_000_000, 1_300_000]
-    add("--files", type=at_least(CLASSES), nargs="+", default=numbers)
-    add("--backend", choices=BACKENDS, default="auto")
-    add("--threads", type=at_least(1), default=2, help="decoding threads, or DataLoader's workers")
-    add("--scratch", type=Path, metavar="DIR", help="where links can be made; default: beside DIR")
-    add_json_flag(result)
-    return result
 
 
 @contextmanager
@@ -162,7 +148,16 @@ def growth(starts: Sequence[Start], start: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status. Raises UserError for the user's mistakes."""
-    args, about = begin(parser(), argv)
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add_data_flag(parser)
+    numbers = [10_000, 100_000, 1_000_000, 1_300_000]
+    add("--files", type=at_least(CLASSES), nargs="+", default=numbers)
+    add("--backend", choices=BACKENDS, default="auto")
+    add("--threads", type=at_least(1), default=2, help="decoding threads, or DataLoader's workers")
+    add("--scratch", type=Path, metavar="DIR", help="where links can be made; default: beside DIR")
+    add_json_flag(parser)
+    args, about = begin(parser, argv)
     # Links to links: the originals may be symbolic ones.
     originals = [os.path.realpath(file.path) for file in training_images(args.data).files]
     backend = chosen_backend(args.backend)
