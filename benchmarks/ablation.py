@@ -21,14 +21,14 @@ from benchmarks.common.matrix import (
     Variant,
     add_matrix_flags,
     describe,
-    matrix_flags,
     measured,
+    variant,
 )
 from benchmarks.common.measuring import begin, command_parser, document, markdown, write_result
 from benchmarks.common.statistics import interval, interval_text
 from fastimagenet import cli
+from fastimagenet.config import changed_recipe
 from fastimagenet.recipes import named_recipe
-from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.recipe import Recipe
 from pipelines.errors import UserError
 from pipelines.files import Row
@@ -96,20 +96,13 @@ def variants(args: argparse.Namespace, num_train: int) -> list[Variant]:
 
     Raises UserError for a part that was asked for and that the recipe does not have.
     """
-    whole = recipe_toml.with_settings(named_recipe(args.recipe), args.set)
-    off: dict[str, list[str]] = {FULL: []}
+    found = [variant(args, FULL, args.recipe, num_train)]
+    whole = changed_recipe(named_recipe(args.recipe), args.set)
     for part in args.only or PARTS:
-        settings = PARTS[part](whole)
         if has(whole, part):
-            off[part] = settings
+            found.append(variant(args, part, args.recipe, num_train, PARTS[part](whole)))
         elif args.only:
             raise UserError(f"--only {part}: recipe {args.recipe} does not use it")
-    found = []
-    for name, settings in off.items():
-        recipe = recipe_toml.with_settings(named_recipe(args.recipe), [*args.set, *settings])
-        recipe = recipe if args.epochs is None else recipe.stretched(args.epochs)
-        flags = ["--recipe", args.recipe, *matrix_flags(args, settings)]
-        found.append(Variant(name=name, recipe=recipe, flags=flags, num_train=num_train))
     return found
 
 

@@ -66,26 +66,19 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     args, about = begin(parser(), argv)
-    EntryFacts(
-        author=args.author,
-        author_email=args.author_email,
-        hardware=args.hardware,
-        cost_per_hour=args.cost_per_hour,
-    )
+    names = ("author", "author_email", "hardware", "cost_per_hour")
+    EntryFacts(**{name: getattr(args, name) for name in names})  # checks them
     if args.nodes != (0, 1):
         raise UserError("--nodes: the runs are started on this machine alone, as --nodes 1")
     config = cli.run_config(args)
     recipe = target_recipe(config.recipe, args.target)
     if args.output is None:
         args.output = Path("runs") / f"dawnbench-{recipe.name}"
+    seeds = range(args.seed, args.seed + args.runs)
     matrix = Matrix.of(
-        [variant(args, config, recipe)],
-        range(args.seed, args.seed + args.runs),
-        args.output,
-        config.data.root,
-        world_size=config.launch.resolved().world_size,
-        folder=lambda _, seed: f"seed{seed}",
-    )
+        [variant(args, config, recipe)], seeds, args.output, config.data.root,
+        world_size=config.launch.resolved().world_size, folder=lambda _, seed: f"seed{seed}",
+    )  # fmt: skip
     status = matrix.run(around=measured_energy, keep_going=True)
     if not matrix.finished:
         print("\nno run is finished: nothing to report yet")
@@ -121,13 +114,8 @@ def variant(args: argparse.Namespace, config: RunConfig, recipe: Recipe) -> Vari
         flags += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     settings = [*args.set, *([f"target={args.target}"] if args.target is not None else [])]
     flags += [word for setting in settings for word in ("--set", setting)]
-    return Variant(
-        name=recipe.name,
-        recipe=recipe,
-        flags=flags,
-        num_train=len(split),
-        global_batch=args.global_batch,
-    )
+    counts = {"num_train": len(split), "global_batch": args.global_batch}
+    return Variant(name=recipe.name, recipe=recipe, flags=flags, **counts)
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from benchmarks.common.matrix import (
     Variant,
     add_matrix_flags,
     describe,
-    matrix_flags,
     measured,
+    variant,
 )
 from benchmarks.common.measuring import begin, command_parser, document, markdown, write_result
 from benchmarks.common.plots import (
@@ -37,8 +37,6 @@ from benchmarks.common.plots import (
     schedule_text,
 )
 from fastimagenet import cli
-from fastimagenet.recipes import named_recipe
-from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import PRECISIONS
 from fastimagenet.recipes.superconvergence import COMPARISON, IMAGES_PER_CLASS, RUNS, STUDY
@@ -119,16 +117,14 @@ def variants(args: argparse.Namespace, num_train: int, left_out: int) -> list[Va
     """Return the runs that were asked for."""
     found = []
     for run in dict.fromkeys(args.only):
-        recipe = recipe_toml.with_settings(named_recipe(RUNS[run].name), args.set)
-        recipe = recipe if args.epochs is None else recipe.stretched(args.epochs)
-        recipe = replace(recipe, precision=args.precision or recipe.precision)
-        flags = ["--recipe", RUNS[run].name, *matrix_flags(args)]
-        flags += [] if args.precision is None else ["--precision", args.precision]
-        images = num_train
+        one = variant(args, run, RUNS[run].name, num_train)
+        if args.precision is not None:
+            flags = [*one.flags, "--precision", args.precision]
+            one = replace(one, recipe=replace(one.recipe, precision=args.precision), flags=flags)
         if run in COMPARISON:
-            flags += ["--skip-list", str(skip_list(args))]
-            images -= left_out
-        found.append(Variant(name=run, recipe=recipe, flags=flags, num_train=images))
+            flags = [*one.flags, "--skip-list", str(skip_list(args))]
+            one = replace(one, flags=flags, num_train=num_train - left_out)
+        found.append(one)
     return found
 
 

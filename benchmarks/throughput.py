@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 
@@ -31,7 +31,7 @@ from benchmarks.common.rates import (
     run_config,
     this_process,
 )
-from benchmarks.common.statistics import Estimate, estimate, shown
+from benchmarks.common.statistics import estimate, shown
 from benchmarks.common.tables import phases
 from fastimagenet import cli
 from fastimagenet.config import RunConfig
@@ -52,24 +52,6 @@ DEFINITIONS = {
     "operations can take it above 100 %.",
     "memory": "GPU: the most that torch had allocated. CPU: the most that was resident.",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseResult:
-    """One phase; intervals are over the rounds."""
-
-    image_size: int
-    batch_size: int
-    loader_images_per_sec: Estimate
-    model_images_per_sec: Estimate
-    both_images_per_sec: Estimate
-    stall: Estimate
-    data_wait_share: Estimate
-    model_flops_per_sec: float
-    share_of_matmul: float
-    model_bytes_per_sec: float
-    share_of_copy: float
-    rates: PhaseRates
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,29 +94,30 @@ def measure(config: RunConfig, rounds: int, seconds: float) -> Iterator[Row]:
                 found |= {"precision": trainer.precision}
             print(f"phase {index}: {phase.image_size} px, batch {phase.batch_size}", flush=True)
             rates = measure_phase(trainer, train, config.seed, rounds, seconds)
-        done.append(asdict(phase_result(rates, matmul.mean, copy.mean)))
+        done.append(phase_result(rates, matmul.mean, copy.mean))
         yield found | {"phases": done}
 
 
-def phase_result(rates: PhaseRates, matmul: float, copy: float) -> PhaseResult:
-    """Compute means and shares of one phase; `matmul` in FLOP/s, `copy` in bytes/s."""
+def phase_result(rates: PhaseRates, matmul: float, copy: float) -> Row:
+    """Compute means, with intervals over the rounds, and the shares of one phase of what the
+    device can do; `matmul` in FLOP/s, `copy` in bytes/s."""
     model = estimate(rates.model)
     flops, moved = model.mean * rates.flops_per_image, model.mean * rates.bytes_per_image
     stalls = [1 - both / alone for both, alone in zip(rates.both, rates.model, strict=True)]
-    return PhaseResult(
-        image_size=rates.image_size,
-        batch_size=rates.batch_size,
-        loader_images_per_sec=estimate(rates.loader),
-        model_images_per_sec=model,
-        both_images_per_sec=estimate(rates.both),
-        stall=estimate(stalls),
-        data_wait_share=estimate(rates.data_wait_share),
-        model_flops_per_sec=flops,
-        share_of_matmul=flops / matmul,
-        model_bytes_per_sec=moved,
-        share_of_copy=moved / copy,
-        rates=rates,
-    )
+    return {
+        "image_size": rates.image_size,
+        "batch_size": rates.batch_size,
+        "loader_images_per_sec": asdict(estimate(rates.loader)),
+        "model_images_per_sec": asdict(model),
+        "both_images_per_sec": asdict(estimate(rates.both)),
+        "stall": asdict(estimate(stalls)),
+        "data_wait_share": asdict(estimate(rates.data_wait_share)),
+        "model_flops_per_sec": flops,
+        "share_of_matmul": flops / matmul,
+        "model_bytes_per_sec": moved,
+        "share_of_copy": moved / copy,
+        "rates": asdict(rates),
+    }
 
 
 def table(result: Row) -> str:

@@ -26,14 +26,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from benchmarks.common.measuring import command_parser
+from benchmarks.common.measuring import begin, command_parser
 from benchmarks.gpu_suite.parts import PARTS, Part, Setup
 from benchmarks.gpu_suite.report import REHEARSAL, PartResult, Result, write_results
 from fastimagenet import cli
 from fastimagenet.distributed.world import Launch
 from pipelines.cli import Parser, output_folder
 from pipelines.datasets.folders import find_split
-from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,11 +61,18 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
+    args, about = begin(parser(), argv)
     setup = make_setup(args)
-    folder = args.output.resolve()
-    result = begin(setup, shlex.join(["python", "-m", "benchmarks.gpu_suite", *argv]))
+    if not setup.small:
+        about["hardware"] = f"1 x {gpu_name()}, {about['hardware']}"
+    folder, data = args.output.resolve(), {"data": setup.data, "cifar10": setup.cifar10}
+    result = Result(
+        **about,
+        device=setup.device,
+        rehearsal=REHEARSAL if setup.small else "",
+        data={name: path and path.name for name, path in data.items()},
+        parts={},
+    )
     print(result.rehearsal or result.hardware, flush=True)
     before = signal.signal(signal.SIGTERM, leave)
     try:
@@ -117,23 +123,6 @@ def make_setup(args: argparse.Namespace) -> Setup:
             find_split(root, split)
     data, cifar10 = (path and path.resolve() for path in (args.data, args.cifar10))
     return Setup(device=Launch(1, 1, args.device).resolved().device, data=data, cifar10=cifar10)
-
-
-def begin(setup: Setup, command: str) -> Result:
-    """Return the result before the first part."""
-    gpu = f"1 x {gpu_name()}, {processor()}"
-    return Result(
-        command=command,
-        date=time.strftime("%Y-%m-%d"),
-        device=setup.device,
-        hardware=processor() if setup.small else gpu,
-        rehearsal=REHEARSAL if setup.small else "",
-        versions=versions(),
-        load_average=os.getloadavg()[0],
-        data={name: path and path.name for name, path in
-              (("data", setup.data), ("cifar10", setup.cifar10))},
-        parts={},
-    )  # fmt: skip
 
 
 def gpu_name() -> str:

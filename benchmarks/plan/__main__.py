@@ -86,24 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     probe, hardware, precision = measure(probed, world, train, val, clock, args.probe_seconds)
     dataset = dataset_name(train.classes)
     found = candidates(
-        recipe,
-        probe,
-        dataset=dataset,
-        nodes=nodes,
-        world_size=nodes * gpus,
-        budget_seconds=60 * args.minutes,
-        node_price=args.price,
-    )
-    result = about | {
-        "hardware_probed": hardware,
-        "precision": precision,
-        "data": dataset or config.data.name,
-        "nodes": nodes,
-        "gpus_per_node": gpus,
-        "minutes": args.minutes,
-        "node_usd_per_hour": args.price,
-        "probe": asdict(probe),
-    }
+        recipe, probe, dataset=dataset, nodes=nodes, world_size=nodes * gpus,
+        budget_seconds=60 * args.minutes, node_price=args.price,
+    )  # fmt: skip
+    result = about | {"hardware_probed": hardware, "precision": precision}
+    result |= {"data": dataset or config.data.name, "nodes": nodes, "gpus_per_node": gpus}
+    result |= {"minutes": args.minutes, "node_usd_per_hour": args.price, "probe": asdict(probe)}
     write_results(result, found, config.folder)
     print(f"\n{table(result, found)}\nall of it: {config.folder}", flush=True)
     if note := batch_note(asked, recipe):

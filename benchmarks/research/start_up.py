@@ -128,14 +128,8 @@ def measure(root: Path, files: int, start: str, backend: str, threads: int) -> S
     script = root / "child.py"
     script.write_text(CHILD)
     environment = os.environ | {"XDG_CACHE_HOME": str(root / "cache"), "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(task)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    seconds, peak = json.loads(done.stdout)
+    command = [sys.executable, str(script), json.dumps(task)]
+    seconds, peak = json.loads(subprocess.check_output(command, env=environment, text=True))
     return Start(files=files, start=start, seconds=seconds, peak_mib=peak)
 
 
