@@ -31,14 +31,7 @@ from benchmarks.common.plots import (
 from benchmarks.common.published import Published, published
 from fastimagenet import cli
 from fastimagenet.report.dawnbench import TRAIN_CLOCK
-from fastimagenet.report.figures import (
-    LEGEND,
-    SMALL,
-    draw_line,
-    new_figure,
-    thousands,
-    write_files,
-)
+from fastimagenet.report.figures import LEGEND, SMALL, draw_line, new_figure, thousands, write_files
 from fastimagenet.report.run import Run
 from pipelines import pages
 from pipelines.cli import output_folder

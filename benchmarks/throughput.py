@@ -15,14 +15,7 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.common.measuring import (
-    add_round_flags,
-    begin,
-    command_parser,
-    document,
-    markdown,
-    write_result,
-)
+from benchmarks.common.measuring import begin, command_parser, document, markdown, write_result
 from benchmarks.common.rates import (
     PhaseRates,
     ceilings,
@@ -56,10 +49,9 @@ DEFINITIONS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, turn_seconds=3)
     cli.add_machine_flags(parser)
     cli.add_run_flags(parser, "runs/throughput-RECIPE-TIME", output_folder)
-    add_round_flags(parser, 3)
     args, about = begin(parser, argv)
     config = run_config(args, "throughput-")
     for measured in measure(config, args.rounds, args.seconds):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.floor import NUM_CLASSES, Layer, count_layers, floor_images_per_sec
-from benchmarks.common.measuring import add_json_flag, begin, command_parser, markdown
+from benchmarks.common.measuring import begin, command_parser, markdown
 from benchmarks.common.rates import (
     calls_per_sec,
     copy_bytes_per_sec,
@@ -237,7 +237,7 @@ def table(rates: Sequence[StepRate]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, json=True)
     add = parser.add_argument
     add("--recipe", default="imagenet", metavar="NAME", help="default imagenet")
     add("--model", choices=MODELS, help="in place of the recipe's")
@@ -246,7 +246,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batches", type=at_least(1), nargs="+", metavar="B", help="default: by device")
     add("--seconds", type=positive, default=10.0, help="of a rate, in five parts; default 10")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add_json_flag(parser)
     args, about = begin(parser, argv)
     kind = Launch(1, 1, args.device).resolved().device
     recipe = named_recipe(args.recipe, 1)

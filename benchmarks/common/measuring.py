@@ -33,31 +33,29 @@ def begin(parser: Parser, argv: Sequence[str] | None) -> tuple[argparse.Namespac
     }
 
 
-def command_parser(doc: str) -> Parser:
-    """Make a command's parser from the docstring of its module: its first line and its example."""
+def command_parser(
+    doc: str, *, data: bool = False, turn_seconds: float = 0, json: bool = False
+) -> Parser:
+    """Make a command's parser from the docstring of its module: its first line and its example.
+
+    `data`: with --data, a folder of training images. `turn_seconds` > 0: with --rounds and, by
+    default so many, --seconds, for contestants that take turns. `json`: with --json, a file.
+    """
     example = re.search(r"python -m (\S+).*", doc)
     assert example is not None
-    return make_parser(example[1], doc.partition("\n")[0], example[0])
-
-
-def add_round_flags(parser: Parser, seconds: float, rounds: int = 5) -> None:
-    """Add the flags of commands whose contestants take turns."""
+    parser = make_parser(example[1], doc.partition("\n")[0], example[0])
     add = parser.add_argument
-    help_text = f"at least 2, for the intervals; default {rounds}"
-    add("--rounds", type=at_least(2), default=rounds, help=help_text)
-    help_text = f"of each turn; default {seconds:g}"
-    add("--seconds", type=positive, default=seconds, help=help_text)
-
-
-def add_data_flag(parser: Parser) -> None:
-    """Add the required --data of commands that read the training images of a folder."""
-    help_text = "image folder: DIR/train/CLASS/IMAGE"
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help=help_text)
-
-
-def add_json_flag(parser: Parser) -> None:
-    """Add --json, the file that the result is written to."""
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the result")
+    if data:
+        help_text = "image folder: DIR/train/CLASS/IMAGE"
+        add("--data", type=Path, required=True, metavar="DIR", help=help_text)
+    if turn_seconds:
+        help_text = "at least 2, for the intervals; default 5"
+        add("--rounds", type=at_least(2), default=5, help=help_text)
+        help_text = f"of each turn; default {turn_seconds:g}"
+        add("--seconds", type=positive, default=turn_seconds, help=help_text)
+    if json:
+        add("--json", type=output_file, metavar="FILE", help="write the result")
+    return parser
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -26,14 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.measuring import (
-    add_json_flag,
-    add_round_flags,
-    begin,
-    command_parser,
-    markdown,
-    training_images,
-)
+from benchmarks.common.measuring import begin, command_parser, markdown, training_images
 from benchmarks.common.statistics import estimates, ratio, ratios, shown
 from benchmarks.loaders.contestants import LOADERS, MIN_SCALE, Task, spdl_version
 from pipelines import cli
@@ -163,7 +156,7 @@ def labelled(data: list[str] | None) -> dict[str, Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, turn_seconds=8, json=True)
     add = parser.add_argument
     help_text = "folders with train/CLASS/IMAGE that are read in turn; default: the embedded digits"
     add("--data", nargs="+", metavar="[LABEL=]DIR", help=help_text)
@@ -174,8 +167,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--reflect-pad", type=at_least(0), default=0, help="in place of random areas: pad, crop")
     add("--threads", type=at_least(1), default=2, help="decoding threads or worker processes")
     add("--batch-size", type=at_least(1), default=64)
-    add_round_flags(parser, 8)
-    add_json_flag(parser)
     args, about = begin(parser, argv)
     torch.set_num_threads(args.threads)  # for what is augmented in this process
     measured, left_out = run(args)

@@ -18,15 +18,7 @@ from typing import Any
 from nvidia.dali import fn
 from nvidia.dali.data_node import DataNode
 
-from benchmarks.common.measuring import (
-    add_data_flag,
-    add_json_flag,
-    add_round_flags,
-    begin,
-    command_parser,
-    markdown,
-    training_images,
-)
+from benchmarks.common.measuring import begin, command_parser, markdown, training_images
 from benchmarks.common.statistics import estimate, ratio, shown
 from benchmarks.loaders.contestants import Task, ours
 from pipelines import cli
@@ -144,14 +136,11 @@ def table(rates: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, data=True, turn_seconds=5, json=True)
     add = parser.add_argument
-    add_data_flag(parser)
     add("--size", type=at_least(1), default=224, metavar="S", help="default 224")
     add("--batch-size", type=at_least(1), default=64, help="default 64")
     add("--threads", type=at_least(1), default=2, help="default 2")
-    add_round_flags(parser, 5)
-    add_json_flag(parser)
     args, about = begin(parser, argv)
     about["hardware"] += f", {args.threads} threads, {args.size} px"
     task = Task(

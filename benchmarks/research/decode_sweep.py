@@ -20,13 +20,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
-from benchmarks.common.measuring import (
-    add_data_flag,
-    add_json_flag,
-    command_parser,
-    markdown,
-    training_images,
-)
+from benchmarks.common.measuring import command_parser, markdown, training_images
 from benchmarks.common.rates import WARM_UP_BATCHES, calls_per_sec, endless
 from benchmarks.common.statistics import Estimate, estimate
 from benchmarks.common.tables import DECODE_HEADER, Table, decode_row
@@ -154,10 +148,9 @@ def repeated(split: Split, entries: int) -> Split:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 1 where a measurement failed. Raises UserError."""
     start = time.monotonic()
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, data=True, json=True)
     cli.add_device_flag(parser)
     add = parser.add_argument
-    add_data_flag(parser)
     add("--entries", type=at_least(1), default=20_000, metavar="N", help="at least; default 20000")
     sizes = [128, 160, 192, 224, 288]
     add("--image-size", type=at_least(1), nargs="+", default=sizes, metavar="S")
@@ -166,7 +159,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch-size", type=at_least(1), default=256)
     add("--seconds", type=positive, default=1.2, help="of each measurement, default 1.2")
     add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
-    add_json_flag(parser)
     args = parser.parse_args(argv)
     cores = num_cores()
     threads = args.threads or [count for count in (4, 8, 16) if count <= cores] or [cores]

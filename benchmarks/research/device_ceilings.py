@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.common.measuring import add_json_flag, command_parser
+from benchmarks.common.measuring import command_parser
 from benchmarks.common.rates import ceilings
 from fastimagenet import cli
 from pipelines.cli import positive
@@ -40,10 +40,9 @@ def facts(device: torch.device) -> Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, json=True)
     cli.add_device_flag(parser)
     parser.add_argument("--seconds", type=positive, default=6.0, help="of all turns; default 6")
-    add_json_flag(parser)
     args = parser.parse_args(argv)
     device = cli.one_device(args.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -21,13 +21,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from benchmarks.common.measuring import (
-    add_data_flag,
-    begin,
-    command_parser,
-    markdown,
-    training_images,
-)
+from benchmarks.common.measuring import begin, command_parser, markdown, training_images
 from fastimagenet.report.figures import (
     BLUE,
     ORANGE,
@@ -143,9 +137,8 @@ def draw(epochs: list[Row]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, data=True)
     add = parser.add_argument
-    add_data_flag(parser)
     add("--backend", choices=BACKENDS, default="dali")
     sizes = [128, 160, 192, 224]
     help_text = "different ones, for as many epochs each; default 128 160 192 224"

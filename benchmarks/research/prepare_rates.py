@@ -22,14 +22,7 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from benchmarks.common.measuring import (
-    add_data_flag,
-    add_json_flag,
-    add_round_flags,
-    begin,
-    command_parser,
-    markdown,
-)
+from benchmarks.common.measuring import begin, command_parser, markdown
 from benchmarks.common.statistics import estimates, ratios, shown
 from pipelines import cli
 from pipelines.cli import at_least
@@ -110,15 +103,12 @@ def measure(root: Path, names: list[str], args: argparse.Namespace) -> dict[str,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, data=True, turn_seconds=8, json=True)
     add = parser.add_argument
-    add_data_flag(parser)
     cores = num_cores()
     add("--workers", type=at_least(1), default=cores, metavar="K", help="default: a core each")
     help_text = "of the copies; default 160"
     add("--short-side", type=at_least(8), nargs="+", default=[160], metavar="S", help=help_text)
-    add_round_flags(parser, 8)
-    add_json_flag(parser)
     args, about = begin(parser, argv)
     root = Path(os.path.abspath(args.data))
     names = list_folder(root).names

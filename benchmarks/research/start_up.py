@@ -26,14 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.common.measuring import (
-    add_data_flag,
-    add_json_flag,
-    begin,
-    command_parser,
-    markdown,
-    training_images,
-)
+from benchmarks.common.measuring import begin, command_parser, markdown, training_images
 from pipelines import cli
 from pipelines.backends import BACKENDS, chosen_backend
 from pipelines.cli import at_least
@@ -142,15 +135,13 @@ def growth(starts: Sequence[Start], start: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status. Raises UserError for the user's mistakes."""
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, data=True, json=True)
     add = parser.add_argument
-    add_data_flag(parser)
     numbers = [10_000, 100_000, 1_000_000, 1_300_000]
     add("--files", type=at_least(CLASSES), nargs="+", default=numbers)
     add("--backend", choices=BACKENDS, default="auto")
     add("--threads", type=at_least(1), default=2, help="decoding threads, or DataLoader's workers")
     add("--scratch", type=Path, metavar="DIR", help="where links can be made; default: beside DIR")
-    add_json_flag(parser)
     args, about = begin(parser, argv)
     # Links to links: the originals may be symbolic ones.
     originals = [os.path.realpath(file.path) for file in training_images(args.data).files]
