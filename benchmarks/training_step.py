@@ -251,14 +251,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = named_recipe(args.recipe, 1)
     recipe = replace(recipe, model=args.model or recipe.model)
     rates = sweep(
-        args.sizes,
-        args.variants,
-        args.batches or BATCHES[kind],
-        device="cpu" if kind == "cpu" else "cuda:0",
-        seconds=args.seconds,
+        args.sizes, args.variants, args.batches or BATCHES[kind], recipe=recipe,
+        device="cpu" if kind == "cpu" else "cuda:0", seconds=args.seconds,
         report=lambda rate: print(rate, flush=True),
-        recipe=recipe,
-    )
+    )  # fmt: skip
     about["hardware"] = processor() if kind == "cpu" else torch.cuda.get_device_name(0)
     network = f"{recipe.name}, {recipe.model}"
     print(f"\n{about['hardware']}; torch {torch.__version__}; {network}, bf16\n\n{table(rates)}")

@@ -17,17 +17,12 @@ def phases(result: Row) -> Table:
     rows: Table = [("phase", *rates, "stall", "data wait", "FLOP/s", "bytes/s", "memory")]
     for phase in result["phases"]:
         flops, moved = (phase[f"model_{unit}_per_sec"] / 1e9 for unit in ("flops", "bytes"))
-        rows.append(
-            (
-                f"{phase['image_size']} px x {phase['batch_size']}",
-                *(shown(phase[f"{part}_images_per_sec"]) for part in rates),
-                shown(phase["stall"], 100, " %"),
-                f"{100 * phase['data_wait_share']['mean']:.1f} %",
-                f"{short(flops)} G, {100 * phase['share_of_matmul']:.0f} %",
-                f"{short(moved)} G, {100 * phase['share_of_copy']:.0f} %",
-                gibibytes(phase["rates"]["memory_bytes"]),
-            )
-        )
+        row = [f"{phase['image_size']} px x {phase['batch_size']}"]
+        row += [shown(phase[f"{part}_images_per_sec"]) for part in rates]
+        row += [shown(phase["stall"], 100, " %"), f"{100 * phase['data_wait_share']['mean']:.1f} %"]
+        row += [f"{short(flops)} G, {100 * phase['share_of_matmul']:.0f} %"]
+        row += [f"{short(moved)} G, {100 * phase['share_of_copy']:.0f} %"]
+        rows.append((*row, gibibytes(phase["rates"]["memory_bytes"])))
     return rows
 
 
@@ -51,20 +46,14 @@ def steps(rates: Sequence[Row]) -> Table:
     rows: Table = [header]
     for rate in rates:
         floor, measured = rate["floor_images_per_sec"], rate["images_per_sec"]
-        cells = (rate["error"], "-", "-")
-        if floor is not None:
+        row = [f"{rate['image_size']} px {rate['variant']}", str(rate["batch_size"])]
+        if floor is None:
+            row += [rate["error"], "-", "-"]
+        else:
             share = f"{100 * measured['mean'] / floor:.1f} %"
-            cells = (shown(measured), f"{floor:,.0f}", share)
-        rows.append(
-            (
-                f"{rate['image_size']} px {rate['variant']}",
-                str(rate["batch_size"]),
-                *cells,
-                f"{rate['flops_per_image'] / 1e9:.1f}",
-                f"{rate['bytes_per_image'] / 1e6:.0f}",
-                "-" if rate["error"] else gibibytes(rate["peak_memory_bytes"]),
-            )
-        )
+            row += [shown(measured), f"{floor:,.0f}", share]
+        row += [f"{rate['flops_per_image'] / 1e9:.1f}", f"{rate['bytes_per_image'] / 1e6:.0f}"]
+        rows.append((*row, "-" if rate["error"] else gibibytes(rate["peak_memory_bytes"])))
     return rows
 
 

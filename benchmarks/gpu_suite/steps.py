@@ -101,13 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--variants", nargs="*", default=["compiled", "graphs"], metavar="V", help="beside eager")
     add("--seconds", type=positive, default=1.0, help="of each measurement, default 1")
     add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
-    add(
-        "--json",
-        type=output_file,
-        required=True,
-        metavar="FILE",
-        help="resumed from where it exists",
-    )
+    help_text = "resumed where it exists"
+    add("--json", type=output_file, required=True, metavar="FILE", help=help_text)
     args = parser.parse_args(argv)
     if args.json.exists():  # a second process: the limit is that of the first
         start -= time.time() - args.json.with_suffix(".start").stat().st_mtime

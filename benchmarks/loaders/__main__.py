@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.measuring import begin, command_parser, markdown, training_images
+from benchmarks.common.rates import calls_per_sec
 from benchmarks.common.statistics import estimates, ratio, ratios, shown
 from benchmarks.loaders.contestants import LOADERS, MIN_SCALE, Task, spdl_version
 from pipelines import cli
@@ -46,14 +47,9 @@ def images_per_sec(batches: Iterator[Any], task: Task, seconds: float) -> float:
     """Measure the rate over at least `seconds`, after batches that are not counted."""
     time.sleep(PAUSE_SECONDS)
     # A DataLoader makes two a worker ahead, the others fewer: none is measured on its stock.
-    for _ in range(2 * task.threads + 2):
-        next(batches)
-    count = 0
-    start = time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        next(batches)
-        count += 1
-    return count * task.batch_size / elapsed
+    ahead = 2 * task.threads + 2
+    rate = calls_per_sec(lambda: next(batches), torch.device("cpu"), seconds, ahead)
+    return rate * task.batch_size
 
 
 def measure(
@@ -94,16 +90,9 @@ def run(args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
     measured: list[Row] = []
     left_out: dict[str, str] = {}
     for image_size in args.image_size:
-        tasks = {
-            label: Task(
-                split=split,
-                image_size=image_size,
-                batch_size=args.batch_size,
-                threads=args.threads,
-                reflect_pad=args.reflect_pad,
-            )
-            for label, split in splits.items()
-        }
+        shape = {"image_size": image_size, "batch_size": args.batch_size}
+        shape |= {"threads": args.threads, "reflect_pad": args.reflect_pad}
+        tasks = {label: Task(split=split, **shape) for label, split in splits.items()}
         first: Rounds = {}
         for label, rounds in measure(tasks, args, left_out).items():
             data = str(folders[label]) if args.data else "embedded digits"
