@@ -24,7 +24,7 @@ from benchmarks.common.matrix import (
     measured,
     variant,
 )
-from benchmarks.common.measuring import begin, command_parser, document, markdown, write_result
+from benchmarks.common.measuring import begin, by_column, command_parser, document, write_result
 from benchmarks.common.statistics import interval, interval_text
 from fastimagenet import cli
 from fastimagenet.config import changed_recipe
@@ -36,7 +36,6 @@ from pipelines.formats import duration, percent
 
 FULL = "all"
 """The name of the runs in which nothing is switched off."""
-HEADER = ("switched off", "n", "top-1", "with TTA", "difference (points)", "train", "wall")
 PEER_LR_PER_IMAGE = 11.5 / (1024 * (1 + 1 / 0.15))
 PEER_DECAY_PER_IMAGE = 0.0153 / (1024 * (1 + 1 / 0.15))
 """Of airbench94, which trains the same network by SGD: LR, and LR times weight decay."""
@@ -153,23 +152,27 @@ def table(result: Row) -> str:
         f"# Recipe {result['recipe']}, one part switched off at a time",
         f"{result['hardware']}; {result['precision']}; torch {result['versions']['torch']}; "
         f"{result['date']}; {result['epochs']} epochs; {Data(**result['data']).counts}.",
-        markdown([HEADER, *map(cells, result["rows"])]),
+        by_column([cells(row) for row in result["rows"]]),
         f"Means over n seeds, with 95 % intervals for n > 1; differences to the first row {name}, "
         "seed by seed. Train: the training clock; wall: everything.",
     )
 
 
-def cells(row: Row) -> list[str]:
-    """Format the row of one part."""
-    accuracies = [
-        "-" if row[name] is None else interval_text(row[name], percent)
-        for name in ("top1", "tta_top1")
-    ]
-    difference = row["difference_points"]
-    points = "-" if difference is None else interval_text(difference, "{:+.2f}".format)
-    times = [duration(row[name]["mean"]) for name in ("train_seconds", "wall_seconds")]
-    name = "nothing" if row["run"] == FULL else row["run"]
-    return [name, str(len(row["seeds"])), *accuracies, points, *times]
+def cells(row: Row) -> dict[str, str]:
+    """Format the row of one part, by column."""
+
+    def text(name: str, one: Callable[[float], str] = percent) -> str:
+        return "-" if row[name] is None else interval_text(row[name], one)
+
+    return {
+        "switched off": "nothing" if row["run"] == FULL else row["run"],
+        "n": str(len(row["seeds"])),
+        "top-1": text("top1"),
+        "with TTA": text("tta_top1"),
+        "difference (points)": text("difference_points", "{:+.2f}".format),
+        "train": duration(row["train_seconds"]["mean"]),
+        "wall": duration(row["wall_seconds"]["mean"]),
+    }
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from benchmarks.common.measuring import command_parser, markdown
+from benchmarks.common.measuring import by_column, command_parser
 from benchmarks.common.plots import (
-    LOOKS,
     Curve,
     accuracy_and_lr,
     accuracy_points,
+    look,
     lr_points,
     schedule_text,
     set_heights,
@@ -36,13 +36,9 @@ from fastimagenet.report.run import Run
 from pipelines import pages
 from pipelines.cli import output_folder
 from pipelines.errors import UserError
-from pipelines.files import Row, write_text
+from pipelines.files import write_text
 from pipelines.formats import NO_BREAK, duration, percent, time_unit
 
-HEADER = (
-    *("run", "hardware", "top-1", "top-5", "train time", "time to target", "wall time"),
-    *("epochs", "steps", "max_lr", "schedule", "data"),
-)
 TERMINAL = ("run", "max_lr", "schedule", "steps", "top-1", "train time", "time to target")
 """The columns that the terminal gets."""
 
@@ -59,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not run.summary:
             raise UserError(f"{name} is not finished: resume it by train --resume auto")
     rows = [row(name, run) for name, run in runs.items()]
-    shown = [HEADER.index(name) for name in TERMINAL]
-    print(markdown([[cells[index] for index in shown] for cells in (HEADER, *rows)]))
+    print(by_column([{column: cells[column] for column in TERMINAL} for cells in rows]))
     what = comparison(runs)
     page = args.output / "compare.html"
     write_text(page, render(what, rows))
@@ -80,7 +75,7 @@ def comparison(runs: dict[str, Run]) -> Comparison:
     )
 
 
-def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
+def render(what: Comparison, rows: list[dict[str, str]]) -> str:
     """Render the page."""
     curves = [
         Curve(name, name, [accuracy_points(run.epochs)], lr_points(run.steps))
@@ -96,35 +91,39 @@ def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
     beside = "there is no published entry for these data"
     if what.entries:
         beside = f"beside {len(what.entries)} published entries"
+    short = zip(what.runs, rows, strict=True)
     return pages.render(
         Path(__file__).with_name("compare.html.jinja"),
         lead=f"Plain validation {metric}, one view of every image; {beside}.",
-        header=HEADER,
-        rows=[(name, *cells[1:]) for name, cells in zip(what.runs, rows, strict=True)],
+        header=list(rows[0]),
+        rows=[(name, *list(cells.values())[1:]) for name, cells in short],
         figures=svgs(figures),
         entries=what.entries,
         clock=TRAIN_CLOCK,
     )
 
 
-def row(name: str, run: Run) -> tuple[str, ...]:
-    """Format the cells of one run."""
+def row(name: str, run: Run) -> dict[str, str]:
+    """Format the cells of one run, by column."""
     recipe, summary = run.plan["recipe"], run.summary
-    reached = run.seconds_to_target
-    return (
-        name,
-        summary["hardware"],
-        percent(summary["top1"]),
-        percent(summary["top5"]),
-        duration(summary["train_seconds"]),
-        ("not reached" if reached is None else duration(reached)) if run.target else "no target",
-        duration(summary["wall_seconds"]),
-        str(summary["epochs"]),
-        f"{summary['steps']:,}",
-        f"{recipe['max_lr']:g}",
-        schedule_text(recipe),
-        summary["dataset"],
-    )
+    time = "no target"
+    if run.target:
+        reached = run.seconds_to_target
+        time = "not reached" if reached is None else duration(reached)
+    return {
+        "run": name,
+        "hardware": summary["hardware"],
+        "top-1": percent(summary["top1"]),
+        "top-5": percent(summary["top5"]),
+        "train time": duration(summary["train_seconds"]),
+        "time to target": time,
+        "wall time": duration(summary["wall_seconds"]),
+        "epochs": str(summary["epochs"]),
+        "steps": f"{summary['steps']:,}",
+        "max_lr": f"{recipe['max_lr']:g}",
+        "schedule": schedule_text(recipe),
+        "data": summary["dataset"],
+    }
 
 
 METRICS = {"top1": "top-1", "top5": "top-5"}
@@ -151,11 +150,6 @@ class Comparison:
             for row in run.epochs
             if row.get(self.metric) is not None
         ]
-
-
-def look(index: int) -> Row:
-    """Return colour and style of the line of a run."""
-    return LOOKS[index % len(LOOKS)]
 
 
 def picture(what: Comparison) -> Figure:

@@ -27,7 +27,7 @@ from fastimagenet import cli
 from fastimagenet.config import EntryFacts, RunConfig
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.dawnbench import CLOCKS, clocks_at_target, result_hours, write_entry
-from pipelines.cli import Parser, at_least, output_folder
+from pipelines.cli import at_least, output_folder
 from pipelines.datasets.known import dataset_name
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
@@ -45,12 +45,12 @@ ENERGY = "energy.json"
 JOULES_PER_KWH = 3.6e6
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = command_parser(__doc__)
-    cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/dawnbench-RECIPE", output_folder)
-    add = result.add_argument
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__)
+    cli.add_machine_flags(parser)
+    cli.add_run_flags(parser, "runs/dawnbench-RECIPE", output_folder)
+    add = parser.add_argument
     add("--runs", type=at_least(1), default=1, metavar="N", help="seeds, from --seed on; default 1")
     add("--target", metavar="METRIC=VALUE", help="top5=0.93, top1=0.94; default: the recipe's")
     add("--stop-at-target", action="store_true", help="end each run when it has reached the target")
@@ -60,12 +60,7 @@ def parser() -> Parser:
     add("--author-email", default="unknown", metavar="ADDRESS")
     add("--hardware", help="default: what is found, such as 1 x NVIDIA H200")
     add("--cost-per-hour", type=float, metavar="USD", help="on-demand price of all nodes")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    args, about = begin(parser(), argv)
+    args, about = begin(parser, argv)
     names = ("author", "author_email", "hardware", "cost_per_hour")
     EntryFacts(**{name: getattr(args, name) for name in names})  # checks them
     if args.nodes != (0, 1):

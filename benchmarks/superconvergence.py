@@ -28,7 +28,7 @@ from benchmarks.common.matrix import (
     measured,
     variant,
 )
-from benchmarks.common.measuring import begin, command_parser, document, markdown, write_result
+from benchmarks.common.measuring import begin, by_column, command_parser, document, write_result
 from benchmarks.common.plots import (
     Curve,
     accuracy_and_lr,
@@ -47,10 +47,6 @@ from pipelines.datasets.split import read_split, skip_line
 from pipelines.files import Row, write_text
 from pipelines.formats import NO_BREAK, duration, number, percent
 
-HEADER = (
-    *("run", "peak LR", "epochs", "schedule", "iterations", "published", "ours (n)"),
-    *("difference", "train time", "images/s"),
-)
 ACCURACY = (
     "plain top-1 of all validation images after the last epoch: mean over n seeds, lowest .. "
     "highest"
@@ -195,7 +191,7 @@ def table(result: Row) -> str:
         f"{result['hardware']}; {result['precision']}; torch {versions['torch']}, "
         f"Python {versions['python']}; {result['date']}; {data.counts}.",
         rehearsal,
-        markdown([HEADER, *map(table_row, runs)]),
+        by_column([cells(run) for run in runs]),
         "\n".join(notes),
     )
 
@@ -207,24 +203,24 @@ def pixels(data: Data) -> str:
     return f" The data here are {', '.join(data.suffixes)} files."
 
 
-def table_row(run: Row) -> list[str]:
-    """Format the cells of one run."""
+def cells(run: Row) -> dict[str, str]:
+    """Format the cells of one run, by column."""
     recipe, points = run["recipe"], run["difference_points"]
     ours = percent(run["mean"])
     if run["n"] > 1:
         ours += f", {100 * run['lowest']:.2f} .. {100 * run['highest']:.2f}"
-    return [
-        run["run"],
-        f"{recipe['max_lr']:g}",
-        str(sum(phase["epochs"] for phase in recipe["phases"])),
-        schedule_text(recipe),
-        f"{run['iterations']:,}",
-        percent(run["published"]["top1"]) if run["published"] else "-",
-        f"{ours} ({run['n']})",
-        "-" if points is None else f"{points:+.2f} points",
-        duration(run["train_seconds"]),
-        number(run["images_per_sec"], ",.0f"),
-    ]
+    return {
+        "run": run["run"],
+        "peak LR": f"{recipe['max_lr']:g}",
+        "epochs": str(sum(phase["epochs"] for phase in recipe["phases"])),
+        "schedule": schedule_text(recipe),
+        "iterations": f"{run['iterations']:,}",
+        "published": percent(run["published"]["top1"]) if run["published"] else "-",
+        "ours (n)": f"{ours} ({run['n']})",
+        "difference": "-" if points is None else f"{points:+.2f} points",
+        "train time": duration(run["train_seconds"]),
+        "images/s": number(run["images_per_sec"], ",.0f"),
+    }
 
 
 def curve(run: Row) -> Curve:

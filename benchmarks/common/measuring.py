@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipelines.cli import Parser, at_least, make_parser, output_file, positive
@@ -64,6 +64,11 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded).replace(NO_BREAK, " ")
+
+
+def by_column(rows: Sequence[Mapping[str, str]]) -> str:
+    """Format a table of rows that name their columns, the same ones in all."""
+    return markdown([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
 def document(*blocks: str) -> str:

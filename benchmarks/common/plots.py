@@ -43,6 +43,11 @@ LABEL_HEIGHT, LABEL_WIDTH = 0.065, 0.16
 """Of a label at the end of a line, in heights and widths of the upper plot."""
 
 
+def look(index: int) -> dict[str, Any]:
+    """Return colour and style of the line of a run."""
+    return LOOKS[index % len(LOOKS)]
+
+
 @dataclass(frozen=True)
 class Curve:
     """One run: `name` at the end of its line, `legend` above the picture."""
@@ -67,7 +72,7 @@ def accuracy_and_lr(curves: list[Curve]) -> Figure:
     """Plot accuracies, the mean over the seeds in front of each of them, and learning rates."""
     figure, (above, below) = new_figure(2, size=(6.6, 5.6), sharex=True)
     set_heights(above, (5, 2))
-    looks = [LOOKS[index % len(LOOKS)] for index in range(len(curves))]
+    looks = [look(index) for index in range(len(curves))]
     for curve, look in zip(curves, looks, strict=True):
         for points in curve.accuracy if len(curve.accuracy) > 1 else []:
             draw_line(above, points, color=look["color"], linewidth=0.8, alpha=0.35)

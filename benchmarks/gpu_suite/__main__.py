@@ -31,7 +31,7 @@ from benchmarks.gpu_suite.parts import PARTS, Part, Setup
 from benchmarks.gpu_suite.report import REHEARSAL, PartResult, Result, write_results
 from fastimagenet import cli
 from fastimagenet.distributed.world import Launch
-from pipelines.cli import Parser, output_folder
+from pipelines.cli import output_folder
 from pipelines.datasets.folders import find_split
 from pipelines.errors import UserError
 
@@ -44,11 +44,11 @@ GRACE_SECONDS = 5
 """For a part that is told to end, before it is killed."""
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = command_parser(__doc__)
-    cli.add_device_flag(result)
-    add = result.add_argument
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__)
+    cli.add_device_flag(parser)
+    add = parser.add_argument
     add("--output", type=output_folder, required=True, metavar="DIR", help="a new folder")
     help_text = "full-size photographs: DIR/train/CLASS/*, DIR/val/CLASS/* (may be the same ones)"
     add("--data", type=Path, metavar="DIR", help=help_text)
@@ -56,12 +56,7 @@ def parser() -> Parser:
     some = f"some of {', '.join(NAMES)}"
     add("--only", nargs="+", choices=NAMES, default=NAMES, metavar="PART", help=some)
     add("--skip", nargs="+", choices=NAMES, default=(), metavar="PART")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    args, about = begin(parser(), argv)
+    args, about = begin(parser, argv)
     setup = make_setup(args)
     if not setup.small:
         about["hardware"] = f"1 x {gpu_name()}, {about['hardware']}"
@@ -91,9 +86,10 @@ def run_parts(setup: Setup, result: Result, folder: Path, wanted: set[str]) -> b
     for part in PARTS:
         given += part.seconds * (REHEARSAL_TIMES if setup.small else 1)
         if part.name not in wanted:
-            found = skipped(part, "not asked for")
+            found = PartResult(title=part.title, status="skipped", reason="not asked for")
         elif part.needs and getattr(setup, part.needs) is None:
-            found = skipped(part, f"needs --{part.needs}")
+            reason = f"needs --{part.needs}"
+            found = PartResult(title=part.title, status="skipped", reason=reason)
         else:
             limit = given - (time.monotonic() - start)
             print(f"{part.name}: at most {limit:.0f} s", flush=True)
@@ -137,12 +133,6 @@ def gpu_name() -> str:
         return ""
     driver.cuDeviceGetName(name, len(name), device)
     return name.value.decode()
-
-
-def skipped(part: Part, reason: str) -> PartResult:
-    return PartResult(
-        title=part.title, status="skipped", device="", rehearsal=False, reason=reason, figures={}
-    )
 
 
 def run_part(part: Part, setup: Setup, folder: Path, limit: float, hardware: str) -> PartResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.common.plots import LOOKS
+from benchmarks.common.plots import look
 from fastimagenet.report.figures import draw_line, new_figure, thousands, with_legend
 from pipelines.files import Row
 from pipelines.formats import time_unit
@@ -38,8 +38,8 @@ def line_plot(rows: list[tuple[str, float, float]], xlabel: str, ylabel: str) ->
         points[x] = max(value, points.get(x, value))
     figure, (axes,) = new_figure()
     for index, (name, points) in enumerate(lines.items()):
-        look = LOOKS[index % len(LOOKS)]
-        draw_line(axes, sorted(points.items()), label=name, **look, marker="o", markersize=4)
+        line = sorted(points.items())
+        draw_line(axes, line, label=name, **look(index), marker="o", markersize=4)
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     axes.yaxis.set_major_formatter(FuncFormatter(thousands))
     return with_legend(figure, ncols=3)
@@ -90,8 +90,8 @@ def phases(stall: Row) -> Figure:
         positions = [x + 0.27 * (index - 1) for x in range(len(found))]
         means = [rate["mean"] for rate in rates]
         reach = [rate["high"] - rate["mean"] for rate in rates]
-        look = {"color": LOOKS[index]["color"], "ecolor": "#555555", "label": part}
-        axes.bar(positions, means, 0.25, yerr=reach, capsize=2, **look)
+        style = {"color": look(index)["color"], "ecolor": "#555555", "label": part}
+        axes.bar(positions, means, 0.25, yerr=reach, capsize=2, **style)
     labels = [f"{phase['image_size']} px\nx {phase['batch_size']}" for phase in found]
     axes.set_xticks(range(len(found)), labels)
     axes.set(ylabel="images/s", ylim=(0, None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.common import tables
@@ -28,9 +28,9 @@ class PartResult:
     title: str
     status: str
     """ "done", "failed" or "skipped"."""
-    device: str
+    device: str = ""
     """What its figures were measured on; "" where it did not run."""
-    rehearsal: bool
+    rehearsal: bool = False
     """Whether that was a CPU in place of a GPU."""
     command: str = ""
     seconds: float = 0.0
@@ -39,7 +39,7 @@ class PartResult:
     """Of what was not done, in one line."""
     log_tail: str = ""
     """Of a part that failed."""
-    figures: Row
+    figures: Row = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.common.measuring import begin, command_parser, document, markdown
+from benchmarks.common.measuring import begin, by_column, command_parser, document
 from benchmarks.common.plots import time_bars
 from benchmarks.plan.prediction import MIN_STEPS, Candidate, candidates, with_fitting_batch
 from fastimagenet import cli
@@ -164,10 +164,6 @@ def write_results(result: Row, found: list[Candidate], folder: Path) -> None:
 
 def table(result: Row, found: list[Candidate]) -> str:
     """Format the candidates as Markdown."""
-    header = (
-        *("predicted", "epochs", "sizes", "global batch", "steps", "train", "wall", "cost"),
-        *("expected top-1", "top-5"),
-    )
     sources = dict.fromkeys(each.accuracy_source for each in found)
     known = any(each.accuracy for each in found)
     spread = max(rates["spread"] for rates in result["probe"]["train"])
@@ -187,26 +183,27 @@ def table(result: Row, found: list[Candidate]) -> str:
         f"{nodes} like the one probed: {result['hardware_probed']}; {result['precision']}; "
         f"torch {result['versions']['torch']}; {result['date']}"
         + ("." if price is None else f"; ${price:g} an hour and node."),
-        markdown([header, *map(row, found)]),
+        by_column([row(each) for each in found]),
         "\n".join(notes),
     )
 
 
-def row(each: Candidate) -> tuple[str, ...]:
-    """Format the cells of one candidate."""
+def row(each: Candidate) -> dict[str, str]:
+    """Format the cells of one candidate, by column."""
     recipe, accuracy = each.recipe, each.accuracy or {}
-    return (
-        each.name,
-        str(recipe.epochs),
-        ", ".join(f"{size} px x {epochs}" for size, epochs in epochs_by_size(recipe).items()),
-        ", ".join(dict.fromkeys(f"{batch:,}" for batch in each.global_batches)),
-        f"{each.steps:,}",
-        duration(each.train_seconds),
-        duration(each.wall_seconds),
-        "-" if each.cost_usd is None else f"${each.cost_usd:,.2f}",
-        percent(accuracy.get("top1"), 1),
-        percent(accuracy.get("top5"), 1),
-    )
+    sizes = epochs_by_size(recipe).items()
+    return {
+        "predicted": each.name,
+        "epochs": str(recipe.epochs),
+        "sizes": ", ".join(f"{size} px x {epochs}" for size, epochs in sizes),
+        "global batch": ", ".join(dict.fromkeys(f"{batch:,}" for batch in each.global_batches)),
+        "steps": f"{each.steps:,}",
+        "train": duration(each.train_seconds),
+        "wall": duration(each.wall_seconds),
+        "cost": "-" if each.cost_usd is None else f"${each.cost_usd:,.2f}",
+        "expected top-1": percent(accuracy.get("top1"), 1),
+        "top-5": percent(accuracy.get("top5"), 1),
+    }
 
 
 def epochs_by_size(recipe: Recipe) -> dict[int, int]:
@@ -266,13 +263,16 @@ def check(plan_dir: Path, run_dir: Path) -> str:
     }
     about = {key: summary[key] for key in ("hardware", "versions", "started", "command")}
     write_object(plan_dir / "check.json", about | {"parts": rows})
-    header = ("part", "predicted", "measured", "predicted / measured - 1")
     cells = [
-        (part, f"{row['predicted_seconds']:.2f} s", f"{row['measured_seconds']:.2f} s",
-         percent(row["error"], 1))
+        {
+            "part": part,
+            "predicted": f"{row['predicted_seconds']:.2f} s",
+            "measured": f"{row['measured_seconds']:.2f} s",
+            "predicted / measured - 1": percent(row["error"], 1),
+        }
         for part, row in rows.items()
-    ]  # fmt: skip
-    return markdown([header, *cells])
+    ]
+    return by_column(cells)
 
 
 def error(predicted: float, measured: float) -> float | None:
