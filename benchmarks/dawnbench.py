@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from statistics import median_high
 
-from benchmarks.common.matrix import Matrix, Training, Variant, measured
+from benchmarks.common.matrix import Matrix, Training, Variant, measured, set_flags
 from benchmarks.common.measuring import begin, command_parser, document, markdown, write_result
 from benchmarks.common.statistics import interval, interval_text
 from fastimagenet import cli
@@ -108,7 +108,7 @@ def variant(args: argparse.Namespace, config: RunConfig, recipe: Recipe) -> Vari
         value = getattr(args, name)
         flags += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     settings = [*args.set, *([f"target={args.target}"] if args.target is not None else [])]
-    flags += [word for setting in settings for word in ("--set", setting)]
+    flags += set_flags(settings)
     counts = {"num_train": len(split), "global_batch": args.global_batch}
     return Variant(name=recipe.name, recipe=recipe, flags=flags, **counts)
 

@@ -26,6 +26,7 @@ from benchmarks.common.matrix import (
     add_matrix_flags,
     describe,
     measured,
+    set_flags,
     variant,
 )
 from benchmarks.common.measuring import begin, by_column, command_parser, document, write_result
@@ -100,7 +101,7 @@ def skip_list(args: argparse.Namespace) -> Path:
 def rehearsal(args: argparse.Namespace, data: Data) -> str:
     """Tell what the flags and the data change about the published experiment."""
     flags = [] if args.epochs is None else ["--epochs", str(args.epochs)]
-    flags += [word for setting in args.set for word in ("--set", setting)]
+    flags += set_flags(args.set)
     if args.precision and any(RUNS[run].precision != args.precision for run in args.only):
         flags += ["--precision", args.precision]
     if args.backend == "synthetic":

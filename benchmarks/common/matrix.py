@@ -266,6 +266,11 @@ def add_matrix_flags(parser: Parser, runs: int, output: Path) -> None:
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="as of train")
 
 
+def set_flags(settings: Sequence[str]) -> list[str]:
+    """Return recipe fields, FIELD=VALUE, as flags of `train`."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
 def variant(
     args: argparse.Namespace, name: str, recipe: str, num_train: int, settings: Sequence[str] = ()
 ) -> Variant:
@@ -276,7 +281,7 @@ def variant(
     flags = ["--recipe", recipe, "--data", str(args.data), "--nproc-per-node", "1"]
     flags += ["--backend", args.backend, "--device", args.device]
     changes = [*args.set, *settings]
-    flags += [word for setting in changes for word in ("--set", setting)]
+    flags += set_flags(changes)
     flags += [] if args.epochs is None else ["--epochs", str(args.epochs)]
     changed = changed_recipe(named_recipe(recipe), changes, args.epochs)
     return Variant(name=name, recipe=changed, flags=flags, num_train=num_train)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -96,7 +96,7 @@ def turn(source: Iterator[Any], batch_size: int, seconds: float) -> tuple[float,
     return images / (time.perf_counter() - start), 1000 * cpu / images
 
 
-def measure(task: Task, rounds: int, seconds: float, report: Callable[[str], object]) -> list[Row]:
+def measure(task: Task, rounds: int, seconds: float) -> list[Row]:
     """Measure all stages in turn, each with all before it: images/s, ms of CPU time an image of
     all threads of this process, and the ratio of the images/s to the loader's, round by round."""
     sources = {stage: batches(stage, task) for stage in STAGES}
@@ -108,7 +108,8 @@ def measure(task: Task, rounds: int, seconds: float, report: Callable[[str], obj
             if number:  # round 0: files into the page cache, buffers to their size
                 rates[stage].append(rate)
                 cpus[stage].append(cpu)
-                report(f"round {number}  {stage:14} {rate:8.1f} images/s  {cpu:.3f} CPU ms/image")
+                told = f"{rate:8.1f} images/s  {cpu:.3f} CPU ms/image"
+                print(f"round {number}  {stage:14} {told}", flush=True)
     return [
         {
             "stage": stage,
@@ -143,13 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--threads", type=at_least(1), default=2, help="default 2")
     args, about = begin(parser, argv)
     about["hardware"] += f", {args.threads} threads, {args.size} px"
-    task = Task(
-        split=training_images(args.data),
-        image_size=args.size,
-        batch_size=args.batch_size,
-        threads=args.threads,
-    )
-    rates = measure(task, args.rounds, args.seconds, lambda line: print(line, flush=True))
+    split, size = training_images(args.data), args.batch_size
+    task = Task(split=split, image_size=args.size, batch_size=size, threads=args.threads)
+    rates = measure(task, args.rounds, args.seconds)
     print(f"\n{about['hardware']} (95 % intervals)\n\n{table(rates)}")
     if args.json is not None:
         write_object(args.json, about | {"stages": rates})
