@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,36 +47,65 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def cifar10(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """500 training and 200 validation JPEGs of CIFAR-10, all ten classes, as an image folder."""
-    root = tmp_path_factory.mktemp("cifar10")
-    left = {"train": 50, "val": 20}
-    counts: dict[Path, int] = {}
-    with tarfile.open(shared / "data" / "cifar10-jpeg.tar.gz") as archive:
-        for member in archive:
-            path = Path(member.name)
-            folder = Path(*path.parts[-3:-1])
-            if not member.isfile() or counts.get(folder, 0) >= left[folder.parts[0]]:
-                continue
-            counts[folder] = counts.get(folder, 0) + 1
-            (root / folder).mkdir(parents=True, exist_ok=True)
-            source = archive.extractfile(member)
-            assert source is not None
-            (root / folder / path.name).write_bytes(source.read())
-    return root
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Make a folder once for all processes that the tests run in: `make` fills it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        path, mark = root / name, root / f"{name}.made"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not mark.exists():
+                path.mkdir()
+                make(path)
+                mark.touch()
+        return path
+
+    return folder
+
+
+Once = Callable[[str, Callable[[Path], None]], Path]
 
 
 @pytest.fixture(scope="session")
-def photographs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cifar10(shared: Path, once: Once) -> Path:
+    """500 training and 200 validation JPEGs of CIFAR-10, all ten classes, as an image folder."""
+
+    def make(root: Path) -> None:
+        per_class = {"train": 50, "val": 20}
+        left = 10 * sum(per_class.values())
+        counts: dict[Path, int] = {}
+        with tarfile.open(shared / "data" / "cifar10-jpeg.tar.gz") as archive:
+            for member in archive:
+                path = Path(member.name)
+                folder = Path(*path.parts[-3:-1])
+                if not member.isfile() or counts.get(folder, 0) >= per_class[folder.parts[0]]:
+                    continue
+                counts[folder] = counts.get(folder, 0) + 1
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                source = archive.extractfile(member)
+                assert source is not None
+                (root / folder / path.name).write_bytes(source.read())
+                left -= 1
+                if not left:
+                    return
+
+    return once("cifar10", make)
+
+
+@pytest.fixture(scope="session")
+def photographs(shared: Path, once: Once) -> Path:
     """The 500 full-size ImageNet photographs, one class each; train and val are the same files."""
-    root = tmp_path_factory.mktemp("photographs")
-    with tarfile.open(shared / "data" / "imagenet-sample.tar") as archive:
-        archive.extractall(root, filter="data")
-    folder = root / "imagenet-sample"
-    (root / "data").mkdir()
-    for split in ("train", "val"):
-        (root / "data" / split).symlink_to(folder, target_is_directory=True)
-    return root / "data"
+
+    def make(root: Path) -> None:
+        with tarfile.open(shared / "data" / "imagenet-sample.tar") as archive:
+            archive.extractall(root, filter="data")
+        (root / "data").mkdir()
+        for split in ("train", "val"):
+            (root / "data" / split).symlink_to(root / "imagenet-sample", target_is_directory=True)
+
+    return once("photographs", make) / "data"
 
 
 @pytest.fixture(scope="session")
@@ -87,13 +117,25 @@ def digits() -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(cifar10: Path, once: Once) -> Path:
     """The folder of a finished run of two processes, 20 steps."""
     from tests.commands import TWO, train
 
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    train("--data", cifar10, "--output", folder, *TWO)
-    return folder
+    def make(root: Path) -> None:
+        train("--data", cifar10, "--output", root / "run", *TWO)
+
+    return once("undisturbed", make) / "run"
+
+
+@pytest.fixture(scope="session")
+def finished(cifar10: Path, once: Once) -> Path:
+    """The folder of a finished run over three sizes and two batch sizes, 40 steps."""
+    from tests.commands import SMALL, train
+
+    def make(root: Path) -> None:
+        train("--data", cifar10, "--output", root / "run", "--cost-per-hour", "2", *SMALL)
+
+    return once("finished", make) / "run"
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from torchvision import transforms
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from fastimagenet import train
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.toml import with_settings
 from fastimagenet.report.run import rows_of
+from fastimagenet.train import main as train_main
 from fastimagenet.training.recorder import read_rows
 from pipelines.augment.colours import OPERATIONS, auto_augment, draw_operations, level_table
 from pipelines.augment.mixing import (
@@ -311,7 +311,7 @@ def test_a_training_with_everything_on(processes: int, cifar10: Path, tmp_path: 
     wanted = [f"{name}={getattr(EVERYTHING, name)}" for name in CHANGED]
     flags = [*("--data", cifar10, "--output", tmp_path / "run", *SMALL)]
     flags += ["--nproc-per-node", processes, *(p for line in wanted for p in ("--set", line))]
-    assert train.main([*map(str, flags)]) == 0
+    assert train_main([*map(str, flags)]) == 0
     rows = read_rows(tmp_path / "run")
     losses = [row["loss"] for row in rows_of("step", rows)]
     assert len(losses) >= 3 and all(map(math.isfinite, losses))

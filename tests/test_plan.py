@@ -219,7 +219,10 @@ def test_a_run_is_set_beside_its_prediction(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path) -> None:
-    flags = ["--device", "cpu", "--minutes", "20", "--probe-seconds", "2", "--nodes", "2"]
+    flags = ["--device", "cpu", "--minutes", "20", "--probe-seconds", "0.5", "--nodes", "2"]
+    for index, size in enumerate((8, 12)):
+        flags += ["--set", f"phases.{index}.image_size={size}"]
+        flags += ["--set", f"phases.{index}.batch_size=32"]
     assert main([*flags, "--price", "3", "--output", str(tmp_path / "out")]) == 0
     plan = read_object(tmp_path / "out" / "plan.json")
     recipe = recipe_toml.load(tmp_path / "out" / "recipe.toml")
@@ -228,7 +231,7 @@ def test_the_command_writes_a_recipe_that_train_takes(tmp_path: Path) -> None:
     assert 0 < first["predicted_train_seconds"] < first["predicted_wall_seconds"] <= 20 * 60
     assert first["cost_usd"] == pytest.approx(first["predicted_wall_seconds"] / 3600 * 2 * 3)
     probe = plan["probe"]
-    assert [rates["image_size"] for rates in probe["train"]] == [16, 24]
+    assert [rates["image_size"] for rates in probe["train"]] == [8, 12]
     assert min(rates["both"] for rates in probe["train"]) > 0
     assert probe["checkpoint_seconds"] > 0 and probe["last_checkpoint_seconds"] > 0
     assert probe["start_up_seconds"] > 0

@@ -127,7 +127,7 @@ def test_errors_name_the_field(setting: str, message: str) -> None:
 )
 def test_errors_of_the_plan_name_the_field(setting: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        recipe_toml.with_settings(two_phases(), [setting]).plan(1, 1000)
+        Plan.of(recipe_toml.with_settings(two_phases(), [setting]), 1, 1000)
     assert message in str(error.value)
 
 
@@ -167,12 +167,13 @@ def test_the_plan_counts_steps_phase_by_phase() -> None:
 
 
 def test_the_lr_follows_the_global_batch_of_each_phase() -> None:
-    plan = two_phases(
+    recipe = two_phases(
         lr_reference_batch=100,
         schedule="piecewise",
         lr_spans=((0, 6, 0.5, 0.5),),
         max_lr=2.0,
-    ).PLANX(world_size=2, num_train=1000)
+    )
+    plan = Plan.of(recipe, world_size=2, num_train=1000)
     assert plan.lr(0) == pytest.approx(0.5 * 2.0 * 200 / 100)
     assert plan.lr(plan.total_steps - 1) == pytest.approx(0.5 * 2.0 * 100 / 100)
 
