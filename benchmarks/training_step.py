@@ -43,7 +43,6 @@ from fastimagenet.training.trainer import Trainer
 from pipelines.cli import at_least, positive
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split
-from pipelines.environment import processor
 from pipelines.files import write_object
 from pipelines.loader import Loader
 
@@ -255,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device="cpu" if kind == "cpu" else "cuda:0", seconds=args.seconds,
         report=lambda rate: print(rate, flush=True),
     )  # fmt: skip
-    about["hardware"] = processor() if kind == "cpu" else torch.cuda.get_device_name(0)
+    if kind != "cpu":
+        about["hardware"] = torch.cuda.get_device_name(0)
     network = f"{recipe.name}, {recipe.model}"
     print(f"\n{about['hardware']}; torch {torch.__version__}; {network}, bf16\n\n{table(rates)}")
     if args.json is not None:
