@@ -305,12 +305,11 @@ def test_back_ends_give_the_same_augmented_batches(reflect_pad: int, cifar10: Pa
                 assert difference.max() < 0.01
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_training_with_everything_on(processes: int, cifar10: Path, tmp_path: Path) -> None:
+def test_a_training_with_everything_on(cifar10: Path, tmp_path: Path) -> None:
     """Three epochs at three sizes, on labels that are probabilities, smoothed as well."""
     wanted = [f"{name}={getattr(EVERYTHING, name)}" for name in CHANGED]
     flags = [*("--data", cifar10, "--output", tmp_path / "run", *SMALL)]
-    flags += ["--nproc-per-node", processes, *(p for line in wanted for p in ("--set", line))]
+    flags += ["--nproc-per-node", 1, *(p for line in wanted for p in ("--set", line))]
     assert train_main([*map(str, flags)]) == 0
     rows = read_rows(tmp_path / "run")
     losses = [row["loss"] for row in rows_of("step", rows)]

@@ -55,7 +55,6 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("dali", 1),
     Scenario("dali", 0, accumulation=2),
     Scenario("torchvision", -1),
     Scenario("memory", 1, recipe=SPEED),
