@@ -9,7 +9,6 @@ resumes where it was stopped, and repeats no run that is finished.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,23 +21,21 @@ from benchmarks.common.matrix import (
     Variant,
     add_matrix_flags,
     describe,
-    matrix_flags,
     measured,
+    variant,
 )
-from benchmarks.common.measuring import markdown
+from benchmarks.common.measuring import begin, by_column, command_parser, document, write_result
 from benchmarks.common.statistics import interval, interval_text
 from fastimagenet import cli
+from fastimagenet.config import changed_recipe
 from fastimagenet.recipes import named_recipe
-from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.recipe import Recipe
-from pipelines.cli import Parser, make_parser
 from pipelines.errors import UserError
-from pipelines.files import Row, write_object, write_text
-from pipelines.formats import NO_BREAK, duration, percent
+from pipelines.files import Row
+from pipelines.formats import duration, percent
 
 FULL = "all"
 """The name of the runs in which nothing is switched off."""
-HEADER = ("switched off", "n", "top-1", "with TTA", "difference (points)", "train", "wall")
 PEER_LR_PER_IMAGE = 11.5 / (1024 * (1 + 1 / 0.15))
 PEER_DECAY_PER_IMAGE = 0.0153 / (1024 * (1 + 1 / 0.15))
 """Of airbench94, which trains the same network by SGD: LR, and LR times weight decay."""
@@ -70,35 +67,23 @@ PARTS: dict[str, Callable[[Recipe], list[str]]] = {
 """Recipe field -> the settings that switch it off. TTA is in every row, on and off."""
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = make_parser(
-        "benchmarks.ablation",
-        "Train a recipe whole and with one of its parts switched off at a time, and compare.",
-        "python -m benchmarks.ablation --data CIFAR10 --runs 3 --only whitening optimizer",
-    )
-    add = result.add_argument
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__)
+    add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder")
     add("--recipe", default="cifar10-speed", metavar="NAME", help="default cifar10-speed")
     help_text = f"some of {', '.join(PARTS)}"
     add("--only", nargs="+", choices=list(PARTS), metavar="FIELD", help=help_text)
-    add_matrix_flags(result, 3, Path("runs/ablation"))
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
+    add_matrix_flags(parser, 3, Path("runs/ablation"))
+    args, about = begin(parser, argv)
     data = describe(args.data)
     seeds = range(args.seed, args.seed + args.runs)
     matrix = Matrix.of(variants(args, data.train_images), seeds, args.output, args.data)
     status = matrix.run()
     if any(training.run == FULL for training in matrix.finished):
-        command = shlex.join(["python", "-m", "benchmarks.ablation", *argv])
-        result = read_ablation(matrix.finished, data, command)
-        write_object(args.output / "ablation.json", result)
-        write_text(args.output / "table.md", table(result))
+        result = read_ablation(matrix.finished, data, about["command"])
+        write_result(args.output, "ablation", result, table(result))
         print(f"\n{table(result)}\ntable and JSON: {args.output}", flush=True)
     else:
         print("\nno run of the whole recipe is finished: no table yet")
@@ -110,20 +95,13 @@ def variants(args: argparse.Namespace, num_train: int) -> list[Variant]:
 
     Raises UserError for a part that was asked for and that the recipe does not have.
     """
-    whole = recipe_toml.with_settings(named_recipe(args.recipe), args.set)
-    off: dict[str, list[str]] = {FULL: []}
+    found = [variant(args, FULL, args.recipe, num_train)]
+    whole = changed_recipe(named_recipe(args.recipe), args.set)
     for part in args.only or PARTS:
-        settings = PARTS[part](whole)
         if has(whole, part):
-            off[part] = settings
+            found.append(variant(args, part, args.recipe, num_train, PARTS[part](whole)))
         elif args.only:
             raise UserError(f"--only {part}: recipe {args.recipe} does not use it")
-    found = []
-    for name, settings in off.items():
-        recipe = recipe_toml.with_settings(named_recipe(args.recipe), [*args.set, *settings])
-        recipe = recipe if args.epochs is None else recipe.stretched(args.epochs)
-        flags = ["--recipe", args.recipe, *matrix_flags(args, settings)]
-        found.append(Variant(name=name, recipe=recipe, flags=flags, num_train=num_train))
     return found
 
 
@@ -170,31 +148,31 @@ def read_ablation(finished: Sequence[Training], data: Data, command: str) -> Row
 def table(result: Row) -> str:
     """Format the result as Markdown."""
     name = "with TTA" if result["judged"] == "tta_top1" else "plain"
-    lines = [
+    return document(
         f"# Recipe {result['recipe']}, one part switched off at a time",
-        "",
         f"{result['hardware']}; {result['precision']}; torch {result['versions']['torch']}; "
         f"{result['date']}; {result['epochs']} epochs; {Data(**result['data']).counts}.",
-        "",
-        markdown([HEADER, *map(cells, result["rows"])]),
-        "",
+        by_column([cells(row) for row in result["rows"]]),
         f"Means over n seeds, with 95 % intervals for n > 1; differences to the first row {name}, "
         "seed by seed. Train: the training clock; wall: everything.",
-    ]
-    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
+    )
 
 
-def cells(row: Row) -> list[str]:
-    """Format the row of one part."""
-    accuracies = [
-        "-" if row[name] is None else interval_text(row[name], percent)
-        for name in ("top1", "tta_top1")
-    ]
-    difference = row["difference_points"]
-    points = "-" if difference is None else interval_text(difference, "{:+.2f}".format)
-    times = [duration(row[name]["mean"]) for name in ("train_seconds", "wall_seconds")]
-    name = "nothing" if row["run"] == FULL else row["run"]
-    return [name, str(len(row["seeds"])), *accuracies, points, *times]
+def cells(row: Row) -> dict[str, str]:
+    """Format the row of one part, by column."""
+
+    def text(name: str, one: Callable[[float], str] = percent) -> str:
+        return "-" if row[name] is None else interval_text(row[name], one)
+
+    return {
+        "switched off": "nothing" if row["run"] == FULL else row["run"],
+        "n": str(len(row["seeds"])),
+        "top-1": text("top1"),
+        "with TTA": text("tta_top1"),
+        "difference (points)": text("difference_points", "{:+.2f}".format),
+        "train": duration(row["train_seconds"]["mean"]),
+        "wall": duration(row["wall_seconds"]["mean"]),
+    }
 
 
 if __name__ == "__main__":

@@ -6,62 +6,46 @@ python -m benchmarks.compare runs/one runs/other
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
 
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from benchmarks.common.measuring import markdown
+from benchmarks.common.measuring import by_column, command_parser
 from benchmarks.common.plots import (
-    LOOKS,
     Curve,
     accuracy_and_lr,
     accuracy_points,
+    look,
     lr_points,
     schedule_text,
+    set_heights,
+    svgs,
     time_bars,
 )
 from benchmarks.common.published import Published, published
 from fastimagenet import cli
 from fastimagenet.report.dawnbench import TRAIN_CLOCK
-from fastimagenet.report.figures import (
-    LEGEND,
-    SMALL,
-    draw_line,
-    new_figure,
-    svg,
-    thousands,
-    write_files,
-)
+from fastimagenet.report.figures import LEGEND, SMALL, draw_line, new_figure, thousands, write_files
 from fastimagenet.report.run import Run
 from pipelines import pages
-from pipelines.cli import make_parser, output_folder
+from pipelines.cli import output_folder
 from pipelines.errors import UserError
-from pipelines.files import Row, write_text
+from pipelines.files import write_text
 from pipelines.formats import NO_BREAK, duration, percent, time_unit
 
-HEADER = (
-    *("run", "hardware", "top-1", "top-5", "train time", "time to target", "wall time"),
-    *("epochs", "steps", "max_lr", "schedule", "data"),
-)
 TERMINAL = ("run", "max_lr", "schedule", "steps", "top-1", "train time", "time to target")
 """The columns that the terminal gets."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError naming the folder."""
-    parser = make_parser(
-        "benchmarks.compare",
-        "Set finished runs beside each other and beside published figures: a table, a page\n"
-        "(compare.html) and a picture (comparison.svg, .png).",
-        "python -m benchmarks.compare runs/one runs/other --output comparison",
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="a run's --output folder")
     add("--output", metavar="DIR", type=output_folder, default=Path(), help="default: here")
@@ -71,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not run.summary:
             raise UserError(f"{name} is not finished: resume it by train --resume auto")
     rows = [row(name, run) for name, run in runs.items()]
-    shown = [HEADER.index(name) for name in TERMINAL]
-    print(markdown([[cells[index] for index in shown] for cells in (HEADER, *rows)]))
+    print(by_column([{column: cells[column] for column in TERMINAL} for cells in rows]))
     what = comparison(runs)
     page = args.output / "compare.html"
     write_text(page, render(what, rows))
@@ -92,7 +75,7 @@ def comparison(runs: dict[str, Run]) -> Comparison:
     )
 
 
-def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
+def render(what: Comparison, rows: list[dict[str, str]]) -> str:
     """Render the page."""
     curves = [
         Curve(name, name, [accuracy_points(run.epochs)], lr_points(run.steps))
@@ -100,48 +83,47 @@ def render(what: Comparison, rows: list[tuple[str, ...]]) -> str:
     ]
     metric = METRICS[what.metric]
     figures = {
-        f"{metric} against training time": against_time(what),
-        f"{metric} against epochs": against_epochs(what),
-        "Where the wall time went": time_split(what),
+        f"{metric} against training time": alone(draw_against_time, what, 4.6),
+        f"{metric} against epochs": alone(draw_against_epochs, what, 3.4),
+        "Where the wall time went": alone(draw_time_split, what, 1.3 + 0.4 * len(curves)),
         "top-1 and learning rate against steps": accuracy_and_lr(curves),
     }
-    beside = (
-        f"beside {len(what.entries)} published entries"
-        if what.entries
-        else ("there is no published entry for these data")
-    )
+    beside = "there is no published entry for these data"
+    if what.entries:
+        beside = f"beside {len(what.entries)} published entries"
+    short = zip(what.runs, rows, strict=True)
     return pages.render(
         Path(__file__).with_name("compare.html.jinja"),
         lead=f"Plain validation {metric}, one view of every image; {beside}.",
-        header=HEADER,
-        rows=[(name, *cells[1:]) for name, cells in zip(what.runs, rows, strict=True)],
-        figures=[
-            (heading, Markup(svg(figure, f"plot{index}")))
-            for index, (heading, figure) in enumerate(figures.items())
-        ],
+        header=list(rows[0]),
+        rows=[(name, *list(cells.values())[1:]) for name, cells in short],
+        figures=svgs(figures),
         entries=what.entries,
         clock=TRAIN_CLOCK,
     )
 
 
-def row(name: str, run: Run) -> tuple[str, ...]:
-    """Format the cells of one run."""
+def row(name: str, run: Run) -> dict[str, str]:
+    """Format the cells of one run, by column."""
     recipe, summary = run.plan["recipe"], run.summary
-    reached = run.seconds_to_target
-    return (
-        name,
-        summary["hardware"],
-        percent(summary["top1"]),
-        percent(summary["top5"]),
-        duration(summary["train_seconds"]),
-        ("not reached" if reached is None else duration(reached)) if run.target else "no target",
-        duration(summary["wall_seconds"]),
-        str(summary["epochs"]),
-        f"{summary['steps']:,}",
-        f"{recipe['max_lr']:g}",
-        schedule_text(recipe),
-        summary["dataset"],
-    )
+    time = "no target"
+    if run.target:
+        reached = run.seconds_to_target
+        time = "not reached" if reached is None else duration(reached)
+    return {
+        "run": name,
+        "hardware": summary["hardware"],
+        "top-1": percent(summary["top1"]),
+        "top-5": percent(summary["top5"]),
+        "train time": duration(summary["train_seconds"]),
+        "time to target": time,
+        "wall time": duration(summary["wall_seconds"]),
+        "epochs": str(summary["epochs"]),
+        "steps": f"{summary['steps']:,}",
+        "max_lr": f"{recipe['max_lr']:g}",
+        "schedule": schedule_text(recipe),
+        "data": summary["dataset"],
+    }
 
 
 METRICS = {"top1": "top-1", "top5": "top-5"}
@@ -169,24 +151,11 @@ class Comparison:
             if row.get(self.metric) is not None
         ]
 
-    def accuracy(self, entry: Published) -> float:
-        """Return what the entry has reached, as a fraction."""
-        value = entry.accuracy(self.metric)
-        assert value is not None, "published() returns none without it"
-        return value
-
-
-def look(index: int) -> Row:
-    """Return colour and style of the line of a run."""
-    return LOOKS[index % len(LOOKS)]
-
 
 def picture(what: Comparison) -> Figure:
     """Plot accuracy against time and against epochs, and where the time went."""
     figure, axes = new_figure(3, size=(WIDE, 9.2 + 0.25 * len(what.runs)))
-    grid = axes[0].get_gridspec()
-    assert grid is not None
-    grid.set_height_ratios((5, 4, 0.8 + 0.5 * len(what.runs)))
+    set_heights(axes[0], (5, 4, 0.8 + 0.5 * len(what.runs)))
     draw_against_time(axes[0], what)
     draw_against_epochs(axes[1], what)
     draw_time_split(axes[2], what)
@@ -194,26 +163,12 @@ def picture(what: Comparison) -> Figure:
     return figure
 
 
-def against_time(what: Comparison) -> Figure:
-    """Plot the first part alone."""
-    figure, (axes,) = new_figure(size=(WIDE, 4.6))
-    draw_against_time(axes, what)
-    add_legends(figure, axes, what)
-    return figure
-
-
-def against_epochs(what: Comparison) -> Figure:
-    """Plot the second part alone."""
-    figure, (axes,) = new_figure(size=(WIDE, 3.4))
-    draw_against_epochs(axes, what)
-    add_legends(figure, axes, what, published=False)
-    return figure
-
-
-def time_split(what: Comparison) -> Figure:
-    """Plot the third part alone."""
-    figure, (axes,) = new_figure(size=(WIDE, 1.3 + 0.4 * len(what.runs)))
-    draw_time_split(axes, what)
+def alone(draw: Callable[[Axes, Comparison], None], what: Comparison, height: float) -> Figure:
+    """Plot one part, in so many inches."""
+    figure, (axes,) = new_figure(size=(WIDE, height))
+    draw(axes, what)
+    if draw is not draw_time_split:
+        add_legends(figure, axes, what, published=draw is draw_against_time)
     return figure
 
 
@@ -240,7 +195,7 @@ def draw_entries(axes: Axes, what: Comparison, length: float) -> None:
     low, high = axes.get_xlim()
     placed: list[tuple[float, float, int]] = []
     for number, entry in enumerate(what.entries, start=1):
-        x, y = entry.seconds / length, 100 * what.accuracy(entry)
+        x, y = entry.seconds / length, 100 * getattr(entry, what.metric)
         width = log(max(high, x) / min(low, x))
         near = [tier for at, level, tier in placed
                 if abs(log(x / at)) < NEAR * width and abs(level - y) < 4]  # fmt: skip
@@ -271,7 +226,7 @@ def draw_against_epochs(axes: Axes, what: Comparison) -> None:
     draw_runs(axes, what, "epoch")
     for number, entry in enumerate(what.entries, start=1):
         if entry.epochs is not None:
-            draw_entry(axes, number, entry, entry.epochs, 100 * what.accuracy(entry), 0)
+            draw_entry(axes, number, entry, entry.epochs, 100 * getattr(entry, what.metric), 0)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="epochs done", ylabel=f"validation {METRICS[what.metric]} (%)")

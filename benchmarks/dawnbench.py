@@ -11,29 +11,28 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from statistics import median_high
 
-from benchmarks.common.matrix import Matrix, Measured, Training, Variant, measured
-from benchmarks.common.measuring import markdown
+from benchmarks.common.matrix import Matrix, Training, Variant, measured, set_flags
+from benchmarks.common.measuring import begin, command_parser, document, markdown, write_result
 from benchmarks.common.statistics import interval, interval_text
 from fastimagenet import cli
 from fastimagenet.config import EntryFacts, RunConfig
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.dawnbench import CLOCKS, clocks_at_target, result_hours, write_entry
-from pipelines.cli import Parser, at_least, make_parser, output_folder
+from pipelines.cli import at_least, output_folder
 from pipelines.datasets.known import dataset_name
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
-from pipelines.files import Row, read_object, write_object, write_text
-from pipelines.formats import NO_BREAK, duration, percent
+from pipelines.files import Row, read_object, write_object
+from pipelines.formats import duration, percent
 
 PASSED_ON = (
     *("data", "recipe", "skip_list", "on_bad_image", "backend", "device", "precision"),
@@ -46,67 +45,12 @@ ENERGY = "energy.json"
 JOULES_PER_KWH = 3.6e6
 
 
-@dataclass(frozen=True, kw_only=True)
-class SeedResult:
-    """One finished run; accuracies as fractions."""
-
-    seed: int
-    folder: str
-    epochs: int
-    top1: float
-    top5: float
-    seconds: dict[str, float] | None
-    """To the target, by each clock of CLOCKS; None: it was missed."""
-    wall_seconds: float
-    """Of the whole run."""
-    gpu_kwh: float | None
-    """Of the whole process; None: not measured."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result(Measured):
-    """All runs, and on what they were made. Intervals are over the runs that reached the target."""
-
-    recipe: Row
-    data: str
-    device: str
-    target: Row
-    """{"metric", "value"}."""
-    planned: int
-    """Runs that were asked for."""
-    n: int
-    """Runs that are finished."""
-    failed_seeds: list[int]
-    """Of runs that ended with an error, such as a loss that is not finite."""
-    reached: int
-    success_rate: float
-    """reached / (n + failed)."""
-    clocks: dict[str, str]
-    """What each clock counts."""
-    seconds_to_target: dict[str, Row]
-    """By clock: mean, low, high (95 % interval; null from a single run); {} if none reached it."""
-    cost_per_hour: float | None
-    cost_usd: Row | None
-    """Of the training clock to the target, as DAWNBench has it; null without a price."""
-    gpu_kwh: Row | None
-    """Of the whole processes; null where NVML did not tell for every run."""
-    median_seed: int | None
-    """The run whose entry it is; of two in the middle the slower one."""
-    entry_hours: float | None
-    """Its result by the contest's rules."""
-    runs: list[SeedResult]
-
-
-def parser() -> Parser:
-    """Build the command line."""
-    result = make_parser(
-        "benchmarks.dawnbench",
-        "Train a recipe with several seeds and report the time to its target accuracy.",
-        "python -m benchmarks.dawnbench --recipe cifar10 --data CIFAR10 --runs 5 --stop-at-target",
-    )
-    cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/dawnbench-RECIPE", output_folder)
-    add = result.add_argument
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__)
+    cli.add_machine_flags(parser)
+    cli.add_run_flags(parser, "runs/dawnbench-RECIPE", output_folder)
+    add = parser.add_argument
     add("--runs", type=at_least(1), default=1, metavar="N", help="seeds, from --seed on; default 1")
     add("--target", metavar="METRIC=VALUE", help="top5=0.93, top1=0.94; default: the recipe's")
     add("--stop-at-target", action="store_true", help="end each run when it has reached the target")
@@ -116,46 +60,31 @@ def parser() -> Parser:
     add("--author-email", default="unknown", metavar="ADDRESS")
     add("--hardware", help="default: what is found, such as 1 x NVIDIA H200")
     add("--cost-per-hour", type=float, metavar="USD", help="on-demand price of all nodes")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    EntryFacts(
-        author=args.author,
-        author_email=args.author_email,
-        hardware=args.hardware,
-        cost_per_hour=args.cost_per_hour,
-    )
+    args, about = begin(parser, argv)
+    names = ("author", "author_email", "hardware", "cost_per_hour")
+    EntryFacts(**{name: getattr(args, name) for name in names})  # checks them
     if args.nodes != (0, 1):
         raise UserError("--nodes: the runs are started on this machine alone, as --nodes 1")
     config = cli.run_config(args)
     recipe = target_recipe(config.recipe, args.target)
     if args.output is None:
         args.output = Path("runs") / f"dawnbench-{recipe.name}"
+    seeds = range(args.seed, args.seed + args.runs)
     matrix = Matrix.of(
-        [variant(args, config, recipe)],
-        range(args.seed, args.seed + args.runs),
-        args.output,
-        config.data.root,
-        world_size=config.launch.resolved().world_size,
-        folder=lambda _, seed: f"seed{seed}",
-    )
+        [variant(args, config, recipe)], seeds, args.output, config.data.root,
+        world_size=config.launch.resolved().world_size, folder=lambda _, seed: f"seed{seed}",
+    )  # fmt: skip
     status = matrix.run(around=measured_energy, keep_going=True)
     if not matrix.finished:
         print("\nno run is finished: nothing to report yet")
         return status or 1
-    command = shlex.join(["python", "-m", "benchmarks.dawnbench", *argv])
     failed = [run.seed for run in matrix.failed]
     result = read_results(
-        matrix.finished, failed, args.runs, args.cost_per_hour, command, args.output
+        matrix.finished, failed, args.runs, args.cost_per_hour, about["command"], args.output
     )
-    write_object(args.output / "dawnbench.json", asdict(result))
-    write_text(args.output / "table.md", table(result))
+    write_result(args.output, "dawnbench", result, table(result))
     print(f"\n{table(result)}\nall of it: {args.output}", flush=True)
-    return status or int(result.success_rate < 1)
+    return status or int(result["success_rate"] < 1)
 
 
 def target_recipe(recipe: Recipe, target: str | None) -> Recipe:
@@ -179,14 +108,9 @@ def variant(args: argparse.Namespace, config: RunConfig, recipe: Recipe) -> Vari
         value = getattr(args, name)
         flags += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     settings = [*args.set, *([f"target={args.target}"] if args.target is not None else [])]
-    flags += [word for setting in settings for word in ("--set", setting)]
-    return Variant(
-        name=recipe.name,
-        recipe=recipe,
-        flags=flags,
-        num_train=len(split),
-        global_batch=args.global_batch,
-    )
+    flags += set_flags(settings)
+    counts = {"num_train": len(split), "global_batch": args.global_batch}
+    return Variant(name=recipe.name, recipe=recipe, flags=flags, **counts)
 
 
 @contextmanager
@@ -228,62 +152,65 @@ def read_results(
     cost_per_hour: float | None,
     command: str,
     output: Path,
-) -> Result:
+) -> Row:
     """Read the files of at least one finished run. The entry of the median goes to `output`/entry.
 
-    Raises UserError where that is not valid by the contest's rules.
+    Intervals are over the runs that reached the target: mean, low and high (95 %), the last two
+    null from a single run. Raises UserError where the entry is not valid by the contest's rules.
     """
     summaries = [training.summary for training in finished]
     target = summaries[-1]["target"]
     runs = [seed_result(training, target) for training in finished]
-    reached = {run.seed: run.seconds for run in runs if run.seconds is not None}
-    hours = [seconds["train"] / 3600 for seconds in reached.values()]
-    priced = cost_per_hour is not None and hours
-    energies = [run.gpu_kwh for run in runs if run.gpu_kwh is not None]
+    reached = {run["seed"]: run for run in runs if run["seconds"] is not None}
+    seconds = {clock: [run["seconds"][clock] for run in reached.values()] for clock in CLOCKS}
+    costs = [(cost_per_hour or 0) * value / 3600 for value in seconds["train"]]
+    energies = [run["gpu_kwh"] for run in runs if run["gpu_kwh"] is not None]
     median_seed = entry_hours = None
     if reached:
-        middle = median_high(seconds["train"] for seconds in reached.values())
-        median_seed = next(seed for seed, one in reached.items() if one["train"] == middle)
-        folder = next(run.folder for run in runs if run.seed == median_seed)
-        entry_hours = copy_entry(Path(folder), output / "entry", target)
-    return Result(
-        **measured(summaries, command),
-        recipe=finished[-1].plan.to_dict()["recipe"],
-        data=summaries[-1]["dataset"],
-        device=summaries[-1]["device"],
-        target=target,
-        planned=planned,
-        n=len(runs),
-        failed_seeds=failed_seeds,
-        reached=len(reached),
-        success_rate=len(reached) / (len(runs) + len(failed_seeds)),
-        clocks=CLOCKS,
-        seconds_to_target={
-            clock: interval([seconds[clock] for seconds in reached.values()])
-            for clock in CLOCKS
-            if reached
+        middle = median_high(seconds["train"])
+        median_seed = next(n for n, run in reached.items() if run["seconds"]["train"] == middle)
+        entry_hours = copy_entry(Path(reached[median_seed]["folder"]), output / "entry", target)
+    return measured(summaries, command) | {
+        "recipe": finished[-1].plan.to_dict()["recipe"],
+        "data": summaries[-1]["dataset"],
+        "device": summaries[-1]["device"],
+        "target": target,
+        "planned": planned,  # runs that were asked for
+        "n": len(runs),  # that are finished
+        "failed_seeds": failed_seeds,  # ended with an error, such as a loss that is not finite
+        "reached": len(reached),
+        "success_rate": len(reached) / (len(runs) + len(failed_seeds)),
+        "clocks": CLOCKS,  # what each counts
+        "seconds_to_target": {
+            clock: interval(values) for clock, values in seconds.items() if values
         },
-        cost_per_hour=cost_per_hour,
-        cost_usd=interval([(cost_per_hour or 0) * value for value in hours]) if priced else None,
-        gpu_kwh=interval(energies) if len(energies) == len(runs) else None,
-        median_seed=median_seed,
-        entry_hours=entry_hours,
-        runs=runs,
-    )
+        "cost_per_hour": cost_per_hour,
+        # Of the training clock to the target, as DAWNBench has it; null without a price.
+        "cost_usd": interval(costs) if cost_per_hour is not None and costs else None,
+        # Of the whole processes; null where NVML did not tell for every run.
+        "gpu_kwh": interval(energies) if len(energies) == len(runs) else None,
+        "median_seed": median_seed,  # whose entry it is; of two in the middle the slower run's
+        "entry_hours": entry_hours,  # its result by the contest's rules
+        "runs": runs,
+    }
 
 
-def seed_result(training: Training, target: Row) -> SeedResult:
-    """Return what one finished run gave."""
+def seed_result(training: Training, target: Row) -> Row:
+    """Return what one finished run gave, accuracies as fractions.
+
+    `seconds` to the target, by each clock of CLOCKS, is None where it was missed; `gpu_kwh` is that
+    of the whole process, None where it was not measured.
+    """
     summary, energy = training.summary, training.folder / ENERGY
     compile_seconds = summary["time_split_seconds"]["compile"]
     goal = target["metric"], target["value"]
-    return SeedResult(
-        seed=training.seed,
-        folder=str(training.folder),
-        seconds=clocks_at_target(training.epochs, *goal, compile_seconds),
-        gpu_kwh=read_object(energy)["gpu_kwh"] if energy.exists() else None,
+    return {
+        "seed": training.seed,
+        "folder": str(training.folder),
         **{name: summary[name] for name in ("epochs", "top1", "top5", "wall_seconds")},
-    )
+        "seconds": clocks_at_target(training.epochs, *goal, compile_seconds),
+        "gpu_kwh": read_object(energy)["gpu_kwh"] if energy.exists() else None,
+    }
 
 
 def copy_entry(run: Path, folder: Path, target: Row) -> float:
@@ -298,63 +225,62 @@ def copy_entry(run: Path, folder: Path, target: Row) -> float:
     return result_hours(copies[0], copies[1], target["metric"], target["value"])
 
 
-def table(result: Result) -> str:
+def table(result: Row) -> str:
     """Format as Markdown: how many reached the target, how long by each clock, what it cost."""
-    metric, value = result.target["metric"], result.target["value"]
-    goal = f"{metric.replace('top', 'top-')} of {100 * value:g} %"
-    lines = [
-        f"# {result.recipe['name']} on {result.data} to {goal}",
-        "",
-        f"{result.hardware}; {result.precision}; torch {result.versions['torch']}, "
-        f"Python {result.versions['python']}; {result.date}.",
-        "",
-        success_text(result),
-        "",
-    ]
-    if result.reached:
-        seeds = [f"seed {run.seed}" for run in result.runs]
-        rows = [["time to target", "mean (95 % interval)", *seeds]]
-        for clock, seconds in result.seconds_to_target.items():
-            own = [duration(run.seconds[clock]) if run.seconds else "missed" for run in result.runs]
-            rows.append([clock, interval_text(seconds, duration, " (one run)"), *own])
-        lines += [markdown(rows), ""]
-    rows = [["seed", "epochs", "last top-1", "last top-5"]]
-    for run in result.runs:
-        rows.append([str(run.seed), str(run.epochs), percent(run.top1), percent(run.top5)])
-    lines += [markdown(rows), "", *(f"- `{clock}`: {text}" for clock, text in CLOCKS.items())]
-    lines += [f"- cost: {cost_text(result)}", f"- energy of the GPUs: {energy_text(result)}"]
-    if result.entry_hours is not None:
-        lines += [
-            f"- DAWNBench entry of the median run, seed {result.median_seed}: "
-            f"{result.entry_hours:.8f} hours, in `entry/`"
+    metric, value, runs = result["target"]["metric"], result["target"]["value"], result["runs"]
+    versions = result["versions"]
+    times = [["time to target", "mean (95 % interval)", *(f"seed {run['seed']}" for run in runs)]]
+    for clock, seconds in result["seconds_to_target"].items():
+        own = [duration(run["seconds"][clock]) if run["seconds"] else "missed" for run in runs]
+        times.append([clock, interval_text(seconds, duration, " (one run)"), *own])
+    ends = [["seed", "epochs", "last top-1", "last top-5"]]
+    for run in runs:
+        accuracies = [percent(run["top1"]), percent(run["top5"])]
+        ends.append([str(run["seed"]), str(run["epochs"]), *accuracies])
+    notes = [f"- `{clock}`: {text}" for clock, text in CLOCKS.items()]
+    notes += [f"- cost: {cost_text(result)}", f"- energy of the GPUs: {energy_text(result)}"]
+    if result["entry_hours"] is not None:
+        notes += [
+            f"- DAWNBench entry of the median run, seed {result['median_seed']}: "
+            f"{result['entry_hours']:.8f} hours, in `entry/`"
         ]
-    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
+    return document(
+        f"# {result['recipe']['name']} on {result['data']} to {metric.replace('top', 'top-')} of "
+        f"{100 * value:g} %",
+        f"{result['hardware']}; {result['precision']}; torch {versions['torch']}, "
+        f"Python {versions['python']}; {result['date']}.",
+        success_text(result),
+        markdown(times) if result["reached"] else "",
+        markdown(ends),
+        "\n".join(notes),
+    )
 
 
-def success_text(result: Result) -> str:
+def success_text(result: Row) -> str:
     """Tell how many of how many reached the target."""
-    text = f"{result.reached} of {result.n} finished runs reached the target"
-    if result.failed_seeds:
-        text += f"; failed with an error: seed {', '.join(map(str, result.failed_seeds))}"
-    missing = result.planned - result.n - len(result.failed_seeds)
+    text = f"{result['reached']} of {result['n']} finished runs reached the target"
+    if failed := result["failed_seeds"]:
+        text += f"; failed with an error: seed {', '.join(map(str, failed))}"
+    missing = result["planned"] - result["n"] - len(failed)
     return text + (f"; {missing} not finished." if missing else ".")
 
 
-def cost_text(result: Result) -> str:
+def cost_text(result: Row) -> str:
     """Tell the cost in US dollars."""
-    if result.cost_per_hour is None:
+    price = result["cost_per_hour"]
+    if price is None:
         return "no --cost-per-hour was given"
-    if result.cost_usd is None:
+    if result["cost_usd"] is None:
         return "no run reached the target"
-    mean = interval_text(result.cost_usd, lambda value: f"${value:.4g}", " (one run)")
-    return f"{mean} to the target by the training clock, at ${result.cost_per_hour:g} an hour"
+    mean = interval_text(result["cost_usd"], "${:.4g}".format, " (one run)")
+    return f"{mean} to the target by the training clock, at ${price:g} an hour"
 
 
-def energy_text(result: Result) -> str:
+def energy_text(result: Row) -> str:
     """Tell the energy in kWh."""
-    if result.gpu_kwh is None:
+    if result["gpu_kwh"] is None:
         return "not measured"
-    return interval_text(result.gpu_kwh, lambda v: f"{v:.4g} kWh", " (one run)") + " a run"
+    return interval_text(result["gpu_kwh"], "{:.4g} kWh".format, " (one run)") + " a run"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -21,15 +21,15 @@ import numpy as np
 from benchmarks.common.matrix import (
     Data,
     Matrix,
-    Measured,
     Training,
     Variant,
     add_matrix_flags,
     describe,
-    matrix_flags,
     measured,
+    set_flags,
+    variant,
 )
-from benchmarks.common.measuring import markdown
+from benchmarks.common.measuring import begin, by_column, command_parser, document, write_result
 from benchmarks.common.plots import (
     Curve,
     accuracy_and_lr,
@@ -38,98 +38,33 @@ from benchmarks.common.plots import (
     schedule_text,
 )
 from fastimagenet import cli
-from fastimagenet.recipes import named_recipe
-from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import PRECISIONS
 from fastimagenet.recipes.superconvergence import COMPARISON, IMAGES_PER_CLASS, RUNS, STUDY
 from fastimagenet.report.figures import write_files
 from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
-from pipelines.cli import Parser, make_parser
 from pipelines.datasets.split import read_split, skip_line
-from pipelines.files import Row, write_object, write_text
+from pipelines.files import Row, write_text
 from pipelines.formats import NO_BREAK, duration, number, percent
 
-HEADER = (
-    *("run", "peak LR", "epochs", "schedule", "iterations", "published", "ours (n)"),
-    *("difference", "train time", "images/s"),
-)
 ACCURACY = (
     "plain top-1 of all validation images after the last epoch: mean over n seeds, lowest .. "
     "highest"
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SeedResult:
-    """What one training gave. Times in seconds, accuracies as fractions."""
-
-    seed: int
-    folder: str
-    started: str
-    top1: float
-    """After the last epoch: the figure that counts."""
-    best_top1: float
-    """Of all epochs."""
-    train_seconds: float
-    wall_seconds: float
-    images_per_sec: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a run gave over its n seeds; accuracies as fractions."""
-
-    run: str
-    recipe: Row
-    iterations: int
-    published: Row | None
-    """The study's own values and top1; None for the comparison, which has none."""
-    n: int
-    seeds: list[SeedResult]
-    mean: float
-    lowest: float
-    highest: float
-    difference_points: float | None
-    """100 (mean - published); None without a published figure, and for a rehearsal."""
-    train_seconds: float
-    images_per_sec: float
-    """Means, as the one before."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result(Measured):
-    """All runs, and on what they were made."""
-
-    data: Data
-    rehearsal: str
-    """What makes it another experiment than the published one; "" if nothing does."""
-    accuracy: str
-    runs: list[RunResult]
-
-
-def parser() -> Parser:
-    """Build the command line."""
-    result = make_parser(
-        "benchmarks.superconvergence",
-        "Train the published super-convergence study of CIFAR-10 and compare accuracies.",
-        "python -m benchmarks.superconvergence --data CIFAR10 --only 3b --runs 3",
-    )
-    add = result.add_argument
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__)
+    add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder of CIFAR-10")
     help_text = f"some of {', '.join(RUNS)}; default: the {len(STUDY)} of the study"
     runs, study = list(RUNS), list(STUDY)
     add("--only", nargs="+", choices=runs, default=study, metavar="RUN", help=help_text)
-    add_matrix_flags(result, 1, Path("runs/superconvergence"))
+    add_matrix_flags(parser, 1, Path("runs/superconvergence"))
     add("--precision", choices=PRECISIONS, help="in place of the recipes', fp32 for the study")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
+    args, about = begin(parser, argv)
     data = describe(args.data)
     left_out = beyond_the_first(args.data, IMAGES_PER_CLASS)
     found = variants(args, data.train_images, len(left_out))
@@ -138,9 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_text(skip_list(args), "".join(f"{skip_line(path)}\n" for path in left_out))
     status = matrix.run()
     if matrix.finished:
-        command = shlex.join(["python", "-m", "benchmarks.superconvergence", *argv])
-        result = read_results(matrix.finished, data, rehearsal(args, data), command)
-        write_results(result, args.output)
+        told = rehearsal(args, data)
+        result = read_results(matrix.finished, data, told, about["command"])
+        write_result(args.output, "superconvergence", result, table(result))
+        curves = [curve(run) for run in result["runs"]]
+        write_files(accuracy_and_lr(curves), args.output, "superconvergence")
         print(f"\n{table(result)}\ntable and picture: {args.output}", flush=True)
     else:
         print("\nno run is finished: no table yet")
@@ -164,7 +101,7 @@ def skip_list(args: argparse.Namespace) -> Path:
 def rehearsal(args: argparse.Namespace, data: Data) -> str:
     """Tell what the flags and the data change about the published experiment."""
     flags = [] if args.epochs is None else ["--epochs", str(args.epochs)]
-    flags += [word for setting in args.set for word in ("--set", setting)]
+    flags += set_flags(args.set)
     if args.precision and any(RUNS[run].precision != args.precision for run in args.only):
         flags += ["--precision", args.precision]
     if args.backend == "synthetic":
@@ -177,94 +114,87 @@ def variants(args: argparse.Namespace, num_train: int, left_out: int) -> list[Va
     """Return the runs that were asked for."""
     found = []
     for run in dict.fromkeys(args.only):
-        recipe = recipe_toml.with_settings(named_recipe(RUNS[run].name), args.set)
-        recipe = recipe if args.epochs is None else recipe.stretched(args.epochs)
-        recipe = replace(recipe, precision=args.precision or recipe.precision)
-        flags = ["--recipe", RUNS[run].name, *matrix_flags(args)]
-        flags += [] if args.precision is None else ["--precision", args.precision]
-        images = num_train
+        one = variant(args, run, RUNS[run].name, num_train)
+        if args.precision is not None:
+            flags = [*one.flags, "--precision", args.precision]
+            one = replace(one, recipe=replace(one.recipe, precision=args.precision), flags=flags)
         if run in COMPARISON:
-            flags += ["--skip-list", str(skip_list(args))]
-            images -= left_out
-        found.append(Variant(name=run, recipe=recipe, flags=flags, num_train=images))
+            flags = [*one.flags, "--skip-list", str(skip_list(args))]
+            one = replace(one, flags=flags, num_train=num_train - left_out)
+        found.append(one)
     return found
 
 
-def read_results(finished: Sequence[Training], data: Data, rehearsal: str, command: str) -> Result:
-    """Return what at least one finished training says."""
+def read_results(finished: Sequence[Training], data: Data, rehearsal: str, command: str) -> Row:
+    """Return what at least one finished training says: all runs, and on what they were made.
+
+    `rehearsal` tells what makes it another experiment than the published one; "" if nothing does.
+    """
     plans = {training.run: training.plan for training in finished}
-    return Result(
-        **measured([training.summary for training in finished], command),
-        data=data,
-        rehearsal=rehearsal,
-        accuracy=ACCURACY,
-        runs=[
+    return measured([training.summary for training in finished], command) | {
+        "data": asdict(data),
+        "rehearsal": rehearsal,
+        "accuracy": ACCURACY,
+        "runs": [
             run_result(run, plan, [seed_result(t) for t in finished if t.run == run], rehearsal)
             for run, plan in plans.items()
         ],
-    )
+    }
 
 
-def run_result(run: str, plan: Plan, seeds: list[SeedResult], rehearsal: str) -> RunResult:
-    """Return means over the finished seeds of one run."""
+def run_result(run: str, plan: Plan, seeds: list[Row], rehearsal: str) -> Row:
+    """Return means over the finished seeds of one run; accuracies as fractions, times in seconds.
+
+    `published` has the study's own values and top1, None for the comparison, which has none;
+    `difference_points` is None without them, and for a rehearsal.
+    """
     published = STUDY.get(run)
-    top1 = [seed.top1 for seed in seeds]
+    top1 = [seed["top1"] for seed in seeds]
     mean = fmean(top1)
-    return RunResult(
-        run=run,
-        recipe=asdict(plan.recipe),
-        iterations=plan.total_steps,
-        published=asdict(published) if published else None,
-        n=len(seeds),
-        seeds=seeds,
-        mean=mean,
-        lowest=min(top1),
-        highest=max(top1),
-        difference_points=100 * (mean - published.top1) if published and not rehearsal else None,
-        train_seconds=fmean(seed.train_seconds for seed in seeds),
-        images_per_sec=fmean(seed.images_per_sec for seed in seeds),
-    )
+    return {
+        "run": run,
+        "recipe": asdict(plan.recipe),
+        "iterations": plan.total_steps,
+        "published": asdict(published) if published else None,
+        "n": len(seeds),
+        "seeds": seeds,
+        "mean": mean,
+        "lowest": min(top1),
+        "highest": max(top1),
+        "difference_points": 100 * (mean - published.top1) if published and not rehearsal else None,
+        "train_seconds": fmean(seed["train_seconds"] for seed in seeds),
+        "images_per_sec": fmean(seed["images_per_sec"] for seed in seeds),
+    }
 
 
-def seed_result(training: Training) -> SeedResult:
-    """Return what one finished training gave."""
+def seed_result(training: Training) -> Row:
+    """Return what one finished training gave. `top1`, after the last epoch, is what counts."""
     names = ("started", "top1", "train_seconds", "wall_seconds", "images_per_sec")
-    return SeedResult(
-        seed=training.seed,
-        folder=str(training.folder),
-        best_top1=max(row["top1"] for row in training.epochs if row["top1"] is not None),
-        **{name: training.summary[name] for name in names},
-    )
+    best = max(row["top1"] for row in training.epochs if row["top1"] is not None)
+    about = {"seed": training.seed, "folder": str(training.folder), "best_top1": best}
+    return about | {name: training.summary[name] for name in names}
 
 
-def write_results(result: Result, folder: Path) -> None:
-    """Write table.md, superconvergence.json and the picture as .svg and .png."""
-    write_text(folder / "table.md", table(result))
-    write_object(folder / "superconvergence.json", asdict(result))
-    write_files(accuracy_and_lr([curve(run) for run in result.runs]), folder, "superconvergence")
-
-
-def table(result: Result) -> str:
+def table(result: Row) -> str:
     """Format the result as Markdown, with what it was measured on and what counts."""
-    data, versions = result.data, result.versions
-    lines = [
+    data, versions, runs = Data(**result["data"]), result["versions"], result["runs"]
+    rehearsal = ""
+    if result["rehearsal"]:
+        rehearsal = f"Rehearsal ({result['rehearsal']}): not what the recipes say, "
+        rehearsal += "so without differences to published figures."
+    notes = [f"Ours: {result['accuracy']}. Train time and images/s are means over the seeds."]
+    if names := ", ".join(run["run"] for run in runs if run["run"] in COMPARISON):
+        notes += [f"{names}: the first {IMAGES_PER_CLASS:,} training images of each class."]
+    if any(run["published"] for run in runs):
+        notes += ["Published: one training each, on CIFAR-10's original pixels." + pixels(data)]
+    return document(
         f"# Super-convergence on {'CIFAR-10' if data.dataset == 'CIFAR10' else data.name}",
-        "",
-        f"{result.hardware}; {result.precision}; torch {versions['torch']}, "
-        f"Python {versions['python']}; {result.date}; {data.counts}.",
-        "",
-    ]
-    if result.rehearsal:
-        changes = f"Rehearsal ({result.rehearsal}): not what the recipes say, "
-        lines += [changes + "so without differences to published figures.", ""]
-    lines += [markdown([HEADER, *map(table_row, result.runs)]), ""]
-    lines += [f"Ours: {result.accuracy}. Train time and images/s are means over the seeds."]
-    if not COMPARISON.keys().isdisjoint(run.run for run in result.runs):
-        names = ", ".join(run.run for run in result.runs if run.run in COMPARISON)
-        lines += [f"{names}: the first {IMAGES_PER_CLASS:,} training images of each class."]
-    if any(run.published for run in result.runs):
-        lines += ["Published: one training each, on CIFAR-10's original pixels." + pixels(data)]
-    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
+        f"{result['hardware']}; {result['precision']}; torch {versions['torch']}, "
+        f"Python {versions['python']}; {result['date']}; {data.counts}.",
+        rehearsal,
+        by_column([cells(run) for run in runs]),
+        "\n".join(notes),
+    )
 
 
 def pixels(data: Data) -> str:
@@ -274,35 +204,34 @@ def pixels(data: Data) -> str:
     return f" The data here are {', '.join(data.suffixes)} files."
 
 
-def table_row(run: RunResult) -> list[str]:
-    """Format the cells of one run."""
-    recipe = run.recipe
-    ours = percent(run.mean)
-    if run.n > 1:
-        ours += f", {100 * run.lowest:.2f} .. {100 * run.highest:.2f}"
-    points = run.difference_points
-    return [
-        run.run,
-        f"{recipe['max_lr']:g}",
-        str(sum(phase["epochs"] for phase in recipe["phases"])),
-        schedule_text(recipe),
-        f"{run.iterations:,}",
-        percent(run.published["top1"]) if run.published else "-",
-        f"{ours} ({run.n})",
-        "-" if points is None else f"{points:+.2f} points",
-        duration(run.train_seconds),
-        number(run.images_per_sec, ",.0f"),
-    ]
+def cells(run: Row) -> dict[str, str]:
+    """Format the cells of one run, by column."""
+    recipe, points = run["recipe"], run["difference_points"]
+    ours = percent(run["mean"])
+    if run["n"] > 1:
+        ours += f", {100 * run['lowest']:.2f} .. {100 * run['highest']:.2f}"
+    return {
+        "run": run["run"],
+        "peak LR": f"{recipe['max_lr']:g}",
+        "epochs": str(sum(phase["epochs"] for phase in recipe["phases"])),
+        "schedule": schedule_text(recipe),
+        "iterations": f"{run['iterations']:,}",
+        "published": percent(run["published"]["top1"]) if run["published"] else "-",
+        "ours (n)": f"{ours} ({run['n']})",
+        "difference": "-" if points is None else f"{points:+.2f} points",
+        "train time": duration(run["train_seconds"]),
+        "images/s": number(run["images_per_sec"], ",.0f"),
+    }
 
 
-def curve(run: RunResult) -> Curve:
+def curve(run: Row) -> Curve:
     """Return what the rows of the run's folders hold."""
-    rows = [read_rows(Path(seed.folder)) for seed in run.seeds]
-    legend = run.run
-    if run.difference_points is not None and run.published:
-        legend += f": published {percent(run.published['top1'])}"
+    rows = [read_rows(Path(seed["folder"])) for seed in run["seeds"]]
+    legend = run["run"]
+    if run["difference_points"] is not None:
+        legend += f": published {percent(run['published']['top1'])}"
     return Curve(
-        name=run.run,
+        name=run["run"],
         legend=legend.replace(NO_BREAK, " "),
         accuracy=[accuracy_points(rows_of("epoch", seed)) for seed in rows],
         lr=lr_points(rows_of("step", rows[0])),

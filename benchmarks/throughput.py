@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 
-from benchmarks.common.measuring import add_round_flags, facts, markdown
+from benchmarks.common.measuring import begin, command_parser, document, markdown, write_result
 from benchmarks.common.rates import (
     PhaseRates,
     ceilings,
@@ -24,15 +24,16 @@ from benchmarks.common.rates import (
     run_config,
     this_process,
 )
-from benchmarks.common.statistics import Estimate, estimate, short, shown
+from benchmarks.common.statistics import estimate, shown
+from benchmarks.common.tables import phases
 from fastimagenet import cli
 from fastimagenet.config import RunConfig
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.report.summary import hardware
 from fastimagenet.run import read_data
 from pipelines.backends import chosen_backend
-from pipelines.cli import Parser, make_parser, output_folder
-from pipelines.files import Row, write_object, write_text
+from pipelines.cli import output_folder
+from pipelines.files import Row
 
 DEFINITIONS = {
     "stall": "1 - both / model, of the same round.",
@@ -45,51 +46,17 @@ DEFINITIONS = {
     "memory": "GPU: the most that torch had allocated. CPU: the most that was resident.",
 }
 
-SHARES = {"model_flops_per_sec": "share_of_matmul", "model_bytes_per_sec": "share_of_copy"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseResult:
-    """One phase; intervals are over the rounds."""
-
-    image_size: int
-    batch_size: int
-    loader_images_per_sec: Estimate
-    model_images_per_sec: Estimate
-    both_images_per_sec: Estimate
-    stall: Estimate
-    data_wait_share: Estimate
-    model_flops_per_sec: float
-    share_of_matmul: float
-    model_bytes_per_sec: float
-    share_of_copy: float
-    rates: PhaseRates
-
-
-def parser() -> Parser:
-    """Build the command line."""
-    result = make_parser(
-        "benchmarks.throughput",
-        "Measure loader, model and both for each phase of a recipe, and what they reach of this\n"
-        "device's ceilings.",
-        "python -m benchmarks.throughput --data imagenet --recipe imagenet",
-    )
-    cli.add_machine_flags(result)
-    cli.add_run_flags(result, "runs/throughput-RECIPE-TIME", output_folder)
-    add_round_flags(result, 3)
-    return result
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    about = facts("throughput", argv)
+    parser = command_parser(__doc__, turn_seconds=3)
+    cli.add_machine_flags(parser)
+    cli.add_run_flags(parser, "runs/throughput-RECIPE-TIME", output_folder)
+    args, about = begin(parser, argv)
     config = run_config(args, "throughput-")
     for measured in measure(config, args.rounds, args.seconds):
         result = about | measured
-        write_object(config.folder / "throughput.json", result)
-        write_text(config.folder / "table.md", table(result))
+        write_result(config.folder, "throughput", result, table(result))
     print(f"\n{table(result)}\nall of it: {config.folder}", flush=True)
     return 0
 
@@ -108,7 +75,7 @@ def measure(config: RunConfig, rounds: int, seconds: float) -> Iterator[Row]:
         "seconds": seconds,  # of each turn
         "definitions": DEFINITIONS,
     }
-    phases: list[Row] = []
+    done: list[Row] = []
     for index, phase in enumerate(recipe.phases):
         with phase_trainer(config, phase, world, train, val) as trainer:
             if not index:
@@ -119,67 +86,45 @@ def measure(config: RunConfig, rounds: int, seconds: float) -> Iterator[Row]:
                 found |= {"precision": trainer.precision}
             print(f"phase {index}: {phase.image_size} px, batch {phase.batch_size}", flush=True)
             rates = measure_phase(trainer, train, config.seed, rounds, seconds)
-        phases.append(asdict(phase_result(rates, matmul.mean, copy.mean)))
-        yield found | {"phases": phases}
+        done.append(phase_result(rates, matmul.mean, copy.mean))
+        yield found | {"phases": done}
 
 
-def phase_result(rates: PhaseRates, matmul: float, copy: float) -> PhaseResult:
-    """Compute means and shares of one phase; `matmul` in FLOP/s, `copy` in bytes/s."""
+def phase_result(rates: PhaseRates, matmul: float, copy: float) -> Row:
+    """Compute means, with intervals over the rounds, and the shares of one phase of what the
+    device can do; `matmul` in FLOP/s, `copy` in bytes/s."""
     model = estimate(rates.model)
     flops, moved = model.mean * rates.flops_per_image, model.mean * rates.bytes_per_image
     stalls = [1 - both / alone for both, alone in zip(rates.both, rates.model, strict=True)]
-    return PhaseResult(
-        image_size=rates.image_size,
-        batch_size=rates.batch_size,
-        loader_images_per_sec=estimate(rates.loader),
-        model_images_per_sec=model,
-        both_images_per_sec=estimate(rates.both),
-        stall=estimate(stalls),
-        data_wait_share=estimate(rates.data_wait_share),
-        model_flops_per_sec=flops,
-        share_of_matmul=flops / matmul,
-        model_bytes_per_sec=moved,
-        share_of_copy=moved / copy,
-        rates=rates,
-    )
+    return {
+        "image_size": rates.image_size,
+        "batch_size": rates.batch_size,
+        "loader_images_per_sec": asdict(estimate(rates.loader)),
+        "model_images_per_sec": asdict(model),
+        "both_images_per_sec": asdict(estimate(rates.both)),
+        "stall": asdict(estimate(stalls)),
+        "data_wait_share": asdict(estimate(rates.data_wait_share)),
+        "model_flops_per_sec": flops,
+        "share_of_matmul": flops / matmul,
+        "model_bytes_per_sec": moved,
+        "share_of_copy": moved / copy,
+        "rates": asdict(rates),
+    }
 
 
 def table(result: Row) -> str:
     """Format the result as Markdown."""
-    rates = ("loader", "model", "both")
-    header = ("phase", *rates, "stall", "data wait", "FLOP/s", "bytes/s", "memory")
-    rows = [
-        (
-            f"{phase['image_size']} px x {phase['batch_size']}",
-            *(shown(phase[f"{part}_images_per_sec"]) for part in rates),
-            shown(phase["stall"], 100, " %"),
-            f"{100 * phase['data_wait_share']['mean']:.1f} %",
-            *(
-                f"{short(phase[rate] / 1e9)} G, {100 * phase[share]:.0f} %"
-                for rate, share in SHARES.items()
-            ),
-            f"{phase['rates']['memory_bytes'] / 2**30:.2f} GiB",
-        )
-        for phase in result["phases"]
-    ]
     matmul, copy = result["matmul_flops_per_sec"], result["copy_bytes_per_sec"]
-    return "\n".join(
-        [
-            f"# {result['recipe']} on {result['data']}: what holds it back",
-            "",
-            f"{result['hardware']}; {result['precision']}; {result['backend']}; torch "
-            f"{result['versions']['torch']}; {result['date']}; load average "
-            f"{result['load_average']:.1f} before. Images/s of one process, mean (95 % interval), "
-            f"{result['rounds']} rounds of {result['seconds']:g} s.",
-            "",
-            markdown([header, *rows]),
-            "",
-            f"Ceilings measured here: matrix product {shown(matmul, 1e-9, ' GFLOP/s')}, copy "
-            f"{shown(copy, 1e-9, ' GB/s')}.",
-            "",
-            *(f"- {name}: {words}" for name, words in result["definitions"].items()),
-            "",
-        ]
+    return document(
+        f"# {result['recipe']} on {result['data']}: what holds it back",
+        f"{result['hardware']}; {result['precision']}; {result['backend']}; torch "
+        f"{result['versions']['torch']}; {result['date']}; load average "
+        f"{result['load_average']:.1f} before. Images/s of one process, mean (95 % interval), "
+        f"{result['rounds']} rounds of {result['seconds']:g} s.",
+        markdown(phases(result)),
+        f"Ceilings measured here: matrix product {shown(matmul, 1e-9, ' GFLOP/s')}, copy "
+        f"{shown(copy, 1e-9, ' GB/s')}.",
+        "\n".join(f"- {name}: {words}" for name, words in result["definitions"].items()),
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.floor import NUM_CLASSES, Layer, count_layers, floor_images_per_sec
-from benchmarks.common.measuring import add_json_flag, facts, markdown
+from benchmarks.common.measuring import begin, command_parser, markdown
 from benchmarks.common.rates import (
     calls_per_sec,
     copy_bytes_per_sec,
@@ -31,6 +31,7 @@ from benchmarks.common.rates import (
     update,
 )
 from benchmarks.common.statistics import Estimate, estimate
+from benchmarks.common.tables import gibibytes, steps
 from fastimagenet import cli
 from fastimagenet.distributed.world import Launch, World
 from fastimagenet.models import build_model
@@ -39,10 +40,9 @@ from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import MODELS, Phase, Recipe
 from fastimagenet.training.loaders import open_loader
 from fastimagenet.training.trainer import Trainer
-from pipelines.cli import Parser, at_least, make_parser, positive
+from pipelines.cli import at_least, positive
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split
-from pipelines.environment import processor
 from pipelines.files import write_object
 from pipelines.loader import Loader
 
@@ -118,7 +118,7 @@ class StepRate:
             return start + self.error
         return (
             f"{start}{self.images_per_sec} images/s, {100 * self.share_of_floor:.1f} % of the "
-            f"floor's {self.floor_images_per_sec:,.0f}, {self.peak_memory_bytes / 2**30:.2f} GiB"
+            f"floor's {self.floor_images_per_sec:,.0f}, {gibibytes(self.peak_memory_bytes)}"
         )
 
 
@@ -231,31 +231,13 @@ def best(rates: Sequence[StepRate]) -> list[StepRate]:
 
 def table(rates: Sequence[StepRate]) -> str:
     """Format the best batch of every size and variant as Markdown."""
-    header = ("step", "batch", "images/s", "floor", "measured / floor", "GFLOP", "MB", "memory")
-    rows = [
-        (
-            f"{rate.image_size} px {rate.variant}",
-            str(rate.batch_size),
-            str(rate.images_per_sec),
-            f"{rate.floor_images_per_sec:,.0f}",
-            f"{100 * rate.share_of_floor:.1f} %",
-            f"{rate.flops_per_image / 1e9:.1f}",
-            f"{rate.bytes_per_image / 1e6:.0f}",
-            f"{rate.peak_memory_bytes / 2**30:.2f} GiB",
-        )
-        for rate in best(rates)
-    ]
-    return markdown([header, *rows])
+    return markdown(steps([asdict(rate) for rate in best(rates)]))
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = make_parser(
-        "benchmarks.training_step",
-        "Measure the training step on synthetic data by size, variant and batch, beside its floor.",
-        "python -m benchmarks.training_step --sizes 224 --json step.json",
-    )
-    add = result.add_argument
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__, json=True)
+    add = parser.add_argument
     add("--recipe", default="imagenet", metavar="NAME", help="default imagenet")
     add("--model", choices=MODELS, help="in place of the recipe's")
     add("--sizes", type=at_least(8), nargs="+", default=SIZES, metavar="S")
@@ -263,32 +245,19 @@ def parser() -> Parser:
     add("--batches", type=at_least(1), nargs="+", metavar="B", help="default: by device")
     add("--seconds", type=positive, default=10.0, help="of a rate, in five parts; default 10")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add_json_flag(result)
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    about = facts("training_step", argv)
+    args, about = begin(parser, argv)
     kind = Launch(1, 1, args.device).resolved().device
     recipe = named_recipe(args.recipe, 1)
     recipe = replace(recipe, model=args.model or recipe.model)
     rates = sweep(
-        args.sizes,
-        args.variants,
-        args.batches or BATCHES[kind],
-        device="cpu" if kind == "cpu" else "cuda:0",
-        seconds=args.seconds,
+        args.sizes, args.variants, args.batches or BATCHES[kind], recipe=recipe,
+        device="cpu" if kind == "cpu" else "cuda:0", seconds=args.seconds,
         report=lambda rate: print(rate, flush=True),
-        recipe=recipe,
-    )
-    about["hardware"] = processor() if kind == "cpu" else torch.cuda.get_device_name(0)
-    print(
-        f"\n{about['hardware']}; torch {torch.__version__}; {recipe.name}, {recipe.model}, bf16\n"
-    )
-    print(table(rates))
+    )  # fmt: skip
+    if kind != "cpu":
+        about["hardware"] = torch.cuda.get_device_name(0)
+    network = f"{recipe.name}, {recipe.model}"
+    print(f"\n{about['hardware']}; torch {torch.__version__}; {network}, bf16\n\n{table(rates)}")
     if args.json is not None:
         result = {"recipe": recipe.name, "model": recipe.model, "rounds": ROUNDS}
         result |= {"seconds": args.seconds, "rates": [asdict(rate) for rate in rates]}

@@ -13,7 +13,7 @@ from test_dawnbench import epoch_rows, write_run
 
 from benchmarks.common.matrix import Training
 from benchmarks.common.statistics import estimate
-from benchmarks.dawnbench import ENERGY, Result, gpu_joules, main, read_results, table
+from benchmarks.dawnbench import ENERGY, gpu_joules, main, read_results, table
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.report.dawnbench import clocks_at_target, result_hours, write_entry
@@ -97,7 +97,7 @@ def test_a_wrong_flag_is_named_before_anything_is_trained(
 
 def written_result(
     tmp_path: Path, *trains: float, cost: float | None = None, failed: list[int] | None = None
-) -> Result:
+) -> Row:
     """Of runs whose third epoch, at `trains` seconds, is the first of 94.12 %; 0: none is. Three
     more were asked for."""
     trainings = []
@@ -120,11 +120,11 @@ def test_intervals_are_students(tmp_path: Path) -> None:
     """By hand: mean 270, standard deviation 10, t = 4.303 for two degrees of freedom."""
     result = written_result(tmp_path, 270.0, 280.0, 260.0, cost=3.6)
     margin = 4.303 * 10 / 3**0.5
-    interval = result.seconds_to_target["train"]
+    interval = result["seconds_to_target"]["train"]
     assert interval["low"] == pytest.approx(270 - margin)
     assert interval["high"] == pytest.approx(270 + margin)
     # The rows say 9 s of evaluation by the third epoch; the summary 20 s of compilation.
-    means = {clock: value["mean"] for clock, value in result.seconds_to_target.items()}
+    means = {clock: value["mean"] for clock, value in result["seconds_to_target"].items()}
     assert means == pytest.approx(
         {
             "train": 270,
@@ -134,16 +134,16 @@ def test_intervals_are_students(tmp_path: Path) -> None:
             "wall": 290,
         }
     )
-    assert result.cost_usd is not None and result.cost_usd["mean"] == pytest.approx(0.27)
-    assert result.median_seed == 0
-    assert result.entry_hours == pytest.approx(270 / 3600)
+    assert result["cost_usd"] is not None and result["cost_usd"]["mean"] == pytest.approx(0.27)
+    assert result["median_seed"] == 0
+    assert result["entry_hours"] == pytest.approx(270 / 3600)
     assert estimate([1.0, 3.0]).high == pytest.approx(2 + 12.706)
 
 
 def test_runs_that_missed_are_counted_and_not_averaged(tmp_path: Path) -> None:
     result = written_result(tmp_path, 270.0, 0.0)
-    assert (result.n, result.reached, result.success_rate) == (2, 1, 0.5)
-    assert result.seconds_to_target["train"] == {"mean": 270.0, "low": None, "high": None}
+    assert (result["n"], result["reached"], result["success_rate"]) == (2, 1, 0.5)
+    assert result["seconds_to_target"]["train"] == {"mean": 270.0, "low": None, "high": None}
     text = table(result)
     assert "1 of 2 finished runs reached the target" in text
     assert "| 4.5 min | missed |" in " ".join(text.split())
@@ -152,7 +152,7 @@ def test_runs_that_missed_are_counted_and_not_averaged(tmp_path: Path) -> None:
 
 def test_a_run_that_failed_counts_against_the_success_rate(tmp_path: Path) -> None:
     result = written_result(tmp_path, 270.0, 280.0, 0.0, failed=[3])
-    assert result.success_rate == 2 / 4
+    assert result["success_rate"] == 2 / 4
     text = table(result)
     assert "2 of 3 finished runs reached the target; failed with an error: seed 3; 2 not" in text
 
@@ -172,9 +172,9 @@ def test_a_run_that_fails_does_not_keep_the_others_back(
 
 def test_energy_is_told_only_where_every_run_was_measured(tmp_path: Path) -> None:
     write_object(tmp_path / "seed0" / ENERGY, {"gpu_kwh": 0.5})
-    assert written_result(tmp_path, 270.0, 280.0).gpu_kwh is None
+    assert written_result(tmp_path, 270.0, 280.0)["gpu_kwh"] is None
     write_object(tmp_path / "seed1" / ENERGY, {"gpu_kwh": 0.7})
-    energy = written_result(tmp_path, 270.0, 280.0).gpu_kwh
+    energy = written_result(tmp_path, 270.0, 280.0)["gpu_kwh"]
     assert energy is not None and energy["mean"] == pytest.approx(0.6)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from PIL import Image
 
 from benchmarks import compare
 from benchmarks.common.matrix import Data
-from benchmarks.superconvergence import Result, SeedResult, main, run_result, table
+from benchmarks.superconvergence import main, run_result, table
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.superconvergence import STUDY, study_recipe
 from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
-from pipelines.files import read_object
+from pipelines.files import Row, read_object
 from tests.commands import Child, call
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,13 +199,13 @@ def test_a_wrong_flag_is_named_and_nothing_written(
     assert not (tmp_path / "out").exists()
 
 
-def results(suffix: str, rehearsal: str = "") -> Result:
+def results(suffix: str, rehearsal: str = "") -> Row:
     """Run 4a with two seeds, as if measured."""
     seeds = [
-        SeedResult(
-            seed=seed, folder="-", started="-", top1=top1, best_top1=top1,
-            train_seconds=600.0, wall_seconds=660.0, images_per_sec=7900.0,
-        )
+        {
+            "seed": seed, "folder": "-", "started": "-", "top1": top1, "best_top1": top1,
+            "train_seconds": 600.0, "wall_seconds": 660.0, "images_per_sec": 7900.0,
+        }
         for seed, top1 in enumerate((0.93, 0.94))
     ]  # fmt: skip
     run = run_result("4a", Plan.of(study_recipe("4a"), 1, 50_000), seeds, rehearsal)
@@ -212,15 +213,16 @@ def results(suffix: str, rehearsal: str = "") -> Result:
         name="cifar", dataset="CIFAR10", train_images=50_000, val_images=10_000,
         suffixes={suffix: 60_000},
     )  # fmt: skip
-    return Result(
-        command="-", date="-", hardware="-", precision="fp32", accuracy="-",
-        versions={"torch": "-", "python": "-"}, data=data, rehearsal=rehearsal, runs=[run],
-    )  # fmt: skip
+    return {
+        "command": "-", "date": "-", "hardware": "-", "precision": "fp32", "accuracy": "-",
+        "versions": {"torch": "-", "python": "-"}, "data": asdict(data), "rehearsal": rehearsal,
+        "runs": [run],
+    }  # fmt: skip
 
 
 def test_the_difference_is_in_points_of_the_mean_over_the_seeds() -> None:
     measured = results(".png")
-    assert measured.runs[0].difference_points == pytest.approx(93.5 - 93.39)
+    assert measured["runs"][0]["difference_points"] == pytest.approx(93.5 - 93.39)
     text = table(measured)
     assert "| 93.39 %   | 93.50 %, 93.00 .. 94.00 (2) | +0.11 points | 10.0 min" in text
     assert "Rehearsal" not in text

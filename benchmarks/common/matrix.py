@@ -18,6 +18,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastimagenet.config import changed_recipe
+from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.run import rows_of
@@ -124,14 +126,9 @@ class Matrix:
                 recipe = with_copies(variant.recipe, data)
                 num_train, batch = variant.num_train, variant.global_batch
                 plan = Plan.of(recipe, world_size, num_train, batch)
+                flags = [*variant.flags, *flags]
                 trainings.append(
-                    Training(
-                        run=variant.name,
-                        seed=seed,
-                        plan=plan,
-                        folder=path,
-                        flags=[*variant.flags, *flags],
-                    )
+                    Training(run=variant.name, seed=seed, plan=plan, folder=path, flags=flags)
                 )
         for training in trainings:
             training.check_folder(os.path.abspath(data))
@@ -190,35 +187,24 @@ class Matrix:
         return 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """The head of a result: what was run on what, and when."""
-
-    command: str
-    date: str
-    hardware: str
-    """Of all machines that the runs were made on."""
-    precision: str
-    versions: dict[str, str]
-
-
 def measured(summaries: Sequence[Row], command: str) -> Row:
-    """Return the fields of `Measured` from the summaries of finished runs."""
+    """Return the head of a result: what was run on what, and when, by the runs' summaries.
+
+    The runs may have been made on several machines: different values are listed.
+    """
+    versions = [summary["versions"] for summary in summaries]
     return {
         "command": command,
         "date": max(summary["started"] for summary in summaries)[:10],
-        "hardware": each([summary["hardware"] for summary in summaries]),
-        "precision": each([summary["precision"] for summary in summaries]),
+        **{
+            name: ", ".join(dict.fromkeys(summary[name] for summary in summaries))
+            for name in ("hardware", "precision")
+        },
         "versions": {
-            name: each([summary["versions"].get(name, "none") for summary in summaries])
-            for name in summaries[0]["versions"]
+            name: ", ".join(dict.fromkeys(one.get(name, "none") for one in versions))
+            for name in versions[0]
         },
     }
-
-
-def each(values: Sequence[str]) -> str:
-    """List the different values; the runs may have been made on several machines."""
-    return ", ".join(dict.fromkeys(values))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,13 +266,22 @@ def add_matrix_flags(parser: Parser, runs: int, output: Path) -> None:
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="as of train")
 
 
-def matrix_flags(args: argparse.Namespace, settings: Sequence[str] = ()) -> list[str]:
-    """Return the flags of `train` that correspond to those of `add_matrix_flags`, and --data.
+def set_flags(settings: Sequence[str]) -> list[str]:
+    """Return recipe fields, FIELD=VALUE, as flags of `train`."""
+    return [word for setting in settings for word in ("--set", setting)]
 
-    `settings` are those of the variant, which follow --set. One process: the batch size of a recipe
-    is then that of all processes together.
+
+def variant(
+    args: argparse.Namespace, name: str, recipe: str, num_train: int, settings: Sequence[str] = ()
+) -> Variant:
+    """Return the named recipe as the flags of `add_matrix_flags` change it, then `settings`.
+
+    One process: the batch size of a recipe is then that of all processes together.
     """
-    flags = ["--data", str(args.data), "--nproc-per-node", "1"]
+    flags = ["--recipe", recipe, "--data", str(args.data), "--nproc-per-node", "1"]
     flags += ["--backend", args.backend, "--device", args.device]
-    flags += [word for setting in (*args.set, *settings) for word in ("--set", setting)]
-    return flags + ([] if args.epochs is None else ["--epochs", str(args.epochs)])
+    changes = [*args.set, *settings]
+    flags += set_flags(changes)
+    flags += [] if args.epochs is None else ["--epochs", str(args.epochs)]
+    changed = changed_recipe(named_recipe(recipe), changes, args.epochs)
+    return Variant(name=name, recipe=changed, flags=flags, num_train=num_train)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.cli import Parser, at_least, output_file, positive
+from pipelines.cli import Parser, at_least, make_parser, output_file, positive
 from pipelines.datasets.split import Split, left_out_note, read_split
 from pipelines.environment import processor, versions
-from pipelines.files import Row
+from pipelines.files import Row, write_object, write_text
 from pipelines.formats import NO_BREAK
 
 
-def facts(name: str, argv: Sequence[str]) -> Row:
-    """Return what every result file tells of the machine; to be called before measuring.
+def begin(parser: Parser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Row]:
+    """Parse the flags; return them, and what every result file tells of command and machine.
 
     `load_average` is that of the minute before: well above 0, other processes ran too.
     """
-    return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *argv]),
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return parser.parse_args(argv), {
+        "command": shlex.join([*parser.prog.split(), *argv]),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": processor(),
         "versions": versions(),
@@ -30,24 +33,29 @@ def facts(name: str, argv: Sequence[str]) -> Row:
     }
 
 
-def add_round_flags(parser: Parser, seconds: float, rounds: int = 5) -> None:
-    """Add the flags of commands whose contestants take turns."""
+def command_parser(
+    doc: str, *, data: bool = False, turn_seconds: float = 0, json: bool = False
+) -> Parser:
+    """Make a command's parser from the docstring of its module: its first line and its example.
+
+    `data`: with --data, a folder of training images. `turn_seconds` > 0: with --rounds and, by
+    default so many, --seconds, for contestants that take turns. `json`: with --json, a file.
+    """
+    example = re.search(r"python -m (\S+).*", doc)
+    assert example is not None
+    parser = make_parser(example[1], doc.partition("\n")[0], example[0])
     add = parser.add_argument
-    help_text = f"at least 2, for the intervals; default {rounds}"
-    add("--rounds", type=at_least(2), default=rounds, help=help_text)
-    help_text = f"of each turn; default {seconds:g}"
-    add("--seconds", type=positive, default=seconds, help=help_text)
-
-
-def add_data_flag(parser: Parser) -> None:
-    """Add the required --data of commands that read the training images of a folder."""
-    help_text = "image folder: DIR/train/CLASS/IMAGE"
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help=help_text)
-
-
-def add_json_flag(parser: Parser) -> None:
-    """Add --json, the file that the result is written to."""
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the result")
+    if data:
+        help_text = "image folder: DIR/train/CLASS/IMAGE"
+        add("--data", type=Path, required=True, metavar="DIR", help=help_text)
+    if turn_seconds:
+        help_text = "at least 2, for the intervals; default 5"
+        add("--rounds", type=at_least(2), default=5, help=help_text)
+        help_text = f"of each turn; default {turn_seconds:g}"
+        add("--seconds", type=positive, default=turn_seconds, help=help_text)
+    if json:
+        add("--json", type=output_file, metavar="FILE", help="write the result")
+    return parser
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -56,6 +64,22 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded).replace(NO_BREAK, " ")
+
+
+def by_column(rows: Sequence[Mapping[str, str]]) -> str:
+    """Format a table of rows that name their columns, the same ones in all."""
+    return markdown([list(rows[0]), *(list(row.values()) for row in rows)])
+
+
+def document(*blocks: str) -> str:
+    """Join headings, tables and paragraphs to a Markdown file; empty ones are left out."""
+    return "\n\n".join(filter(None, blocks)).replace(NO_BREAK, " ") + "\n"
+
+
+def write_result(folder: Path, name: str, result: Row, table: str) -> None:
+    """Write FOLDER/NAME.json and table.md."""
+    write_object(folder / f"{name}.json", result)
+    write_text(folder / "table.md", table)
 
 
 def training_images(root: Path) -> Split:

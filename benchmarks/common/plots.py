@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -22,6 +23,7 @@ from fastimagenet.report.figures import (
     Points,
     draw_line,
     new_figure,
+    svg,
     thin,
     thousands,
     with_legend,
@@ -39,6 +41,11 @@ LOOKS: list[dict[str, Any]] = [
 ]
 LABEL_HEIGHT, LABEL_WIDTH = 0.065, 0.16
 """Of a label at the end of a line, in heights and widths of the upper plot."""
+
+
+def look(index: int) -> dict[str, Any]:
+    """Return colour and style of the line of a run."""
+    return LOOKS[index % len(LOOKS)]
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,8 @@ class Curve:
 def accuracy_and_lr(curves: list[Curve]) -> Figure:
     """Plot accuracies, the mean over the seeds in front of each of them, and learning rates."""
     figure, (above, below) = new_figure(2, size=(6.6, 5.6), sharex=True)
-    grid = above.get_gridspec()
-    assert grid is not None
-    grid.set_height_ratios((5, 2))
-    looks = [LOOKS[index % len(LOOKS)] for index in range(len(curves))]
+    set_heights(above, (5, 2))
+    looks = [look(index) for index in range(len(curves))]
     for curve, look in zip(curves, looks, strict=True):
         for points in curve.accuracy if len(curve.accuracy) > 1 else []:
             draw_line(above, points, color=look["color"], linewidth=0.8, alpha=0.35)
@@ -82,6 +87,13 @@ def accuracy_and_lr(curves: list[Curve]) -> Figure:
     below.xaxis.set_major_formatter(FuncFormatter(thousands))
     figure.align_ylabels([above, below])
     return with_legend(figure, ncols=3, handlelength=2.6)
+
+
+def set_heights(axes: Axes, ratios: tuple[float, ...]) -> None:
+    """Set the heights of the rows of the figure that the axes are in."""
+    grid = axes.get_gridspec()
+    assert grid is not None
+    grid.set_height_ratios(ratios)
 
 
 def label_ends(axes: Axes, curves: list[Curve], looks: list[dict[str, Any]]) -> None:
@@ -123,6 +135,14 @@ def time_bars(axes: Axes, splits: Mapping[str, Mapping[str, float]], unit_second
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlim(0, 1.02 * max(left))
+
+
+def svgs(figures: Mapping[str, Figure]) -> list[tuple[str, Markup]]:
+    """Render figures for a page, each with its heading."""
+    return [
+        (heading, Markup(svg(figure, f"plot{index}")))
+        for index, (heading, figure) in enumerate(figures.items())
+    ]
 
 
 def accuracy_points(epochs: list[Row]) -> Points:

@@ -6,7 +6,7 @@ import argparse
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,11 +160,8 @@ def phase_trainer(
     """Build a trainer that reads this phase's batches; its loaders are closed at the end."""
     plan = Plan.of(one_phase(config.recipe, phase), world.world_size, len(train))
     trainer = build_trainer(config, plan, world, train, val, Stopwatch())
-    try:
+    with closing(trainer.train_loader), closing(trainer.eval_loader):
         yield trainer
-    finally:
-        trainer.train_loader.close()
-        trainer.eval_loader.close()
 
 
 def run_config(args: argparse.Namespace, prefix: str) -> RunConfig:
@@ -198,7 +195,8 @@ def measure_phase(
         trainer.compile_all_sizes()
     images, labels = synthetic_batch(trainer, train, seed)
     flops, moved = step_costs(trainer, images, labels)
-    rates: dict[str, list[float]] = {"loader": [], "model": [], "both": [], "wait": []}
+    names = ("loader", "model", "both", "data_wait_share")
+    rates: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         if number == 1 and trainer.device.type == "cuda":  # cuDNN has tried its algorithms
             torch.cuda.reset_peak_memory_stats(trainer.device)
@@ -212,10 +210,7 @@ def measure_phase(
     return PhaseRates(
         image_size=phase.image_size,
         batch_size=phase.batch_size,
-        loader=rates["loader"],
-        model=rates["model"],
-        both=rates["both"],
-        data_wait_share=rates["wait"],
+        **rates,
         flops_per_image=flops / phase.batch_size,
         bytes_per_image=moved / phase.batch_size,
         memory_bytes=memory_bytes(trainer.device),
@@ -232,21 +227,14 @@ def endless(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
 
 def synthetic_batch(trainer: Trainer, train: Split, seed: int) -> tuple[Tensor, Tensor]:
     """Make noise and labels on the device, in the shapes and types of the recipe's batches."""
-    plan = trainer.plan
-    loader = open_loader(
-        "synthetic",
-        plan.recipe,
-        train,
-        plan.phases,
-        trainer.world,
-        training=True,
-        half=trainer.dtype is not None,
-        seed=seed,
-    )
-    try:
+    plan, half = trainer.plan, trainer.dtype is not None
+    stages, world = plan.phases, trainer.world
+    with closing(
+        open_loader(
+            "synthetic", plan.recipe, train, stages, world, training=True, half=half, seed=seed
+        )
+    ) as loader:
         return next(iter(loader))
-    finally:
-        loader.close()
 
 
 def update(trainer: Trainer, images: Tensor, labels: Tensor) -> None:

@@ -51,6 +51,17 @@ def ratio(values: Sequence[float], base: Sequence[float]) -> Estimate:
     return Estimate(exp(logs.mean), exp(logs.low), exp(logs.high))
 
 
+def estimates(rounds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Return the mean of each contestant's rounds with its interval, as JSON has them."""
+    return {name: asdict(estimate(values)) for name, values in rounds.items()}
+
+
+def ratios(rounds: Mapping[str, Sequence[float]], base: str) -> dict[str, Any]:
+    """Return the ratios of all others to `base`, as JSON has them; {} where it is not there."""
+    others = [name for name in rounds if base in rounds and name != base]
+    return {name: asdict(ratio(rounds[name], rounds[base])) for name in others}
+
+
 def interval(values: Sequence[float]) -> dict[str, Any]:
     """Return mean, low and high as JSON has them; a single value has no interval: null, null."""
     if len(values) == 1:

@@ -26,13 +26,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from benchmarks.common.measuring import begin, command_parser
 from benchmarks.gpu_suite.parts import PARTS, Part, Setup
 from benchmarks.gpu_suite.report import REHEARSAL, PartResult, Result, write_results
 from fastimagenet import cli
 from fastimagenet.distributed.world import Launch
-from pipelines.cli import Parser, make_parser, output_folder
+from pipelines.cli import output_folder
 from pipelines.datasets.folders import find_split
-from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,15 +44,11 @@ GRACE_SECONDS = 5
 """For a part that is told to end, before it is killed."""
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = make_parser(
-        "benchmarks.gpu_suite",
-        "Measure and test everything that needs a GPU, in less than eight minutes.",
-        "python -m benchmarks.gpu_suite --data photographs --cifar10 cifar10 --output runs/gpu",
-    )
-    cli.add_device_flag(result)
-    add = result.add_argument
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__)
+    cli.add_device_flag(parser)
+    add = parser.add_argument
     add("--output", type=output_folder, required=True, metavar="DIR", help="a new folder")
     help_text = "full-size photographs: DIR/train/CLASS/*, DIR/val/CLASS/* (may be the same ones)"
     add("--data", type=Path, metavar="DIR", help=help_text)
@@ -60,16 +56,18 @@ def parser() -> Parser:
     some = f"some of {', '.join(NAMES)}"
     add("--only", nargs="+", choices=NAMES, default=NAMES, metavar="PART", help=some)
     add("--skip", nargs="+", choices=NAMES, default=(), metavar="PART")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
+    args, about = begin(parser, argv)
     setup = make_setup(args)
-    folder = args.output.resolve()
-    result = begin(setup, shlex.join(["python", "-m", "benchmarks.gpu_suite", *argv]))
+    if not setup.small:
+        about["hardware"] = f"1 x {gpu_name()}, {about['hardware']}"
+    folder, data = args.output.resolve(), {"data": setup.data, "cifar10": setup.cifar10}
+    result = Result(
+        **about,
+        device=setup.device,
+        rehearsal=REHEARSAL if setup.small else "",
+        data={name: path and path.name for name, path in data.items()},
+        parts={},
+    )
     print(result.rehearsal or result.hardware, flush=True)
     before = signal.signal(signal.SIGTERM, leave)
     try:
@@ -88,9 +86,10 @@ def run_parts(setup: Setup, result: Result, folder: Path, wanted: set[str]) -> b
     for part in PARTS:
         given += part.seconds * (REHEARSAL_TIMES if setup.small else 1)
         if part.name not in wanted:
-            found = skipped(part, "not asked for")
+            found = PartResult(title=part.title, status="skipped", reason="not asked for")
         elif part.needs and getattr(setup, part.needs) is None:
-            found = skipped(part, f"needs --{part.needs}")
+            reason = f"needs --{part.needs}"
+            found = PartResult(title=part.title, status="skipped", reason=reason)
         else:
             limit = given - (time.monotonic() - start)
             print(f"{part.name}: at most {limit:.0f} s", flush=True)
@@ -122,23 +121,6 @@ def make_setup(args: argparse.Namespace) -> Setup:
     return Setup(device=Launch(1, 1, args.device).resolved().device, data=data, cifar10=cifar10)
 
 
-def begin(setup: Setup, command: str) -> Result:
-    """Return the result before the first part."""
-    gpu = f"1 x {gpu_name()}, {processor()}"
-    return Result(
-        command=command,
-        date=time.strftime("%Y-%m-%d"),
-        device=setup.device,
-        hardware=processor() if setup.small else gpu,
-        rehearsal=REHEARSAL if setup.small else "",
-        versions=versions(),
-        load_average=os.getloadavg()[0],
-        data={name: path and path.name for name, path in
-              (("data", setup.data), ("cifar10", setup.cifar10))},
-        parts={},
-    )  # fmt: skip
-
-
 def gpu_name() -> str:
     """Return the driver's name of the first GPU; without torch, whose first call of it would keep
     memory there for as long as the suite runs. "" without one."""
@@ -151,12 +133,6 @@ def gpu_name() -> str:
         return ""
     driver.cuDeviceGetName(name, len(name), device)
     return name.value.decode()
-
-
-def skipped(part: Part, reason: str) -> PartResult:
-    return PartResult(
-        title=part.title, status="skipped", device="", rehearsal=False, reason=reason, figures={}
-    )
 
 
 def run_part(part: Part, setup: Setup, folder: Path, limit: float, hardware: str) -> PartResult:

@@ -52,13 +52,8 @@ class Part:
 
 
 def ceilings(setup: Setup, folder: Path, _: float) -> Words:
-    seconds = "0.6" if setup.small else "6"
-    return [
-        *words("benchmarks.research.device_ceilings", setup),
-        "--seconds",
-        seconds,
-        *json(folder),
-    ]
+    run = [*words("benchmarks.research.device_ceilings", setup), *json(folder)]
+    return [*run, "--seconds", "0.6" if setup.small else "6"]
 
 
 def gpu_tests(name: str) -> Callable[[Setup, Path, float], Words]:
@@ -102,12 +97,8 @@ def stall(setup: Setup, folder: Path, _: float) -> Words:
 
 
 def decode(setup: Setup, folder: Path, seconds: float) -> Words:
-    run = [
-        *words("benchmarks.research.decode_sweep", setup),
-        "--data",
-        str(setup.data),
-        *json(folder),
-    ]
+    run = [*words("benchmarks.research.decode_sweep", setup), *json(folder)]
+    run += ["--data", str(setup.data)]
     if setup.small:
         sizes = ["--image-size", "32", "48", "--batch-size", "8", "--threads", "1", "2"]
         return [*run, *sizes, "--entries", "200", "--seconds", "0.1"]
@@ -197,20 +188,6 @@ def read_run(folder: Path) -> Row:
     return {name: summary[name] for name in RUN_FIELDS if name in summary} | {"evaluated": epochs}
 
 
-def tests_part(name: str, seconds: int) -> Part:
-    return Part(
-        name=f"tests-{name}", title=f"The tests in tests/gpu/test_{name}.py", seconds=seconds,
-        command=gpu_tests(name), read=read_tests,
-    )  # fmt: skip
-
-
-def cifar10_part(recipe: str, seconds: int) -> Part:
-    return Part(
-        name=recipe, title=f"CIFAR-10, recipe {recipe}", seconds=seconds,
-        command=training(recipe), read=read_run, needs="cifar10",
-    )  # fmt: skip
-
-
 TESTS = {"loaders": 30, "training": 50, "training_step": 50, "gpu_faults": 30}
 """Files in tests/gpu and seconds."""
 CIFAR10 = {"cifar10": 35, "cifar10-speed": 55}
@@ -222,8 +199,21 @@ PARTS = (
         name="ceilings", title="What the device does at most", seconds=15,
         command=ceilings, read=read_json("result.json"),
     ),
-    *(tests_part(name, seconds) for name, seconds in TESTS.items()),
-    *(cifar10_part(name, seconds) for name, seconds in CIFAR10.items() if name in RECIPES),
+    *(
+        Part(
+            name=f"tests-{name}", title=f"The tests in tests/gpu/test_{name}.py", seconds=seconds,
+            command=gpu_tests(name), read=read_tests,
+        )
+        for name, seconds in TESTS.items()
+    ),
+    *(
+        Part(
+            name=recipe, title=f"CIFAR-10, recipe {recipe}", seconds=seconds,
+            command=training(recipe), read=read_run, needs="cifar10",
+        )
+        for recipe, seconds in CIFAR10.items()
+        if recipe in RECIPES
+    ),
     Part(
         name="lr-finder", title="LR finder on CIFAR-10", seconds=25,
         command=lr_finder, read=read_json("sweep/lr_find.json"), needs="cifar10",

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from markupsafe import Markup
-
-from benchmarks.common.measuring import markdown
+from benchmarks.common import tables
+from benchmarks.common.measuring import document, markdown
+from benchmarks.common.plots import svgs
 from benchmarks.common.statistics import shown
+from benchmarks.common.tables import Table
 from benchmarks.gpu_suite.parts import TESTS
 from benchmarks.gpu_suite.plots import figures
-from fastimagenet.report.figures import svg
 from pipelines import pages
 from pipelines.files import Row, write_object, write_text
-from pipelines.formats import NO_BREAK, duration, number, percent, plain
+from pipelines.formats import duration, number, percent, plain
 
 REHEARSAL = "CPU rehearsal at tiny sizes: no figure here is a GPU's, and none is to be quoted."
 
@@ -28,9 +28,9 @@ class PartResult:
     title: str
     status: str
     """ "done", "failed" or "skipped"."""
-    device: str
+    device: str = ""
     """What its figures were measured on; "" where it did not run."""
-    rehearsal: bool
+    rehearsal: bool = False
     """Whether that was a CPU in place of a GPU."""
     command: str = ""
     seconds: float = 0.0
@@ -39,7 +39,7 @@ class PartResult:
     """Of what was not done, in one line."""
     log_tail: str = ""
     """Of a part that failed."""
-    figures: Row
+    figures: Row = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +77,9 @@ def write_results(result: Result, folder: Path) -> list[Path]:
     data = asdict(result)
     paths = [folder / f"{result.name}{suffix}" for suffix in (".json", ".md", ".html")]
     write_object(paths[0], data)
-    tables = sections(data)
-    write_text(paths[1], text(result, tables))
-    write_text(paths[2], page(result, data, tables))
+    parts = sections(data)
+    write_text(paths[1], text(result, parts))
+    write_text(paths[2], page(result, data, parts))
     return paths
 
 
@@ -94,21 +94,18 @@ def facts(result: Result) -> str:
     return f"{result.hardware}; {versions}; {result.date}; {load}."
 
 
-def text(result: Result, tables: list[Section]) -> str:
+def text(result: Result, parts: list[Section]) -> str:
     """Format the tables as Markdown."""
-    lines = [f"# {title(result)}", ""]
-    lines += [f"**{result.rehearsal}**", ""] if result.rehearsal else []
-    lines += [facts(result), "", f"    {result.command}", ""]
-    for section in tables:
-        lines += [f"## {section.title}", ""]
-        lines += [markdown([section.header, *section.rows]), ""] if section.rows else []
-        lines += [section.note, ""] if section.note else []
-    return "\n".join(lines).replace(NO_BREAK, " ")
+    blocks = [f"**{result.rehearsal}**"] if result.rehearsal else []
+    blocks += [facts(result), f"    {result.command}"]
+    for section in parts:
+        blocks += [f"## {section.title}", markdown(section.rows) if section.rows[1:] else ""]
+        blocks.append(section.note)
+    return document(f"# {title(result)}", *blocks)
 
 
-def page(result: Result, data: Row, tables: list[Section]) -> str:
+def page(result: Result, data: Row, parts: list[Section]) -> str:
     """Render the tables and the plots on one page."""
-    drawn = figures(data)
     failures = [
         (part["title"], part["reason"], part["log_tail"])
         for part in data["parts"].values()
@@ -120,11 +117,8 @@ def page(result: Result, data: Row, tables: list[Section]) -> str:
         rehearsal=result.rehearsal,
         facts=facts(result),
         command=result.command,
-        sections=tables,
-        figures=[
-            (heading, Markup(svg(figure, f"plot{index}")))
-            for index, (heading, figure) in enumerate(drawn.items())
-        ],
+        sections=parts,
+        figures=svgs(figures(data)),
         failures=failures,
     )
 
@@ -134,9 +128,9 @@ class Section:
     """A table with its heading, and a line below it."""
 
     title: str
-    header: tuple[str, ...] = ()
-    rows: Sequence[tuple[str, ...]] = ()
-    note: str = ""
+    rows: Table
+    """The header first."""
+    note: str
 
 
 def sections(result: Row) -> list[Section]:
@@ -144,157 +138,108 @@ def sections(result: Row) -> list[Section]:
     found = [overview(result)]
     for name, part in result["parts"].items():
         if part["figures"]:
-            header, rows, note = TABLES[name](part["figures"])
+            rows, note = TABLES[name](part["figures"])
             mark = " (CPU rehearsal)" if part["rehearsal"] else ""
-            measured = f"On {part['device']}{mark}. {note}"
-            title = f"{part['title']}{mark}"
-            found.append(Section(title=title, header=header, rows=rows, note=measured.rstrip()))
+            measured = f"On {part['device']}{mark}. {note}".rstrip()
+            found.append(Section(title=f"{part['title']}{mark}", rows=rows, note=measured))
     return found
 
 
 def overview(result: Row) -> Section:
     """Tell what became of each part."""
-    rows = [
-        (
-            name,
-            part["status"] + (" (CPU rehearsal)" if part["rehearsal"] else ""),
-            part["device"] or "-",
-            f"{part['seconds']:.0f} s" if part["seconds"] else "-",
-            part["reason"].replace("|", "/") or "-",
-        )
-        for name, part in result["parts"].items()
-    ]
+    rows: Table = [("part", "status", "measured on", "time", "why not")]
+    for name, part in result["parts"].items():
+        status = part["status"] + (" (CPU rehearsal)" if part["rehearsal"] else "")
+        time = f"{part['seconds']:.0f} s" if part["seconds"] else "-"
+        reason = part["reason"].replace("|", "/") or "-"
+        rows.append((name, status, part["device"] or "-", time, reason))
     seconds = sum(part["seconds"] for part in result["parts"].values())
-    header = ("part", "status", "measured on", "time", "why not")
-    return Section(title="Parts", header=header, rows=rows, note=f"{seconds:.0f} s in all.")
+    return Section(title="Parts", rows=rows, note=f"{seconds:.0f} s in all.")
 
 
-Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]], str]
+Shown = tuple[Table, str]
+"""A table, and a note below it."""
 
 
-def ceilings(figures: Row) -> Table:
-    rows = [
-        (
-            f"matrix product, {figures['dtype']}",
-            shown(figures["matmul_flops_per_sec"], 1e-12, " TFLOP/s"),
-        ),
+def ceilings(figures: Row) -> Shown:
+    product = shown(figures["matmul_flops_per_sec"], 1e-12, " TFLOP/s")
+    rows: Table = [
+        ("ceiling", "measured"),
+        (f"matrix product, {figures['dtype']}", product),
         ("copy, read and written", shown(figures["copy_bytes_per_sec"], 1e-9, " GB/s")),
     ]
     names = ("name", "memory_bytes", "multiprocessors", "compute_capability", "cuda", "cudnn")
     rows += [(name.replace("_", " "), str(figures[name])) for name in names if name in figures]
-    note = f"Means with 95 % intervals over {figures['rounds']} turns."
-    return ("ceiling", "measured"), rows, note
+    return rows, f"Means with 95 % intervals over {figures['rounds']} turns."
 
 
-def tests(figures: Row) -> Table:
+def tests(figures: Row) -> Shown:
     rows = [(outcome, str(count)) for outcome, count in figures["counts"].items()]
     notes = [
         f"{title}: {'; '.join(figures[key])}."
         for title, key in (("Not passed", "not_passed"), ("Skipped", "skipped"))
         if figures[key]
     ]
-    return ("outcome", "tests"), rows, " ".join(notes)
+    return [("outcome", "tests"), *rows], " ".join(notes)
 
 
-def run(figures: Row) -> Table:
+def run(figures: Row) -> Shown:
     """Format a finished run, or the accuracies of one that was not."""
     if "top1" not in figures:
         rows = [(str(row["epoch"] + 1), duration(row["train_seconds"]), percent(row["top1"]))
                 for row in figures["evaluated"]]  # fmt: skip
-        return ("epochs done", "train time", "top-1"), rows, "The run did not end."
-    target = figures["target"]
-    reached = figures["time_to_target_seconds"]
-    mark = "no target" if target is None else f"{target['metric']} {percent(target['value'])}: "
+        return [("epochs done", "train time", "top-1"), *rows], "The run did not end."
+    target, reached = figures["target"], figures["time_to_target_seconds"]
+    mark = "no target"
     if target is not None:
-        mark += "not reached" if reached is None else duration(reached)
+        outcome = "not reached" if reached is None else duration(reached)
+        mark = f"{target['metric']} {percent(target['value'])}: {outcome}"
     header = ("top-1", "with TTA", "train time", "wall time", "images/s", "epochs", "target")
     row = (
-        percent(figures["top1"]),
-        percent(figures["tta_top1"]),
-        duration(figures["train_seconds"]),
-        duration(figures["wall_seconds"]),
+        *(percent(figures[name]) for name in ("top1", "tta_top1")),
+        *(duration(figures[name]) for name in ("train_seconds", "wall_seconds")),
         number(figures["images_per_sec"], ",.0f"),
         str(figures["epochs"]),
         mark,
     )
     about = f"{figures['dataset']}, {figures['precision']}, back end {figures['backend']}, n = 1."
-    return header, [row], about
+    return [header, row], about
 
 
-def lr_finder(figures: Row) -> Table:
-    header = ("weight decay", "iterations", "ended", "max_lr suggested", "time")
-    rows = [
-        (
-            plain(sweep["weight_decay"]),
-            str(figures["num_it"]),
-            str(sweep.get("ended", "-")),
-            plain(figures["max_lr"], 3),
-            duration(figures["seconds"]),
-        )
-        for sweep in figures["sweeps"]
-    ]
-    return header, rows, f"Recipe {figures['recipe']}, {figures['image_size']} px."
+def lr_finder(figures: Row) -> Shown:
+    rows: Table = [("weight decay", "iterations", "ended", "max_lr suggested", "time")]
+    for sweep in figures["sweeps"]:
+        ended, seconds = str(sweep.get("ended", "-")), duration(figures["seconds"])
+        cells = (str(figures["num_it"]), ended, plain(figures["max_lr"], 3), seconds)
+        rows.append((plain(sweep["weight_decay"]), *cells))
+    return rows, f"Recipe {figures['recipe']}, {figures['image_size']} px."
 
 
-def stall(figures: Row) -> Table:
-    header = ("phase", "loader", "model", "both", "stall", "data wait", "FLOP/s", "memory")
-    rows = [
-        (
-            f"{phase['image_size']} px x {phase['batch_size']}",
-            *(shown(phase[f"{part}_images_per_sec"]) for part in ("loader", "model", "both")),
-            shown(phase["stall"], 100, " %"),
-            percent(phase["data_wait_share"]["mean"], 1),
-            percent(phase["share_of_matmul"], 0) + " of the ceiling",
-            gibibytes(phase["rates"]["memory_bytes"]),
-        )
-        for phase in figures["phases"]
-    ]
+def stall(figures: Row) -> Shown:
     note = f"Images/s with 95 % intervals over {figures['rounds']} rounds of {figures['seconds']:g}"
     note += f" s; {figures['images']:,} photographs, back end {figures['backend']}, "
-    return header, rows, f"{note}{figures['precision']}. stall = 1 - both / model."
+    note += f"{figures['precision']}. stall = 1 - both / model. Percentages: of the ceilings."
+    return tables.phases(figures), note
 
 
-def decode(figures: Row) -> Table:
-    header = ("size", "threads", "hardware share", "prefetch", "preallocated", "images/s")
-    rows = [
-        (
-            f"{rate['image_size']} px",
-            str(rate["threads"]),
-            plain(rate["settings"]["hw_decoder_load"]) if figures["decoder"] == "mixed" else "-",
-            str(rate["settings"]["prefetch"]),
-            "yes" if rate["settings"]["width_hint"] else "no",
-            shown(rate["images_per_sec"]) if rate["images_per_sec"] else rate["error"],
-        )
-        for rate in figures["rates"]
-    ]
+def decode(figures: Row) -> Shown:
+    rows = [tables.decode_row(rate, figures["decoder"]) for rate in figures["rates"]]
     note = f"{figures['decoder']} decoding of {figures['photographs']:,} photographs as "
     note += f"{figures['entries']:,} entries, from the page cache."
-    cut = " The time ended before the sweep." if figures["cut_by_limit"] else ""
-    return header, rows, note + cut
+    return [tables.DECODE_HEADER, *rows], note + cut(figures)
 
 
-def steps(figures: Row) -> Table:
-    header = ("size", "variant", "batch", "images/s", "measured / floor", "peak memory")
-    rows = []
-    for rate in sorted(figures["rates"], key=lambda rate: rate["image_size"]):
-        floor = rate["floor_images_per_sec"]
-        share = rate["images_per_sec"]["mean"] / floor if floor else None
-        rows.append(
-            (
-                f"{rate['image_size']} px",
-                rate["variant"],
-                str(rate["batch_size"]),
-                rate["error"] or shown(rate["images_per_sec"]),
-                "-" if rate["error"] else percent(share, 0),
-                "-" if rate["error"] else gibibytes(rate["peak_memory_bytes"]),
-            )
-        )
+def steps(figures: Row) -> Shown:
     note = "Forward, backward and update on a synthetic batch that stays on the device."
-    cut = " The time ended before the sweep." if figures["cut_by_limit"] else ""
-    return header, rows, note + cut
+    rates = sorted(figures["rates"], key=lambda rate: rate["image_size"])
+    return tables.steps(rates), note + cut(figures)
 
 
-TABLES: dict[str, Callable[[Row], Table]] = {
+def cut(figures: Row) -> str:
+    return " The time ended before the sweep." if figures["cut_by_limit"] else ""
+
+
+TABLES: dict[str, Callable[[Row], Shown]] = {
     "ceilings": ceilings,
     **{f"tests-{name}": tests for name in TESTS},
     "cifar10": run,
@@ -304,7 +249,3 @@ TABLES: dict[str, Callable[[Row], Table]] = {
     "decode": decode,
     "steps": steps,
 }
-
-
-def gibibytes(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"

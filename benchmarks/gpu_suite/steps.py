@@ -1,5 +1,7 @@
 """The suite's sweep of the ResNet-50 training step: `benchmarks.training_step` within a time limit.
 
+    python -m benchmarks.gpu_suite.steps --limit 150 --json steps.json
+
 The first size in every variant, then the others: eager, the batch doubled for as long as that pays;
 then, size by size, compiled and with CUDA graphs at the best of these batches, as compiling takes
 most of the time. The file is written after each measurement. A CUDA error leaves a process
@@ -15,9 +17,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.common.measuring import command_parser
 from benchmarks.training_step import StepRate, sweep
 from fastimagenet import cli
-from pipelines.cli import at_least, make_parser, output_file, positive
+from pipelines.cli import at_least, output_file, positive
 from pipelines.files import Row, read_object, write_object
 
 PAYS = 1.02
@@ -89,11 +92,7 @@ class StepSweep:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep; returns the exit status, 1 where a measurement failed."""
     start = time.monotonic()
-    parser = make_parser(
-        "benchmarks.gpu_suite.steps",
-        "Sweep the training step of ResNet-50 within a time limit.",
-        "python -m benchmarks.gpu_suite.steps --limit 150 --json steps.json",
-    )
+    parser = command_parser(__doc__)
     cli.add_device_flag(parser)
     add = parser.add_argument
     sizes = [224, 128, 160, 192, 288]
@@ -102,13 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--variants", nargs="*", default=["compiled", "graphs"], metavar="V", help="beside eager")
     add("--seconds", type=positive, default=1.0, help="of each measurement, default 1")
     add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
-    add(
-        "--json",
-        type=output_file,
-        required=True,
-        metavar="FILE",
-        help="resumed from where it exists",
-    )
+    help_text = "resumed where it exists"
+    add("--json", type=output_file, required=True, metavar="FILE", help=help_text)
     args = parser.parse_args(argv)
     if args.json.exists():  # a second process: the limit is that of the first
         start -= time.time() - args.json.with_suffix(".start").stat().st_mtime

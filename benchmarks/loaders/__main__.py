@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -26,17 +26,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.measuring import (
-    add_json_flag,
-    add_round_flags,
-    facts,
-    markdown,
-    training_images,
-)
-from benchmarks.common.statistics import estimate, ratio, shown
+from benchmarks.common.measuring import begin, command_parser, markdown, training_images
+from benchmarks.common.rates import calls_per_sec
+from benchmarks.common.statistics import estimates, ratio, ratios, shown
 from benchmarks.loaders.contestants import LOADERS, MIN_SCALE, Task, spdl_version
 from pipelines import cli
-from pipelines.cli import Parser, at_least, make_parser
+from pipelines.cli import at_least
 from pipelines.datasets.digits import digits_folder
 from pipelines.errors import UserError
 from pipelines.files import Row, write_object
@@ -52,14 +47,9 @@ def images_per_sec(batches: Iterator[Any], task: Task, seconds: float) -> float:
     """Measure the rate over at least `seconds`, after batches that are not counted."""
     time.sleep(PAUSE_SECONDS)
     # A DataLoader makes two a worker ahead, the others fewer: none is measured on its stock.
-    for _ in range(2 * task.threads + 2):
-        next(batches)
-    count = 0
-    start = time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        next(batches)
-        count += 1
-    return count * task.batch_size / elapsed
+    ahead = 2 * task.threads + 2
+    rate = calls_per_sec(lambda: next(batches), torch.device("cpu"), seconds, ahead)
+    return rate * task.batch_size
 
 
 def measure(
@@ -100,16 +90,9 @@ def run(args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
     measured: list[Row] = []
     left_out: dict[str, str] = {}
     for image_size in args.image_size:
-        tasks = {
-            label: Task(
-                split=split,
-                image_size=image_size,
-                batch_size=args.batch_size,
-                threads=args.threads,
-                reflect_pad=args.reflect_pad,
-            )
-            for label, split in splits.items()
-        }
+        shape = {"image_size": image_size, "batch_size": args.batch_size}
+        shape |= {"threads": args.threads, "reflect_pad": args.reflect_pad}
+        tasks = {label: Task(split=split, **shape) for label, split in splits.items()}
         first: Rounds = {}
         for label, rounds in measure(tasks, args, left_out).items():
             data = str(folders[label]) if args.data else "embedded digits"
@@ -121,16 +104,11 @@ def run(args: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
 
 def compare(rounds: Rounds, first: Rounds) -> Row:
     """Compute means and ratios of one folder; `first` are the rounds of the first folder."""
-
-    def ratios_to(base: str) -> Row:
-        others = [name for name in rounds if base in rounds and name != base]
-        return {name: asdict(ratio(rounds[name], rounds[base])) for name in others}
-
     shared = [name for name in rounds if name in first]
     return {
-        "images_per_sec": {name: asdict(estimate(rates)) for name, rates in rounds.items()},
-        "ratio_to_dataloader": ratios_to("dataloader"),
-        "ratio_to_decode": ratios_to("decode"),
+        "images_per_sec": estimates(rounds),
+        "ratio_to_dataloader": ratios(rounds, "dataloader"),
+        "ratio_to_decode": ratios(rounds, "decode"),
         "ratio_to_first": {name: asdict(ratio(rounds[name], first[name])) for name in shared},
         "rounds": rounds,
     }
@@ -138,19 +116,14 @@ def compare(rounds: Rounds, first: Rounds) -> Row:
 
 def table(measured: Sequence[Row]) -> str:
     """Format as Markdown: a line per image size, folder and loader; means with 95 % intervals."""
-    header = ["image size", "data", "loader", "images/s", "/ dataloader", "/ decode"]
-    ratios = ["ratio_to_dataloader", "ratio_to_decode"]
+    bases = {"dataloader": "dataloader", "decode": "decode"}
     if any(one["ratio_to_first"] for one in measured):
-        header.append(f"/ {measured[0]['label']}")
-        ratios.append("ratio_to_first")
-
-    def cell(found: Mapping[str, Row], name: str) -> str:
-        return shown(found[name]) if name in found else "-"
-
-    rows = [header]
+        bases["first"] = measured[0]["label"]
+    rows = [["image size", "data", "loader", "images/s", *(f"/ {b}" for b in bases.values())]]
     for one in measured:
         for name, rate in one["images_per_sec"].items():
-            cells = [cell(one[key], name) for key in ratios]
+            found = [one[f"ratio_to_{base}"].get(name) for base in bases]
+            cells = [shown(ratio) if ratio else "-" for ratio in found]
             rows.append([f"{one['image_size']} px", one["label"], name, shown(rate), *cells])
     return markdown(rows)
 
@@ -170,14 +143,10 @@ def labelled(data: list[str] | None) -> dict[str, Path]:
     return folders
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = make_parser(
-        "benchmarks.loaders",
-        __doc__.partition("\n")[0],
-        "python -m benchmarks.loaders --data originals=imagenet copies=small/160 --threads 2",
-    )
-    add = result.add_argument
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__, turn_seconds=8, json=True)
+    add = parser.add_argument
     help_text = "folders with train/CLASS/IMAGE that are read in turn; default: the embedded digits"
     add("--data", nargs="+", metavar="[LABEL=]DIR", help=help_text)
     add("--image-size", type=at_least(1), nargs="+", default=[224], metavar="S", help="default 224")
@@ -187,16 +156,7 @@ def parser() -> Parser:
     add("--reflect-pad", type=at_least(0), default=0, help="in place of random areas: pad, crop")
     add("--threads", type=at_least(1), default=2, help="decoding threads or worker processes")
     add("--batch-size", type=at_least(1), default=64)
-    add_round_flags(result, 8)
-    add_json_flag(result)
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    about = facts("loaders", argv)
+    args, about = begin(parser, argv)
     torch.set_num_threads(args.threads)  # for what is augmented in this process
     measured, left_out = run(args)
     print(f"\n{about['hardware']}, {args.threads} threads (95 % intervals)\n")

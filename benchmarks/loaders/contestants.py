@@ -56,20 +56,24 @@ class Task:
     reflect_pad: int = 0
     """When > 0: the whole image, padded by this many pixels and cropped back."""
 
+    @property
+    def spec(self) -> LoaderSpec:
+        """What our loaders are asked for."""
+        stage = Stage(
+            epochs=1, image_size=self.image_size, batch_size=self.batch_size, min_scale=MIN_SCALE
+        )
+        return LoaderSpec(
+            split=self.split,
+            stages=(stage,),
+            training=True,
+            num_threads=self.threads,
+            reflect_pad=self.reflect_pad,
+        )
+
 
 def ours(backend: str, task: Task) -> Generator[Any]:
     """Read by one of our back ends, epoch after epoch. Raises UserError where it cannot be had."""
-    stage = Stage(
-        epochs=1, image_size=task.image_size, batch_size=task.batch_size, min_scale=MIN_SCALE
-    )
-    spec = LoaderSpec(
-        split=task.split,
-        stages=(stage,),
-        training=True,
-        num_threads=task.threads,
-        reflect_pad=task.reflect_pad,
-    )
-    with closing(make_loader(backend, spec)) as loader:
+    with closing(make_loader(backend, task.spec)) as loader:
         while True:
             yield from loader
 
@@ -94,31 +98,26 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
 
 def dataloader(task: Task) -> Generator[Any]:
     """Read by a DataLoader as most people write it: Pillow decodes, torchvision transforms."""
-    size = task.image_size
-    crop = [transforms.RandomResizedCrop(size, scale=(MIN_SCALE, 1.0), antialias=True)]
-    if task.reflect_pad:
-        crop = [
-            transforms.Resize((size, size)),
-            transforms.RandomCrop(size, task.reflect_pad, padding_mode="reflect"),
-        ]
-    flip = transforms.RandomHorizontalFlip()
-    normal = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    images = TransformedImages(task.split, by_pillow, transforms.Compose([*crop, flip, *normal]))
-    return from_workers(images, len(images), task)
+    return transformed(task, transforms, by_pillow, transforms.ToTensor())
 
 
 def dataloader_v2(task: Task) -> Generator[Any]:
     """Read as torchvision's documentation advises: tensors from `decode_image` on, v2."""
+    return transformed(task, v2, by_torchvision, v2.ToDtype(torch.float32, scale=True))
+
+
+def transformed(
+    task: Task, library: Any, decode: Callable[[bytes], Any], to_float: Callable[[Any], Tensor]
+) -> Generator[Any]:
+    """Read by a DataLoader with the transforms of `library`, torchvision's first or second API."""
     size = task.image_size
-    crop = [v2.RandomResizedCrop(size, scale=(MIN_SCALE, 1.0), antialias=True)]
+    steps = [library.RandomResizedCrop(size, scale=(MIN_SCALE, 1.0), antialias=True)]
     if task.reflect_pad:
-        crop = [
-            v2.Resize((size, size), antialias=True),
-            v2.RandomCrop(size, task.reflect_pad, padding_mode="reflect"),
-        ]
-    normal = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    transform = v2.Compose([*crop, v2.RandomHorizontalFlip(), *normal])
-    images = TransformedImages(task.split, by_torchvision, transform)
+        crop = library.RandomCrop(size, task.reflect_pad, padding_mode="reflect")
+        steps = [library.Resize((size, size), antialias=True), crop]
+    steps += [library.RandomHorizontalFlip(), to_float]
+    steps += [library.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    images = TransformedImages(task.split, decode, library.Compose(steps))
     return from_workers(images, len(images), task)
 
 

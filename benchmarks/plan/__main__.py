@@ -18,7 +18,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.common.measuring import facts, markdown
+from benchmarks.common.measuring import begin, by_column, command_parser, document
 from benchmarks.common.plots import time_bars
 from benchmarks.plan.prediction import MIN_STEPS, Candidate, candidates, with_fitting_batch
 from fastimagenet import cli
@@ -29,7 +29,7 @@ from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.figures import new_figure, with_legend, write_files
 from fastimagenet.run import check_output, read_data, with_copies
 from fastimagenet.training.clock import Stopwatch
-from pipelines.cli import Parser, at_least, make_parser, output_folder, positive
+from pipelines.cli import Parser, at_least, output_folder, positive
 from pipelines.datasets.known import dataset_name
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object, write_object, write_text
@@ -41,11 +41,7 @@ PASSED_ON = ("data", "skip_list", "on_bad_image", "backend", "device", "seed", "
 
 def parser() -> Parser:
     """Build the command line."""
-    result = make_parser(
-        "benchmarks.plan",
-        "Predict what a recipe takes on nodes like this one, and scale it to a budget.",
-        "python -m benchmarks.plan --data imagenet --minutes 30 --nodes 4 --price 98.32",
-    )
+    result = command_parser(__doc__)
     cli.add_machine_flags(result)
     cli.add_run_flags(result, "runs/plan-RECIPE-TIME", output_folder)
     add = result.add_argument
@@ -55,28 +51,21 @@ def parser() -> Parser:
     add("--gpus", type=at_least(1), metavar="K", help="of a node; default: those of this one, or 1")
     add("--price", type=float, metavar="USD", help="of one node for an hour, on demand")
     add("--target", metavar="METRIC=VALUE", help="top5=0.93, top1=0.94; default: the recipe's")
-    add(
-        "--probe-seconds",
-        type=positive,
-        default=60.0,
-        metavar="S",
-        help="of measuring, about, start-up aside; default 60",
-    )
+    help_text = "of measuring, about, start-up aside; default 60"
+    add("--probe-seconds", type=positive, default=60.0, metavar="S", help=help_text)
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     clock = Stopwatch()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
+    args, about = begin(parser(), argv)
     if args.check is not None:
         if args.output is None:
             raise UserError("--check needs --output: the folder that the plan was written to")
         print(check(args.output, args.check))
         return 0
     check_numbers(args)
-    about = facts("plan", argv)
     config = cli.run_config(args).with_output("plan-")
     args.output = config.folder
     if args.target is not None:
@@ -97,24 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     probe, hardware, precision = measure(probed, world, train, val, clock, args.probe_seconds)
     dataset = dataset_name(train.classes)
     found = candidates(
-        recipe,
-        probe,
-        dataset=dataset,
-        nodes=nodes,
-        world_size=nodes * gpus,
-        budget_seconds=60 * args.minutes,
-        node_price=args.price,
-    )
-    result = about | {
-        "hardware_probed": hardware,
-        "precision": precision,
-        "data": dataset or config.data.name,
-        "nodes": nodes,
-        "gpus_per_node": gpus,
-        "minutes": args.minutes,
-        "node_usd_per_hour": args.price,
-        "probe": asdict(probe),
-    }
+        recipe, probe, dataset=dataset, nodes=nodes, world_size=nodes * gpus,
+        budget_seconds=60 * args.minutes, node_price=args.price,
+    )  # fmt: skip
+    result = about | {"hardware_probed": hardware, "precision": precision}
+    result |= {"data": dataset or config.data.name, "nodes": nodes, "gpus_per_node": gpus}
+    result |= {"minutes": args.minutes, "node_usd_per_hour": args.price, "probe": asdict(probe)}
     write_results(result, found, config.folder)
     print(f"\n{table(result, found)}\nall of it: {config.folder}", flush=True)
     if note := batch_note(asked, recipe):
@@ -160,6 +137,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--price must be a number of US dollars, not {args.price}")
 
 
+CLOCKS = ("train_seconds", "wall_seconds")
 UNQUIET = 0.1
 """Spread of the probed rates above which a prediction within 10 % is not to be had."""
 NOT_MEASURED = (
@@ -170,14 +148,10 @@ NOT_MEASURED = (
 
 def write_results(result: Row, found: list[Candidate], folder: Path) -> None:
     """Write plan.json, table.md, plan.svg and .png, and recipe.toml: the first candidate."""
-    rows = [
-        asdict(each)
-        | {
-            "predicted_wall_seconds": each.wall_seconds,
-            "predicted_train_seconds": each.train_seconds,
-        }
-        for each in found
-    ]
+    rows = []
+    for each in found:
+        totals = {f"predicted_{name}": getattr(each, name) for name in CLOCKS}
+        rows.append(asdict(each) | totals)
     probe = result["probe"]
     # Names in a JSON object are text.
     rates = {str(size): rate for size, rate in probe["eval_images_per_sec"].items()}
@@ -190,54 +164,46 @@ def write_results(result: Row, found: list[Candidate], folder: Path) -> None:
 
 def table(result: Row, found: list[Candidate]) -> str:
     """Format the candidates as Markdown."""
-    header = (
-        *("predicted", "epochs", "sizes", "global batch", "steps", "train", "wall", "cost"),
-        *("expected top-1", "top-5"),
-    )
-    rows = [row(each) for each in found]
     sources = dict.fromkeys(each.accuracy_source for each in found)
     known = any(each.accuracy for each in found)
     spread = max(rates["spread"] for rates in result["probe"]["train"])
     price = result["node_usd_per_hour"]
     nodes = f"{result['nodes']} x {result['gpus_per_node']} processes"
-    lines = [
-        f"# {found[0].recipe.name} on {result['data']} within {result['minutes']:g} minutes: "
-        "predicted",
-        "",
-        f"{nodes} like the one probed: {result['hardware_probed']}; {result['precision']}; "
-        f"torch {result['versions']['torch']}; {result['date']}"
-        + ("." if price is None else f"; ${price:g} an hour and node."),
-        "",
-        markdown([header, *rows]),
-        "",
+    unquiet = ": the machine was not quiet, and the prediction is as uncertain"
+    notes = [
         NOT_MEASURED,
         f"The probed training rates varied by up to {100 * spread:.0f} % from round to round"
-        + (
-            ": the machine was not quiet, and the prediction is as uncertain."
-            if spread > UNQUIET
-            else "."
-        ),
+        + (f"{unquiet}." if spread > UNQUIET else "."),
         ("Accuracies are expected, not measured" if known else "No accuracy is expected")
         + f": {'; '.join(sources)}.",
     ]
-    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
-
-
-def row(each: Candidate) -> tuple[str, ...]:
-    """Format the cells of one candidate."""
-    recipe, accuracy = each.recipe, each.accuracy or {}
-    return (
-        each.name,
-        str(recipe.epochs),
-        ", ".join(f"{size} px x {epochs}" for size, epochs in epochs_by_size(recipe).items()),
-        ", ".join(dict.fromkeys(f"{batch:,}" for batch in each.global_batches)),
-        f"{each.steps:,}",
-        duration(each.train_seconds),
-        duration(each.wall_seconds),
-        "-" if each.cost_usd is None else f"${each.cost_usd:,.2f}",
-        percent(accuracy.get("top1"), 1),
-        percent(accuracy.get("top5"), 1),
+    return document(
+        f"# {found[0].recipe.name} on {result['data']} within {result['minutes']:g} minutes: "
+        "predicted",
+        f"{nodes} like the one probed: {result['hardware_probed']}; {result['precision']}; "
+        f"torch {result['versions']['torch']}; {result['date']}"
+        + ("." if price is None else f"; ${price:g} an hour and node."),
+        by_column([row(each) for each in found]),
+        "\n".join(notes),
     )
+
+
+def row(each: Candidate) -> dict[str, str]:
+    """Format the cells of one candidate, by column."""
+    recipe, accuracy = each.recipe, each.accuracy or {}
+    sizes = epochs_by_size(recipe).items()
+    return {
+        "predicted": each.name,
+        "epochs": str(recipe.epochs),
+        "sizes": ", ".join(f"{size} px x {epochs}" for size, epochs in sizes),
+        "global batch": ", ".join(dict.fromkeys(f"{batch:,}" for batch in each.global_batches)),
+        "steps": f"{each.steps:,}",
+        "train": duration(each.train_seconds),
+        "wall": duration(each.wall_seconds),
+        "cost": "-" if each.cost_usd is None else f"${each.cost_usd:,.2f}",
+        "expected top-1": percent(accuracy.get("top1"), 1),
+        "top-5": percent(accuracy.get("top5"), 1),
+    }
 
 
 def epochs_by_size(recipe: Recipe) -> dict[int, int]:
@@ -289,21 +255,24 @@ def check(plan_dir: Path, run_dir: Path) -> str:
         part: (seconds, summary["time_split_seconds"].get(part, 0.0))
         for part, seconds in predicted["seconds"].items()
     }
-    parts["train"] = predicted["predicted_train_seconds"], summary["train_seconds"]
-    parts["wall"] = predicted["predicted_wall_seconds"], summary["wall_seconds"]
+    for name in CLOCKS:
+        parts[name.removesuffix("_seconds")] = predicted[f"predicted_{name}"], summary[name]
     rows = {
         part: {"predicted_seconds": ours, "measured_seconds": real, "error": error(ours, real)}
         for part, (ours, real) in parts.items()
     }
     about = {key: summary[key] for key in ("hardware", "versions", "started", "command")}
     write_object(plan_dir / "check.json", about | {"parts": rows})
-    header = ("part", "predicted", "measured", "predicted / measured - 1")
     cells = [
-        (part, f"{row['predicted_seconds']:.2f} s", f"{row['measured_seconds']:.2f} s",
-         percent(row["error"], 1))
+        {
+            "part": part,
+            "predicted": f"{row['predicted_seconds']:.2f} s",
+            "measured": f"{row['measured_seconds']:.2f} s",
+            "predicted / measured - 1": percent(row["error"], 1),
+        }
         for part, row in rows.items()
-    ]  # fmt: skip
-    return markdown([header, *cells])
+    ]
+    return by_column(cells)
 
 
 def error(predicted: float, measured: float) -> float | None:

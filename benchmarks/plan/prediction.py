@@ -123,11 +123,11 @@ def predict(plan: Plan, probe: Probe) -> dict[str, float]:
 def with_fitting_batch(recipe: Recipe, world_size: int, num_train: int) -> Recipe:
     """Halve the recipe's batches until an epoch has MIN_STEPS steps. The LR goes down in
     proportion, here or, where the recipe has a lr_reference_batch, in the plan."""
-    factor = 1
+    factor, batches = 1, [phase.batch_size for phase in recipe.phases]
     while any(
-        num_train // (phase.batch_size // factor * world_size) < MIN_STEPS
-        for phase in recipe.phases
-        if phase.batch_size // factor > 1
+        num_train // (batch // factor * world_size) < MIN_STEPS
+        for batch in batches
+        if batch // factor > 1
     ):
         factor *= 2
     phases = tuple(
@@ -146,12 +146,9 @@ def sizes_of(recipe: Recipe) -> dict[str, Recipe]:
 
     def at(size_of: Mapping[int, int]) -> Recipe:
         phases = tuple(
-            replace(
-                phase,
-                image_size=size_of[phase.image_size],
-                eval_size=evaluated[size_of[phase.image_size]],
-            )
+            replace(phase, image_size=size, eval_size=evaluated[size])
             for phase in recipe.phases
+            for size in (size_of[phase.image_size],)
         )
         return replace(recipe, phases=phases)
 
@@ -168,14 +165,11 @@ def longest_within(
 ) -> Recipe | None:
     """Stretch the recipe to the most epochs whose predicted wall time is within the budget;
     None: not even one epoch is."""
-
     best = None
     for epochs in range(1, MAX_EPOCHS + 1):
         made = recipe.stretched(epochs)
-        if (
-            sum(predict(Plan.of(made, world_size, probe.num_train), probe).values())
-            <= budget_seconds
-        ):
+        seconds = predict(Plan.of(made, world_size, probe.num_train), probe)
+        if sum(seconds.values()) <= budget_seconds:
             best = made
         # Phase boundaries are rounded, so one more epoch can take less: look a little further.
         elif epochs > (best.epochs if best else 0) + len(recipe.phases):

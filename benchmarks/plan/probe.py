@@ -27,6 +27,8 @@ ROUNDS = 5
 TURNS = 3 * ROUNDS + 2
 """Of each size: loader, model and both in each round, and at most two evaluations."""
 
+MEDIANS = ("loader", "model", "both", "data_wait_share")
+
 Item = TypeVar("Item")
 
 
@@ -51,17 +53,10 @@ def measure(
             size = trainer.plan.phases[0].eval_size
             first, eval_rates[size] = eval_rate(trainer, size, "none", turn)
             first_batches.append(rates.first_batch_seconds + first)
-            train_rates.append(
-                SizeRates(
-                    image_size=rates.image_size,
-                    batch_size=rates.batch_size,
-                    loader=median(rates.loader),
-                    model=median(rates.model),
-                    both=median(rates.both),
-                    data_wait_share=median(rates.data_wait_share),
-                    spread=(max(rates.both) - min(rates.both)) / median(rates.both),
-                )
-            )
+            medians = {name: median(getattr(rates, name)) for name in MEDIANS}
+            spread = (max(rates.both) - min(rates.both)) / medians["both"]
+            about = {"image_size": rates.image_size, "batch_size": rates.batch_size}
+            train_rates.append(SizeRates(**about, **medians, spread=spread))
             if phase is recipe.phases[-1]:
                 _, tta_rate = eval_rate(trainer, size, recipe.tta, turn)
                 saving, writing = time_of_checkpoint(trainer)

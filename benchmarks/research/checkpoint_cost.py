@@ -9,19 +9,19 @@ and ends when it is on the disk; "in line" waits for the disk first. One process
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from benchmarks.common.measuring import facts, markdown
+from benchmarks.common.measuring import begin, command_parser, document, markdown, write_result
 from benchmarks.common.rates import (
     phase_trainer,
     run_config,
@@ -30,7 +30,7 @@ from benchmarks.common.rates import (
     this_process,
     update,
 )
-from benchmarks.common.statistics import Estimate, estimate, ratio, shown
+from benchmarks.common.statistics import estimates, ratio, shown
 from fastimagenet import cli
 from fastimagenet.report.summary import hardware
 from fastimagenet.run import read_data
@@ -38,93 +38,72 @@ from fastimagenet.training import checkpoint
 from fastimagenet.training.checkpoint import CheckpointWriter, copied
 from fastimagenet.training.recorder import NullRecorder
 from fastimagenet.training.trainer import Trainer
-from pipelines.cli import Parser, at_least, make_parser, output_folder
-from pipelines.files import Row, write_object, write_text
+from pipelines.cli import at_least, output_folder
+from pipelines.files import Row
 
 WAYS = ("without", "beside", "in line")
 PARTS = ("state", "copy", "write", "checksum", "fsync")
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = make_parser(
-        "benchmarks.research.checkpoint_cost",
-        "Measure what a checkpoint every --interval steps costs the training.",
-        "python -m benchmarks.research.checkpoint_cost --data imagenet --recipe imagenet",
-    )
-    cli.add_machine_flags(result)
-    default = "runs/checkpoint-cost-RECIPE-TIME; its disk is the one measured"
-    cli.add_run_flags(result, default, output_folder)
-    add = result.add_argument
-    add("--interval", type=at_least(1), default=100, help="steps of a block; default 100")
-    add("--rounds", type=at_least(2), default=5, help="at least 2, for intervals; default 5")
-    return result
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    about = facts("research.checkpoint_cost", argv)
+    parser = command_parser(__doc__)
+    cli.add_machine_flags(parser)
+    default = "runs/checkpoint-cost-RECIPE-TIME; its disk is the one measured"
+    cli.add_run_flags(parser, default, output_folder)
+    add = parser.add_argument
+    add("--interval", type=at_least(1), default=100, help="steps of a block; default 100")
+    add("--rounds", type=at_least(2), default=5, help="at least 2, for intervals; default 5")
+    args, about = begin(parser, argv)
     config = run_config(args, "checkpoint-cost-")
-    recipe, output = config.recipe, config.folder
+    phase, output = config.recipe.phases[0], config.folder
     output.mkdir(parents=True, exist_ok=True)
     world = this_process(config)
     train, val = read_data(config.data, say_notes=True)
     with (
         tempfile.TemporaryDirectory(dir=output) as folder,
-        phase_trainer(config, recipe.phases[0], world, train, val) as trainer,
+        phase_trainer(config, phase, world, train, val) as trainer,
     ):
         images, labels = synthetic_batch(trainer, train, config.seed)
-        if recipe.compile:
+        if config.recipe.compile:
             trainer.compile_all_sizes()
-        measured = measure(trainer, lambda: update(trainer, images, labels), args, Path(folder))
-        about |= {
-            "hardware": hardware(trainer),
-            "precision": trainer.precision,
-            "recipe": recipe.name,
-            "image_size": recipe.phases[0].image_size,
-            "batch_size": len(images),
-            "interval": args.interval,
-            "rounds": args.rounds,
-        }
-    result = about | measured
-    write_object(output / "checkpoint_cost.json", result)
-    write_text(output / "table.md", table(result))
+        step = partial(update, trainer, images, labels)
+        result = about | measure(trainer, step, args.interval, args.rounds, Path(folder))
+        result |= {"hardware": hardware(trainer), "precision": trainer.precision}
+        result |= {"recipe": config.recipe.name, "image_size": phase.image_size}
+        result |= {"batch_size": len(images), "interval": args.interval, "rounds": args.rounds}
+    write_result(output, "checkpoint_cost", result, table(result))
     print(f"{table(result)}\nall of it: {output}", flush=True)
     return 0
 
 
 def measure(
-    trainer: Trainer, step: Callable[[], None], args: argparse.Namespace, folder: Path
+    trainer: Trainer, step: Callable[[], None], interval: int, rounds: int, folder: Path
 ) -> Row:
     """Measure seconds a step in each way and the parts of a save, after a round not counted."""
     writer = CheckpointWriter(folder, NullRecorder())
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     parts: dict[str, list[float]] = {part: [] for part in PARTS}
-    for number in range(args.rounds + 1):
-        steps = args.interval if number else 2  # round 0: buffers to size
-        order = WAYS if number % 2 else WAYS[::-1]
-        for way in order:
+    for number in range(rounds + 1):
+        steps = interval if number else 2  # round 0: buffers to size
+        for way in WAYS if number % 2 else WAYS[::-1]:
             spent = block(trainer, step, steps, writer, way)
             seconds[way] += [spent / steps] if number else []
         for part, spent in save_parts(trainer, folder / "parts.pt").items():
             parts[part] += [spent] if number else []
-    base = seconds["without"]
     return {
         "bytes": (folder / checkpoint.LAST).stat().st_size,
-        "step_seconds": {way: asdict(estimate(values)) for way, values in seconds.items()},
-        "added": {way: asdict(added(seconds[way], base)) for way in WAYS[1:]},
-        "save_seconds": {part: asdict(estimate(values)) for part, values in parts.items()},
+        "step_seconds": estimates(seconds),
+        "added": {way: added(seconds[way], seconds["without"]) for way in WAYS[1:]},
+        "save_seconds": estimates(parts),
         "rounds_step_seconds": seconds,
         "rounds_save_seconds": parts,
     }
 
 
-def added(seconds: list[float], base: list[float]) -> Estimate:
+def added(seconds: list[float], base: list[float]) -> Row:
     """Compute the share by which they are above those of the same rounds."""
-    over = ratio(seconds, base)
-    return Estimate(over.mean - 1, over.low - 1, over.high - 1)
+    return {name: value - 1 for name, value in asdict(ratio(seconds, base)).items()}
 
 
 def block(
@@ -149,24 +128,20 @@ def block(
 def save_parts(trainer: Trainer, path: Path) -> dict[str, float]:
     """Measure the parts of a save in seconds, one after the other, nothing beside them."""
     times = [time.perf_counter()]
-
-    def mark() -> None:
-        times.append(time.perf_counter())
-
     state = trainer.state_dict()
-    mark()
+    times.append(time.perf_counter())
     state = copied(state)
     synchronize(trainer.device)
-    mark()
+    times.append(time.perf_counter())
     with path.open("w+b") as file:
         torch.save(state, file)
         file.flush()
-        mark()
+        times.append(time.perf_counter())
         checkpoint.seal(file)
         file.flush()
-        mark()
+        times.append(time.perf_counter())
         os.fsync(file.fileno())
-        mark()
+        times.append(time.perf_counter())
     path.unlink()
     spans = (end - start for start, end in pairwise(times))
     return dict(zip(PARTS, spans, strict=True))
@@ -179,22 +154,15 @@ def table(result: Row) -> str:
         share = shown(result["added"][way], 100, " %") if way in result["added"] else "-"
         rows.append((way, shown(value, 1e3), share))
     parts = [PARTS, [shown(result["save_seconds"][part], 1e3) for part in PARTS]]
-    return "\n".join(
-        [
-            f"# {result['recipe']}: a checkpoint every {result['interval']} steps",
-            "",
-            f"{result['hardware']}; {result['precision']}; {result['image_size']} px, batch "
-            f"{result['batch_size']}; torch {result['versions']['torch']}; {result['date']}; load "
-            f"average {result['load_average']:.1f} before; {result['rounds']} rounds, mean (95 % "
-            "interval).",
-            "",
-            markdown(rows),
-            "",
-            f"A save by itself, ms, {result['bytes'] / 1e6:.1f} MB:",
-            "",
-            markdown(parts),
-            "",
-        ]
+    return document(
+        f"# {result['recipe']}: a checkpoint every {result['interval']} steps",
+        f"{result['hardware']}; {result['precision']}; {result['image_size']} px, batch "
+        f"{result['batch_size']}; torch {result['versions']['torch']}; {result['date']}; load "
+        f"average {result['load_average']:.1f} before; {result['rounds']} rounds, mean (95 % "
+        "interval).",
+        markdown(rows),
+        f"A save by itself, ms, {result['bytes'] / 1e6:.1f} MB:",
+        markdown(parts),
     )
 
 

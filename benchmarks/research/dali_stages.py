@@ -11,23 +11,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from nvidia.dali import fn
 from nvidia.dali.data_node import DataNode
 
-from benchmarks.common.measuring import (
-    add_data_flag,
-    add_json_flag,
-    add_round_flags,
-    facts,
-    markdown,
-    training_images,
-)
-from benchmarks.common.statistics import Estimate, estimate, ratio
-from benchmarks.loaders.contestants import MIN_SCALE, Task, ours
+from benchmarks.common.measuring import begin, command_parser, markdown, training_images
+from benchmarks.common.statistics import estimate, ratio, shown
+from benchmarks.loaders.contestants import Task, ours
 from pipelines import cli
 from pipelines.backends.dali.graph import (
     decode_whole,
@@ -38,9 +31,9 @@ from pipelines.backends.dali.graph import (
     shape_of,
 )
 from pipelines.backends.dali.loader import Feed, empty_pipeline, with_paths
-from pipelines.cli import Parser, at_least, make_parser
-from pipelines.files import write_object
-from pipelines.loader import LoaderSpec, Stage
+from pipelines.cli import at_least
+from pipelines.files import Row, write_object
+from pipelines.loader import LoaderSpec
 from pipelines.sampling import BatchSampler
 
 STAGES = (
@@ -50,18 +43,6 @@ STAGES = (
 """The crop's decoding follows `window`; `decode whole` is beside it, for comparison."""
 WARM_UP_BATCHES = 6
 """Before each turn: more than any stage makes ahead."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageRate:
-    """One stage, with all before it; intervals are over the rounds."""
-
-    stage: str
-    images_per_sec: Estimate
-    cpu_ms_per_image: Estimate
-    """Of all threads of this process."""
-    ratio_to_loader: Estimate
-    """Of the images per second, round by round."""
 
 
 def graph(
@@ -92,10 +73,7 @@ def batches(stage: str, task: Task) -> Iterator[Any]:
     """Yield batches of a stage, without end."""
     if stage == "loader":
         yield from ours("dali", task)
-    size = Stage(
-        epochs=1, image_size=task.image_size, batch_size=task.batch_size, min_scale=MIN_SCALE
-    )
-    spec = LoaderSpec(split=task.split, stages=(size,), training=True, num_threads=task.threads)
+    spec = task.spec
     feed = Feed(spec, with_paths(BatchSampler(spec).batches(0, 0)), finish=stage.startswith("dali"))
     pipeline = empty_pipeline(spec)
     with pipeline:
@@ -118,76 +96,60 @@ def turn(source: Iterator[Any], batch_size: int, seconds: float) -> tuple[float,
     return images / (time.perf_counter() - start), 1000 * cpu / images
 
 
-def measure(
-    task: Task, rounds: int, seconds: float, report: Callable[[str], object]
-) -> list[StageRate]:
-    """Measure all stages in turn."""
+def measure(task: Task, rounds: int, seconds: float) -> list[Row]:
+    """Measure all stages in turn, each with all before it: images/s, ms of CPU time an image of
+    all threads of this process, and the ratio of the images/s to the loader's, round by round."""
     sources = {stage: batches(stage, task) for stage in STAGES}
-    found: dict[str, list[tuple[float, float]]] = {stage: [] for stage in STAGES}
+    rates: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    cpus: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for number in range(rounds + 1):
         for stage, source in sources.items():
             rate, cpu = turn(source, task.batch_size, seconds if number else 0.1)
             if number:  # round 0: files into the page cache, buffers to their size
-                found[stage].append((rate, cpu))
-                report(f"round {number}  {stage:14} {rate:8.1f} images/s  {cpu:.3f} CPU ms/image")
-    loader = [rate for rate, _ in found["loader"]]
+                rates[stage].append(rate)
+                cpus[stage].append(cpu)
+                told = f"{rate:8.1f} images/s  {cpu:.3f} CPU ms/image"
+                print(f"round {number}  {stage:14} {told}", flush=True)
     return [
-        StageRate(
-            stage=stage,
-            images_per_sec=estimate([rate for rate, _ in turns]),
-            cpu_ms_per_image=estimate([cpu for _, cpu in turns]),
-            ratio_to_loader=ratio([rate for rate, _ in turns], loader),
-        )
-        for stage, turns in found.items()
+        {
+            "stage": stage,
+            "images_per_sec": asdict(estimate(rates[stage])),
+            "cpu_ms_per_image": asdict(estimate(cpus[stage])),
+            "ratio_to_loader": asdict(ratio(rates[stage], rates["loader"])),
+        }
+        for stage in STAGES
     ]
 
 
-def table(rates: Sequence[StageRate]) -> str:
+def table(rates: Sequence[Row]) -> str:
     """Format as Markdown; `own` is what a stage adds to the one before it, in CPU time."""
-    before = dict(zip(STAGES[1:], STAGES, strict=False)) | {"decode crop": "window"}
-    cpu = {rate.stage: rate.cpu_ms_per_image.mean for rate in rates}
+    before = dict(zip(STAGES[1:], STAGES, strict=False))
+    before |= {"decode crop": "window", "loader": "decode crop"}
+    cpu = {rate["stage"]: rate["cpu_ms_per_image"]["mean"] for rate in rates}
     rows = [("stage", "images/s", "CPU ms/image", "own", "share of loader")]
     for rate in rates:
-        previous = "decode crop" if rate.stage == "loader" else before.get(rate.stage, "")
-        own = cpu[rate.stage] - cpu.get(previous, 0.0)
-        cells = (str(rate.images_per_sec), str(rate.cpu_ms_per_image), f"{own:.3f}")
-        rows.append((rate.stage, *cells, f"{100 * own / cpu['loader']:.0f} %"))
+        stage = rate["stage"]
+        own = cpu[stage] - cpu.get(before.get(stage, ""), 0.0)
+        cells = (shown(rate["images_per_sec"]), shown(rate["cpu_ms_per_image"]), f"{own:.3f}")
+        rows.append((stage, *cells, f"{100 * own / cpu['loader']:.0f} %"))
     return markdown(rows)
-
-
-def parser() -> Parser:
-    """Build the command line."""
-    result = make_parser(
-        "benchmarks.research.dali_stages",
-        "Measure the stages of DALI's CPU path in turns, and what the whole loader takes.",
-        "python -m benchmarks.research.dali_stages --data imagenet --size 224",
-    )
-    add = result.add_argument
-    add_data_flag(result)
-    add("--size", type=at_least(1), default=224, metavar="S", help="default 224")
-    add("--batch-size", type=at_least(1), default=64, help="default 64")
-    add("--threads", type=at_least(1), default=2, help="default 2")
-    add_round_flags(result, 5)
-    add_json_flag(result)
-    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    about = facts("research.dali_stages", argv)
+    parser = command_parser(__doc__, data=True, turn_seconds=5, json=True)
+    add = parser.add_argument
+    add("--size", type=at_least(1), default=224, metavar="S", help="default 224")
+    add("--batch-size", type=at_least(1), default=64, help="default 64")
+    add("--threads", type=at_least(1), default=2, help="default 2")
+    args, about = begin(parser, argv)
     about["hardware"] += f", {args.threads} threads, {args.size} px"
-    task = Task(
-        split=training_images(args.data),
-        image_size=args.size,
-        batch_size=args.batch_size,
-        threads=args.threads,
-    )
-    rates = measure(task, args.rounds, args.seconds, lambda line: print(line, flush=True))
+    split, size = training_images(args.data), args.batch_size
+    task = Task(split=split, image_size=args.size, batch_size=size, threads=args.threads)
+    rates = measure(task, args.rounds, args.seconds)
     print(f"\n{about['hardware']} (95 % intervals)\n\n{table(rates)}")
     if args.json is not None:
-        write_object(args.json, about | {"stages": [asdict(rate) for rate in rates]})
+        write_object(args.json, about | {"stages": rates})
     return 0
 
 

@@ -11,25 +11,24 @@ each measurement; one that fails is in it with its error, and the others follow.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.common.measuring import markdown, training_images
+from benchmarks.common.measuring import command_parser, markdown, training_images
 from benchmarks.common.rates import WARM_UP_BATCHES, calls_per_sec, endless
 from benchmarks.common.statistics import Estimate, estimate
+from benchmarks.common.tables import DECODE_HEADER, Table, decode_row
 from fastimagenet import cli
 from pipelines.backends import make_loader
-from pipelines.cli import Parser, at_least, make_parser, output_file, positive
+from pipelines.cli import at_least, positive
 from pipelines.datasets.split import Split
-from pipelines.files import write_object
+from pipelines.files import Row, write_object
 from pipelines.loader import DaliSettings, LoaderSpec, Stage
 from pipelines.workers import num_cores
 
@@ -146,53 +145,21 @@ def repeated(split: Split, entries: int) -> Split:
     return split.take(np.resize(np.arange(len(split)), max(len(split), entries)))
 
 
-def row(rate: DecodeRate) -> tuple[str, ...]:
-    """Format the cells of one measurement."""
-    settings = rate.settings
-    return (
-        f"{rate.image_size} px",
-        str(rate.threads),
-        f"{settings.hw_decoder_load:g}",
-        str(settings.prefetch),
-        f"{settings.width_hint} x {settings.height_hint}" if settings.width_hint else "-",
-        str(rate.images_per_sec or rate.error),
-    )
-
-
-HEADER = ("size", "threads", "hardware share", "prefetch", "preallocated", "images/s")
-
-
-def parser() -> Parser:
-    """Build the command line."""
-    result = make_parser(
-        "benchmarks.research.decode_sweep",
-        __doc__.partition("\n")[0],
-        "python -m benchmarks.research.decode_sweep --data imagenet --json decode.json",
-    )
-    cli.add_device_flag(result)
-    add = result.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="folder with train/CLASS/IMAGE")
-    add("--entries", type=at_least(1), default=20_000, metavar="N", help="at least; default 20000")
-    sizes = [128, 160, 192, 224, 288]
-    add("--image-size", type=at_least(1), nargs="+", default=sizes, metavar="S")
-    add(
-        "--threads",
-        type=at_least(1),
-        nargs="+",
-        metavar="T",
-        help="default 4, 8, 16, up to the cores",
-    )
-    add("--batch-size", type=at_least(1), default=256)
-    add("--seconds", type=positive, default=1.2, help="of each measurement, default 1.2")
-    add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
-    add("--json", type=output_file, metavar="FILE", help="write the result")
-    return result
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 1 where a measurement failed. Raises UserError."""
     start = time.monotonic()
-    args = parser().parse_args(argv)
+    parser = command_parser(__doc__, data=True, json=True)
+    cli.add_device_flag(parser)
+    add = parser.add_argument
+    add("--entries", type=at_least(1), default=20_000, metavar="N", help="at least; default 20000")
+    sizes = [128, 160, 192, 224, 288]
+    add("--image-size", type=at_least(1), nargs="+", default=sizes, metavar="S")
+    help_text = "default 4, 8, 16, up to the cores"
+    add("--threads", type=at_least(1), nargs="+", metavar="T", help=help_text)
+    add("--batch-size", type=at_least(1), default=256)
+    add("--seconds", type=positive, default=1.2, help="of each measurement, default 1.2")
+    add("--limit", type=float, default=600.0, metavar="SECONDS", help="none is begun after this")
+    args = parser.parse_args(argv)
     cores = num_cores()
     threads = args.threads or [count for count in (4, 8, 16) if count <= cores] or [cores]
     originals = training_images(args.data)
@@ -202,39 +169,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=args.batch_size,
         seconds=args.seconds,
     )
-    rates: list[DecodeRate] = []
-    print(", ".join(HEADER))
+    decoder = "mixed" if task.device.type == "cuda" else "cpu"
+    rates: list[Row] = []
+    rows: Table = [DECODE_HEADER]
+    print(", ".join(DECODE_HEADER))
     for rate in task.sweep(args.image_size, threads):
-        rates.append(rate)
-        print(", ".join(row(rate)), flush=True)
+        rates.append(asdict(rate))
+        rows.append(decode_row(rates[-1], decoder))
+        print(", ".join(rows[-1]), flush=True)
         over = time.monotonic() - start > args.limit
         if args.json is not None:
-            write_object(args.json, result(args, task, len(originals), rates, over))
+            result: Row = {"device": task.device.type, "decoder": decoder}
+            result |= {"photographs": len(originals), "entries": len(task.split)}
+            result |= {"seconds": args.seconds, "rounds": ROUNDS, "cut_by_limit": over}
+            write_object(args.json, result | {"rates": rates})
         if over:
             break
-    print(f"\n{markdown([HEADER, *map(row, rates)])}")
-    failed = [rate.error for rate in rates if rate.error]
+    print(f"\n{markdown(rows)}")
+    failed = [rate["error"] for rate in rates if rate["error"]]
     if failed:
-        print(
-            f"error: {len(failed)} of {len(rates)} failed; the first: {failed[0]}", file=sys.stderr
-        )
+        told = f"{len(failed)} of {len(rates)} failed; the first: {failed[0]}"
+        print(f"error: {told}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def result(
-    args: argparse.Namespace, task: Task, images: int, rates: list[DecodeRate], cut: bool
-) -> dict[str, object]:
-    """Return what the file gets; `cut`: the limit came before the end of the sweep."""
-    return {
-        "device": task.device.type,
-        "decoder": "mixed" if task.device.type == "cuda" else "cpu",
-        "photographs": images,
-        "entries": len(task.split),
-        "seconds": args.seconds,
-        "rounds": ROUNDS,
-        "cut_by_limit": cut,
-        "rates": [asdict(rate) for rate in rates],
-    }
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.common.measuring import add_json_flag
+from benchmarks.common.measuring import command_parser
 from benchmarks.common.rates import ceilings
 from fastimagenet import cli
-from pipelines.cli import make_parser, positive
+from pipelines.cli import positive
 from pipelines.environment import processor
 from pipelines.files import Row, write_object
 
@@ -38,34 +38,21 @@ def facts(device: torch.device) -> Row:
     }
 
 
-def measure(device: torch.device, seconds: float) -> Row:
-    """Measure both ceilings in `seconds` in all.
-
-    FLOP/s in bf16 on a GPU and fp32 on a CPU; bytes read and written a second.
-    """
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    products, copies = ceilings(device, dtype, ROUNDS, seconds / (2 * (ROUNDS + 1)))
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "matmul_flops_per_sec": asdict(products),
-        "copy_bytes_per_sec": asdict(copies),
-        "rounds": ROUNDS,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    parser = make_parser(
-        "benchmarks.research.device_ceilings",
-        "Measure a large matrix product and a large copy on this device.",
-        "python -m benchmarks.research.device_ceilings --seconds 4",
-    )
+    parser = command_parser(__doc__, json=True)
     cli.add_device_flag(parser)
     parser.add_argument("--seconds", type=positive, default=6.0, help="of all turns; default 6")
-    add_json_flag(parser)
     args = parser.parse_args(argv)
     device = cli.one_device(args.device)
-    result = facts(device) | measure(device, args.seconds)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    products, copies = ceilings(device, dtype, ROUNDS, args.seconds / (2 * (ROUNDS + 1)))
+    result = facts(device) | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "matmul_flops_per_sec": asdict(products),
+        "copy_bytes_per_sec": asdict(copies),  # read and written
+        "rounds": ROUNDS,
+    }
     for name, value in result.items():
         print(f"{name}: {value}")
     if args.json is not None:

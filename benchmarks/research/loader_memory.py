@@ -11,19 +11,17 @@ FILE.png show them.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from benchmarks.common.measuring import add_data_flag, facts, markdown, training_images
+from benchmarks.common.measuring import begin, command_parser, markdown, training_images
 from fastimagenet.report.figures import (
     BLUE,
     ORANGE,
@@ -36,24 +34,13 @@ from fastimagenet.report.figures import (
 )
 from pipelines import cli
 from pipelines.backends import BACKENDS, make_loader
-from pipelines.cli import Parser, at_least, make_parser, output_file
+from pipelines.cli import at_least, output_file
 from pipelines.errors import UserError
 from pipelines.files import Row, write_object
 from pipelines.loader import LoaderSpec, Stage
 
 BAND = 0.05
 """The share within which memory counts as flat."""
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What was found at the end of an epoch; memory in MiB."""
-
-    epoch: int
-    """From 1."""
-    image_size: int
-    allocated_mib: float
-    resident_mib: float
 
 
 def page_sizes(process: int) -> dict[str, float]:
@@ -78,56 +65,41 @@ def memory() -> tuple[float, float]:
     return sum(pages["Pss_Anon"] + pages["Pss_Shmem"] for pages in everyone), own["Rss"]
 
 
-def read_epochs(args: argparse.Namespace) -> list[Epoch]:
-    """Read all epochs, and print what is found."""
-    each = args.epochs // len(args.image_size)
-    stages = [
-        Stage(epochs=each, image_size=size, batch_size=args.batch_size) for size in args.image_size
-    ]
-    spec = LoaderSpec(
-        split=training_images(args.data),
-        stages=tuple(stages),
-        training=True,
-        num_threads=args.threads,
-    )
-    epochs = []
-    with closing(make_loader(args.backend, spec)) as loader:
-        for number in range(1, args.epochs + 1):
+def read_epochs(backend: str, spec: LoaderSpec) -> list[Row]:
+    """Read all epochs, and print what is found at the end of each, memory in MiB."""
+    epochs: list[Row] = []
+    with closing(make_loader(backend, spec)) as loader:
+        for number in range(1, sum(stage.epochs for stage in spec.stages) + 1):
             start = time.perf_counter()
             for _ in loader:
                 pass
             seconds = time.perf_counter() - start
-            epoch = Epoch(number, spec.stage_at(number - 1).image_size, *memory())
-            epochs.append(epoch)
+            (allocated, resident), size = memory(), spec.stage_at(number - 1).image_size
+            found = {"allocated_mib": allocated, "resident_mib": resident}
+            epochs.append({"epoch": number, "image_size": size} | found)
             print(
-                f"epoch {number:3}  {epoch.image_size} px  {epoch.allocated_mib:7.1f} MiB "
-                f"allocated  {epoch.resident_mib:7.1f} MiB resident  {seconds:.1f} s",
+                f"epoch {number:3}  {size} px  {allocated:7.1f} MiB allocated  "
+                f"{resident:7.1f} MiB resident  {seconds:.1f} s",
                 flush=True,
             )
     return epochs
 
 
-def spread(values: list[float]) -> float:
-    return max(values) / min(values) - 1
+def spread(epochs: list[Row], kind: str) -> float:
+    """Compute largest / smallest - 1 from the second epoch on."""
+    values = [epoch[f"{kind}_mib"] for epoch in epochs[1:]]
+    return float(max(values) / min(values) - 1)
 
 
-def summarise(epochs: list[Epoch], args: argparse.Namespace) -> Row:
-    """Compute the spreads, largest / smallest - 1, and tell of what.
-
-    The two over all sizes are from the second epoch on; that at a size is the largest of those at
-    one image size, from its own second epoch on.
-    """
-    own = {
-        size: [epoch.allocated_mib for epoch in epochs if epoch.image_size == size]
-        for size in args.image_size
-    }
-    names = ("backend", "image_size", "epochs", "batch_size", "threads")
+def spreads(epochs: list[Row]) -> Row:
+    """Compute the spreads over all sizes, and the largest of those at one image size."""
+    own: dict[int, list[Row]] = {}
+    for epoch in epochs:
+        own.setdefault(epoch["image_size"], []).append(epoch)
     return {
-        "config": {"data": str(args.data)} | {name: getattr(args, name) for name in names},
-        "epochs": [asdict(epoch) for epoch in epochs],
-        "resident_spread": spread([epoch.resident_mib for epoch in epochs[1:]]),
-        "allocated_spread": spread([epoch.allocated_mib for epoch in epochs[1:]]),
-        "allocated_spread_at_a_size": max(spread(values[1:]) for values in own.values()),
+        "resident_spread": spread(epochs, "resident"),
+        "allocated_spread": spread(epochs, "allocated"),
+        "allocated_spread_at_a_size": max(spread(each, "allocated") for each in own.values()),
     }
 
 
@@ -143,36 +115,30 @@ def table(result: Row) -> str:
     return markdown(rows)
 
 
-def draw(epochs: list[Epoch]) -> Figure:
+def draw(epochs: list[Row]) -> Figure:
     """Plot memory against epochs; the band is 5 % around the second epoch's resident size."""
     figure, (axes,) = new_figure()
     for key, label, colour in (
         ("resident_mib", "resident size of the process", BLUE),
         ("allocated_mib", "allocated, workers included", ORANGE),
     ):
-        points = [(float(epoch.epoch), getattr(epoch, key)) for epoch in epochs]
+        points = [(float(epoch["epoch"]), epoch[key]) for epoch in epochs]
         draw_line(axes, points, label=label, color=colour, marker="o", markersize=3)
-    middle = epochs[1].resident_mib
+    middle = epochs[1]["resident_mib"]
     axes.axhspan((1 - BAND) * middle, (1 + BAND) * middle, color=BLUE, alpha=0.12, linewidth=0)
-    first = [one for one, before in zip(epochs[1:], epochs, strict=False)
-             if one.image_size != before.image_size]  # fmt: skip
-    phases = [{"image_size": one.image_size} for one in (epochs[0], *first)]
-    mark_phases(axes, phases, [0, *(one.epoch - 0.5 for one in first)], len(epochs))
+    phases = list({epoch["image_size"]: epoch for epoch in epochs[::-1]}.values())[::-1]
+    starts = [phase["epoch"] - 0.5 for phase in phases[1:]]
+    mark_phases(axes, phases, [0, *starts], len(epochs))
     axes.set(xlabel="epochs done", ylabel="MiB", ylim=(0, None), xlim=(0, len(epochs) + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(thousands))
     return with_legend(figure, ncols=1)
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = make_parser(
-        "benchmarks.research.loader_memory",
-        __doc__.partition("\n")[0],
-        "python -m benchmarks.research.loader_memory --data photos --json memory.json",
-    )
-    add = result.add_argument
-    add_data_flag(result)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__, data=True)
+    add = parser.add_argument
     add("--backend", choices=BACKENDS, default="dali")
     sizes = [128, 160, 192, 224]
     help_text = "different ones, for as many epochs each; default 128 160 192 224"
@@ -180,24 +146,28 @@ def parser() -> Parser:
     add("--epochs", type=at_least(1), default=20, help="of all sizes together, at least 3 each")
     add("--batch-size", type=at_least(1), default=50)
     add("--threads", type=at_least(1), default=2, help="decoding threads or worker processes")
-    help_text = "write the result, and pictures beside it"
+    help_text = "write the parser, and pictures beside it"
     add("--json", type=output_file, metavar="FILE.json", help=help_text)
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    about, sizes = facts("research.loader_memory", argv), args.image_size
+    args, about = begin(parser, argv)
+    sizes = args.image_size
     if len(set(sizes)) < len(sizes):
         raise UserError("--image-size: name each size once")
     if args.epochs % len(sizes) or args.epochs < 3 * len(sizes):
         raise UserError(
             f"--epochs {args.epochs}: at least 3 for each of {len(sizes)} sizes, evenly"
         )
-    epochs = read_epochs(args)
-    result = about | summarise(epochs, args)
+    each = args.epochs // len(sizes)
+    stages = [Stage(epochs=each, image_size=size, batch_size=args.batch_size) for size in sizes]
+    spec = LoaderSpec(
+        split=training_images(args.data),
+        stages=tuple(stages),
+        training=True,
+        num_threads=args.threads,
+    )
+    epochs = read_epochs(args.backend, spec)
+    names = ("backend", "image_size", "epochs", "batch_size", "threads")
+    config = {"data": str(args.data)} | {name: getattr(args, name) for name in names}
+    result = about | {"config": config, "epochs": epochs} | spreads(epochs)
     print(f"\n{table(result)}")
     if args.json is not None:
         write_object(args.json, result)

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -23,16 +22,10 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from benchmarks.common.measuring import (
-    add_data_flag,
-    add_json_flag,
-    add_round_flags,
-    facts,
-    markdown,
-)
-from benchmarks.common.statistics import estimate, ratio
+from benchmarks.common.measuring import begin, command_parser, markdown
+from benchmarks.common.statistics import estimates, ratios, shown
 from pipelines import cli
-from pipelines.cli import Parser, at_least, make_parser
+from pipelines.cli import at_least
 from pipelines.errors import UserError
 from pipelines.files import write_object
 from pipelines.prepare.examine import examine_all
@@ -109,49 +102,30 @@ def measure(root: Path, names: list[str], args: argparse.Namespace) -> dict[str,
     return rounds
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = make_parser(
-        "benchmarks.research.prepare_rates",
-        __doc__.partition("\n")[0],
-        "python -m benchmarks.research.prepare_rates --data photos --workers 2",
-    )
-    add = result.add_argument
-    add_data_flag(result)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    parser = command_parser(__doc__, data=True, turn_seconds=8, json=True)
+    add = parser.add_argument
     cores = num_cores()
     add("--workers", type=at_least(1), default=cores, metavar="K", help="default: a core each")
     help_text = "of the copies; default 160"
     add("--short-side", type=at_least(8), nargs="+", default=[160], metavar="S", help=help_text)
-    add_round_flags(result, 8)
-    add_json_flag(result)
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    about = facts("research.prepare_rates", argv)
+    args, about = begin(parser, argv)
     root = Path(os.path.abspath(args.data))
     names = list_folder(root).names
     if not names:
         raise UserError(f"--data: {root} has no images")
     rounds = measure(root, names, args)
-    rates = {name: estimate(values) for name, values in rounds.items()}
-    ratios = {name: ratio(rounds[name], rounds["decode"]) for name in ("scan", "resize")}
+    rates, shares = estimates(rounds), ratios(rounds, "decode")
     rows = [["", "images/s", "/ decode"]]
-    rows += [[name, str(rate), str(ratios.get(name, "-"))] for name, rate in rates.items()]
+    for name, rate in rates.items():
+        rows.append([name, shown(rate), shown(shares[name]) if name in shares else "-"])
     print(f"\n{about['hardware']}, {args.workers} processes (95 % intervals)\n\n{markdown(rows)}")
     if args.json is not None:
         config = {name: getattr(args, name) for name in ("workers", "short_side", "seconds")}
         config |= {"data": str(args.data), "images": len(names)}
-        result = about | {
-            "config": config,
-            "images_per_sec": {name: asdict(rate) for name, rate in rates.items()},
-            "ratio_to_decode": {name: asdict(value) for name, value in ratios.items()},
-            "rounds": rounds,
-        }
-        write_object(args.json, result)
+        result = {"config": config, "images_per_sec": rates, "ratio_to_decode": shares}
+        write_object(args.json, about | result | {"rounds": rounds})
     return 0
 
 

@@ -26,16 +26,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.common.measuring import (
-    add_data_flag,
-    add_json_flag,
-    facts,
-    markdown,
-    training_images,
-)
+from benchmarks.common.measuring import begin, command_parser, markdown, training_images
 from pipelines import cli
 from pipelines.backends import BACKENDS, chosen_backend
-from pipelines.cli import Parser, at_least, make_parser
+from pipelines.cli import at_least
 from pipelines.datasets.index import SETTLED_SECONDS
 from pipelines.errors import UserError
 from pipelines.files import write_object
@@ -91,24 +85,6 @@ class Start:
 STARTS = ("first", "again", "ImageFolder")
 
 
-def parser() -> Parser:
-    """Build the command line."""
-    result = make_parser(
-        "benchmarks.research.start_up",
-        "Time from a start to the first batch, by the number of files.",
-        "python -m benchmarks.research.start_up --data photos --files 10000 1000000",
-    )
-    add = result.add_argument
-    add_data_flag(result)
-    numbers = [10_000, 100_000, 1_000_000, 1_300_000]
-    add("--files", type=at_least(CLASSES), nargs="+", default=numbers)
-    add("--backend", choices=BACKENDS, default="auto")
-    add("--threads", type=at_least(1), default=2, help="decoding threads, or DataLoader's workers")
-    add("--scratch", type=Path, metavar="DIR", help="where links can be made; default: beside DIR")
-    add_json_flag(result)
-    return result
-
-
 @contextmanager
 def linked(originals: list[str], count: int, scratch: Path) -> Iterator[Path]:
     """Make a data folder of `count` hard links, with room for a cache beside it, for a while."""
@@ -145,14 +121,8 @@ def measure(root: Path, files: int, start: str, backend: str, threads: int) -> S
     script = root / "child.py"
     script.write_text(CHILD)
     environment = os.environ | {"XDG_CACHE_HOME": str(root / "cache"), "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(task)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    seconds, peak = json.loads(done.stdout)
+    command = [sys.executable, str(script), json.dumps(task)]
+    seconds, peak = json.loads(subprocess.check_output(command, env=environment, text=True))
     return Start(files=files, start=start, seconds=seconds, peak_mib=peak)
 
 
@@ -165,9 +135,14 @@ def growth(starts: Sequence[Start], start: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status. Raises UserError for the user's mistakes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
-    about = facts("research.start_up", argv)
+    parser = command_parser(__doc__, data=True, json=True)
+    add = parser.add_argument
+    numbers = [10_000, 100_000, 1_000_000, 1_300_000]
+    add("--files", type=at_least(CLASSES), nargs="+", default=numbers)
+    add("--backend", choices=BACKENDS, default="auto")
+    add("--threads", type=at_least(1), default=2, help="decoding threads, or DataLoader's workers")
+    add("--scratch", type=Path, metavar="DIR", help="where links can be made; default: beside DIR")
+    args, about = begin(parser, argv)
     # Links to links: the originals may be symbolic ones.
     originals = [os.path.realpath(file.path) for file in training_images(args.data).files]
     backend = chosen_backend(args.backend)
