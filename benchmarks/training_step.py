@@ -37,7 +37,7 @@ from fastimagenet.distributed.world import Launch, World
 from fastimagenet.models import build_model
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
-from fastimagenet.recipes.recipe import MODELS, Phase, Recipe
+from fastimagenet.recipes.recipe import MODELS, OPTIONS, Phase, Recipe
 from fastimagenet.training.loaders import open_loader
 from fastimagenet.training.trainer import Trainer
 from pipelines.cli import at_least, positive
@@ -248,7 +248,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, about = begin(parser, argv)
     kind = Launch(1, 1, args.device).resolved().device
     recipe = named_recipe(args.recipe, 1)
-    recipe = replace(recipe, model=args.model or recipe.model)
+    if args.model:
+        others: dict[str, Any] = {
+            name: False for name, models in OPTIONS.items() if args.model not in models
+        }
+        recipe = replace(recipe, model=args.model, **others)
     rates = sweep(
         args.sizes, args.variants, args.batches or BATCHES[kind], recipe=recipe,
         device="cpu" if kind == "cpu" else "cuda:0", seconds=args.seconds,

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -173,7 +174,10 @@ def run_part(part: Part, setup: Setup, folder: Path, limit: float, hardware: str
 def run(words: list[str], log: Path, limit: float) -> int | None:
     """Run `python WORDS`; returns its exit status, None where it was ended at its limit."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, [signal.SIGTERM])
     with log.open("wb") as output:
+        # A SIGTERM in between would leave a child that nobody knows of.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         child = subprocess.Popen(
             [sys.executable, *words],
             cwd=ROOT,
@@ -181,8 +185,10 @@ def run(words: list[str], log: Path, limit: float) -> int | None:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that all of its processes can be ended
+            preexec_fn=unblock,
         )
         try:
+            unblock()
             return child.wait(max(limit, 1.0))
         except subprocess.TimeoutExpired:
             return None
