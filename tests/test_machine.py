@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fastimagenet.machine import wait_passively
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = """
@@ -39,3 +42,20 @@ def test_steps_on_a_cpu_map_no_new_memory() -> None:
     assert done.returncode == 0, done.stderr
     by_default, kept = map(int, done.stdout.split())
     assert kept < by_default / 4
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_says_how(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    wait_passively()
+    assert "OMP_WAIT_POLICY" not in os.environ
