@@ -73,12 +73,12 @@ def accuracy_and_lr(curves: list[Curve]) -> Figure:
     figure, (above, below) = new_figure(2, size=(6.6, 5.6), sharex=True)
     set_heights(above, (5, 2))
     looks = [look(index) for index in range(len(curves))]
-    for curve, look in zip(curves, looks, strict=True):
+    for curve, style in zip(curves, looks, strict=True):
         for points in curve.accuracy if len(curve.accuracy) > 1 else []:
-            draw_line(above, points, color=look["color"], linewidth=0.8, alpha=0.35)
-        draw_line(above, curve.mean, label=curve.legend, **look)
-        draw_line(above, curve.mean[-1:], color=look["color"], marker="o", markersize=4)
-        draw_line(below, thin(curve.lr), **look)
+            draw_line(above, points, color=style["color"], linewidth=0.8, alpha=0.35)
+        draw_line(above, curve.mean, label=curve.legend, **style)
+        draw_line(above, curve.mean[-1:], color=style["color"], marker="o", markersize=4)
+        draw_line(below, thin(curve.lr), **style)
     last = max(curve.mean[-1][0] for curve in curves)
     above.set_xlim(0, last * (1 + LABEL_WIDTH / 2))
     label_ends(above, curves, looks)
