@@ -40,9 +40,11 @@ def result_of(folder: Path) -> Row:
     return read_object(path)
 
 
+SIZES = [f"phases.{index}.{size}=8" for index in (0, 1) for size in ("image_size", "eval_size")]
+SMALL = ("--precision", "fp32", *(word for field in SIZES for word in ("--set", field)))
 SMALLER = {
-    "fastimagenet.train": ("--set", "model=smallnet", "--precision", "fp32"),
-    "fastimagenet.lr_find": ("--set", "model=smallnet", "--precision", "fp32"),
+    "fastimagenet.train": ("--set", "model=smallnet", *SMALL),
+    "fastimagenet.lr_find": ("--set", "model=smallnet", *SMALL),
     "benchmarks.throughput": ("--set", "model=smallnet", "--set", "blur_pool=false"),
     "benchmarks.gpu_suite.steps": (),
 }

@@ -45,7 +45,7 @@ from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 from pipelines.files import Row
-from tests.commands import call, output_of, start
+from tests.commands import call, output_of
 
 MODULE = "fastimagenet.lr_find"
 SHORT = ["--device", "cpu", "--num-it", 24]
@@ -250,24 +250,6 @@ def test_ctrl_c_on_a_terminal_keeps_and_draws_what_there_is(
     assert b"lr 1.00e-05, loss" in text
     assert b"/100000 [" in text
     assert str(tmp_path / "out" / "lr_find.html").encode() in text.replace(b"\r\n", b"")
-
-
-def test_a_stopped_group_keeps_and_draws_what_there_is(tmp_path: Path, digits: Path) -> None:
-    """Two processes, of which the first alone writes and prints."""
-    recipe = tmp_path / "mine.toml"
-    process = start(
-        *(MODULE, *ENDLESS, "--nproc-per-node", 2, "--output", tmp_path / "out"),
-        *("--recipe-out", recipe),
-    )
-    stop_at_rows(tmp_path / "out", process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 143, out + err
-    check_stopped(tmp_path / "out")
-    found = found_in(tmp_path / "out")
-    assert (found["world_size"], found["global_batch"]) == (2, 128)
-    assert out.count("sweep 1 of 1") == 1
-    assert f"--recipe-out {recipe} is not written: the sweep was stopped" in out
-    assert not recipe.exists()
 
 
 def test_the_recipes_own_units(

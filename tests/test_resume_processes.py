@@ -40,8 +40,9 @@ SPEED = replace(
     phases=tuple(replace(phase, image_size=16, batch_size=100) for phase in SPEED.phases),
     ema_decay=0.9,
     precision="fp32",
+    tta="none",
 ).stretched(2)
-"""Muon, whitening, alternating flip and TTA, with an average of the weights."""
+"""Muon, whitening and alternating flip, with an average of the weights."""
 
 
 @dataclass(frozen=True)
