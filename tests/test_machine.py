@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastimagenet.machine import wait_passively
+from fastimagenet.machine import spin_briefly
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = """
@@ -44,18 +44,16 @@ def test_steps_on_a_cpu_map_no_new_memory() -> None:
     assert kept < by_default / 4
 
 
-def test_threads_sleep_while_they_wait_unless_the_user_says_how(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+def test_threads_spin_briefly_unless_the_user_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    wait_passively()
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    wait_passively()
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
-    monkeypatch.delenv("OMP_WAIT_POLICY")
-    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
-    wait_passively()
-    assert "OMP_WAIT_POLICY" not in os.environ
+    spin_briefly()
+    assert "GOMP_SPINCOUNT" not in os.environ
