@@ -25,11 +25,11 @@ def keep_freed_memory() -> None:
 def spin_briefly() -> None:
     """Have OpenMP's threads, torch's on a CPU, sleep soon while they wait for one another.
 
-    By default they spin 300,000 times first (libgomp), which on a loaded machine takes the cores from
-    those that they wait for; 1,000 times cover the gaps within a step. Does nothing where the user
-    has set how they wait; has to come before torch is imported. The digits' step (smallnet, 24 px,
-    batch 64, two threads on two cores of an AMD EPYC without AVX-512, torch 2.14.1), against the
-    default: .97 and 1.04 of its time on an idle machine, .66 beside three busy processes
+    By default they spin 300,000 times first (libgomp), which on a loaded machine takes the cores
+    from those that they wait for; 1,000 times cover the gaps within a step. Does nothing where the
+    user has set how they wait; has to come before torch is imported. The digits' step (smallnet,
+    24 px, batch 64, two threads on two cores of an AMD EPYC without AVX-512, torch 2.14.1), against
+    the default: .97 and 1.04 of its time on an idle machine, .66 beside three busy processes
     (2026-11-29).
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
