@@ -24,6 +24,7 @@ import torch
 from fastimagenet import cli
 from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--recipe", "tests/small.toml", "--device", "cpu"]
@@ -32,7 +33,13 @@ SEVERAL = ("--nproc-per-node", "--nodes")
 """Flags with which torch's elastic agent takes over signals: not in the process of the tests."""
 
 
-def start(module: str, *arguments: object) -> subprocess.Popen[str]:
+def start(module: str, *arguments: object) -> Forked:
+    """Start `python -m module arguments`, everything imported."""
+    return Forked(module, *arguments, cwd=ROOT)
+
+
+def start_afresh(module: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start `python -m module arguments` as a user does."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.Popen(
         command,
@@ -46,7 +53,7 @@ def start(module: str, *arguments: object) -> subprocess.Popen[str]:
 
 def run(module: str, *arguments: object, status: int = 0) -> tuple[str, str]:
     """Standard output and error of a command that ends with `status`, in a process of its own."""
-    process = start(module, *arguments)
+    process = (start_afresh if module == "torch.distributed.run" else start)(module, *arguments)
     out, err = process.communicate(timeout=600)
     assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
     return out, err
@@ -123,7 +130,7 @@ def stop_soon(*arguments: Any) -> str:
         out, _ = train(*arguments, status=143)
         kill.join()
         return out
-    process = start("fastimagenet.train", *arguments)
+    process = start_afresh("fastimagenet.train", *arguments)
     kill_at_first_row(folder, process.pid)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143, out + err

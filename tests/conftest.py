@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.workers import num_cores, preload_torchvision
+from pipelines.workers import num_cores
+from tests.forked import preload
 
 ROOT = Path(__file__).resolve().parent.parent
 # A job in the background ignores SIGINT, and so would the commands that the tests start and stop.
@@ -35,8 +36,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def workers() -> None:
-    """Loaders' worker processes start in no time, as they do in the commands."""
-    preload_torchvision()
+    """Processes start in no time: loaders' workers, as in the commands, and whole commands."""
+    preload()
 
 
 @pytest.fixture(scope="session")

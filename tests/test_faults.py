@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +19,12 @@ from fastimagenet.training import checkpoint
 from fastimagenet.training.recorder import read_rows
 from tests.commands import SMALL, TWO, free_endpoint, losses_of, start
 from tests.conftest import fill
+from tests.forked import RANK_NAME, Forked
 
 pytestmark = pytest.mark.slow
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], object], process: Forked) -> None:
     """Until it holds; fails when the process has ended before, or after five minutes."""
     deadline = time.monotonic() + 300
     while not condition():
@@ -32,17 +32,18 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
         time.sleep(0.01)
 
 
-def ranked_workers(agent: subprocess.Popen[str]) -> dict[int, int]:
+def ranked_workers(agent: Forked) -> dict[int, int]:
     """The processes that a launcher has started, by rank."""
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     ranks = {}
     for child in map(int, children):
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        ranks.update({int(e[5:]): child for e in environment if e.startswith(b"RANK=")})
+        name = Path(f"/proc/{child}/comm").read_text()
+        if name.startswith(RANK_NAME):
+            ranks[int(name.removeprefix(RANK_NAME))] = child
     return ranks
 
 
-def workers(agent: subprocess.Popen[str]) -> list[int]:
+def workers(agent: Forked) -> list[int]:
     """The processes that a launcher has started, in the order of their ranks."""
     return [process for _, process in sorted(ranked_workers(agent).items())]
 
@@ -81,7 +82,6 @@ def test_a_straggler_is_named_within_the_timeout(cifar10: Path, tmp_path: Path) 
     wait_for((folder / "checkpoints" / "last.pt").exists, process)
     waiting, straggler = workers(process)
     os.kill(straggler, signal.SIGSTOP)
-    assert process.stderr is not None
     line = process.stderr.readline()
     # The launcher ends a straggler that does not react after minutes; not to wait for that, it is
     # killed here, but only when the launcher has seen that the other one failed first.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,9 @@ import pytest
 from fastimagenet import evaluate
 from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
-from tests.commands import SMALL, summary_of
+from tests.commands import ROOT, SMALL, summary_of
 from tests.faults.hosts import Hosts, hosts, permitted
+from tests.forked import Forked
 from tests.test_faults import check_equal, wait_for
 
 pytestmark = [
@@ -31,14 +31,15 @@ def three() -> Iterator[Hosts]:
 
 def begin(
     network: Hosts, index: int, data: Path, output: Path, nodes: str, *more: object
-) -> subprocess.Popen[str]:
+) -> Forked:
     endpoint = f"{network.address(0)}:29400"
     flags = ("--nodes", nodes, "--rdzv-endpoint", endpoint, "--checkpoint-steps", 3)
     data_flags = ("--data", data, "--output", output, *SMALL)
-    return network.start(index, "fastimagenet.train", *data_flags, *flags, *more)
+    words = ("fastimagenet.train", *data_flags, *flags, *more)
+    return Forked(*words, cwd=ROOT, network=network.names[index])
 
 
-def end(node: subprocess.Popen[str], status: int = 0) -> str:
+def end(node: Forked, status: int = 0) -> str:
     out, err = node.communicate(timeout=300)
     assert node.returncode == status, f"status {node.returncode}\n{out}\n{err}"
     return out + err
