@@ -23,7 +23,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from pipelines.workers import PRELOADED, hidden_main
 
@@ -54,29 +54,33 @@ def preload() -> None:
 class Forked:
     """What the tests use of a subprocess.Popen, text in pipes, for `python -m module words`.
 
-    `network`: name of the network namespace to run in.
+    `network`: name of the network namespace to run in. `log`: a file for its output, instead.
     """
 
     def __init__(
-        self, module: str, *words: object, cwd: Path, network: str | None = None, **env: str
+        self,
+        module: str,
+        *words: object,
+        cwd: Path,
+        network: str | None = None,
+        log: TextIO | None = None,
     ) -> None:
-        self.pipes = {name: os.pipe() for name in ("stdout", "stderr")}
+        pipes = os.pipe(), os.pipe()
+        self.stdout, self.stderr = (os.fdopen(read, errors="replace") for read, _ in pipes)
+        outputs = [log.fileno()] * 2 if log else [write for _, write in pipes]
         arguments = (
             [module, *map(str, words)],
             cwd,
             network,
-            env | os.environ,
-            *(DupFd(write) for _, write in self.pipes.values()),
+            dict(os.environ),
+            *map(DupFd, outputs),
         )
         context = multiprocessing.get_context("forkserver")
         self.process: ForkServerProcess = context.Process(target=command, args=arguments)
         with hidden_main():
             self.process.start()
-        for _, write in self.pipes.values():
+        for _, write in pipes:
             os.close(write)
-        self.stdout, self.stderr = (
-            os.fdopen(read, errors="replace") for read, _ in self.pipes.values()
-        )
         assert self.process.pid is not None
         self.pid = self.process.pid
 
@@ -172,6 +176,11 @@ def become(words: list[str], env: dict[str, str]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
+
+
+def is_rank(process: int) -> bool:
+    """Whether a launcher has started this process."""
+    return Path(f"/proc/{process}/comm").read_text().startswith(RANK_NAME)
 
 
 class ForkedRank(subprocess.Popen[bytes]):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
 from benchmarks.research.checkpoint_cost import main as checkpoint_cost
 from pipelines.errors import UserError
 from pipelines.files import read_object
-from tests.commands import SMALL
+from tests.commands import ROOT, SMALL
 from tests.faults import __main__ as campaign
 from tests.faults import runs
 from tests.faults.__main__ import LAST_STEP, START_UP_SECONDS, drawn, fingerprint, table
-from tests.faults.hosts import permitted
+from tests.faults.hosts import Hosts, permitted
 from tests.faults.runs import KINDS, Outcome
+from tests.forked import Forked, is_rank
 
 
 def test_the_same_seed_draws_the_same_faults() -> None:
@@ -58,6 +60,12 @@ def test_a_run_that_meets_a_fault_ends_like_one_that_does_not(
     """A killed worker on one of two hosts, beside the run that two processes of one host made."""
     flags = ("--nodes", 2, "--nproc-per-node", 1, "--checkpoint-steps", 3, "--timeout", 5)
     monkeypatch.setattr(runs, "FLAGS", (*SMALL, *flags))
+    monkeypatch.setattr(runs, "is_worker", is_rank)
+
+    def start(network: Hosts, host: int, module: str, *words: object, log: TextIO) -> Forked:
+        return Forked(module, *words, cwd=ROOT, network=network.names[host], log=log)
+
+    monkeypatch.setattr(Hosts, "start", start)
     monkeypatch.setattr(campaign, "drawn", lambda kind, _: Outcome(kind, 1, 10, 0.0))
     monkeypatch.setattr(campaign, "measured", lambda _: (1.0, fingerprint(undisturbed)))
     output = tmp_path / "result.json"

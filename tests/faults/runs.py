@@ -80,6 +80,11 @@ class Outcome:
         return self.identical and self.first_step >= self.saved
 
 
+def is_worker(process: int) -> bool:
+    """Whether a launcher has started this process."""
+    return b"\0RANK=" in Path(f"/proc/{process}/environ").read_bytes()
+
+
 class Run:
     """The commands of one run on both hosts."""
 
@@ -111,7 +116,7 @@ class Run:
         try:
             children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
             for child in map(int, children):
-                if b"\0RANK=" in Path(f"/proc/{child}/environ").read_bytes():
+                if is_worker(child):
                     return child
         except OSError:  # it has just ended
             pass
