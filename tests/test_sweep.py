@@ -7,18 +7,22 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
+from statistics import fmean
 
 import pytest
 
+from fastimagenet.lr_finder import analysis
 from fastimagenet.lr_finder.analysis import (
     DivergenceRule,
     Plateau,
     Sweep,
     SweepConfig,
     SweepRecord,
+    batch_losses,
     best_sweep,
     smoothed,
     valley_index,
+    why_nothing,
 )
 
 
@@ -128,6 +132,13 @@ def test_valleys_by_hand() -> None:
     assert valley_index([2, 1]) == 0
 
 
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any fall counts: curves of few points, which no batches could have."""
+    monkeypatch.setattr(analysis, "NOISES", 0.0)
+
+
+@pytest.mark.usefixtures("exact")
 def test_suggestions_by_hand() -> None:
     losses = [10, 9.9, 9, 8, 4, 3, 2, 3, 5]
     found = sweep_of(losses).suggestions
@@ -138,6 +149,7 @@ def test_suggestions_by_hand() -> None:
     assert found.minimum_10 == pytest.approx(0.0064)
 
 
+@pytest.mark.usefixtures("exact")
 def test_the_slope_is_that_over_the_logarithm() -> None:
     sweep = sweep_of([10, 9, 6, 5, 4])
     rates = [0.1, 0.2, 1.0, 1.1, 3.0]  # of the falls by 1, 3, 1, 1 the third is over the least
@@ -158,6 +170,35 @@ def test_nothing_is_read_off_too_short_a_curve_or_one_that_never_falls(
     assert best_sweep([sweep_of(losses)]) is None
 
 
+def batches(count: int, seed: int, slope: float) -> list[float]:
+    """Losses of batches around ln 2, which fall by `slope` a batch."""
+    draw = random.Random(seed)
+    return [draw.gauss(math.log(2) + 0.02, 0.05) - slope * index for index in range(count)]
+
+
+@pytest.mark.parametrize("count", [40, 100])
+def test_nothing_is_suggested_from_noise(count: int) -> None:
+    level = [sweep_of(smoothed(batches(count, seed, 0.0))) for seed in range(100)]
+    assert sum(sweep.suggestions is not None for sweep in level) <= 3
+    assert all(sweep.fall > 0 for sweep in level[:3])
+    falling = [sweep_of(smoothed(batches(count, seed, 0.3 / count))) for seed in range(100)]
+    assert all(sweep.suggestions is not None for sweep in falling)
+
+
+def test_by_how_much_it_hardly_fell_is_said() -> None:
+    values = batches(40, 0, 0.0)
+    sweeps = [sweep_of(smoothed(values)), sweep_of(smoothed(values[::-1]))]
+    assert batch_losses([r.loss for r in sweeps[0].records]) == pytest.approx(values)
+    # On average that of 11 batches, by the spread that they were drawn with.
+    noises = [sweep_of(smoothed(batches(40, seed, 0.0))).noise for seed in range(200)]
+    assert fmean(noises) == pytest.approx(0.05 / math.sqrt(11), rel=0.05)
+    text = why_nothing(sweeps)
+    fall = max(sweep.fall for sweep in sweeps)
+    assert text.startswith(f"the loss hardly fell, at most by {fall:.2g} from ")
+    assert "may be chance: try a lower --start-lr, or a higher --num-it" in text
+
+
+@pytest.mark.usefixtures("exact")
 def test_the_plateau_by_hand() -> None:
     # A fall of 10: up to 1 above the lowest, 5.9 is in, 6.1 is out on both sides.
     found = sweep_of([15, 12, 5.5, 6.1, 5.9, 5, 5.2, 6.0, 6.1, 5.1, 40]).plateau
@@ -169,6 +210,7 @@ def test_the_plateau_by_hand() -> None:
     )
 
 
+@pytest.mark.usefixtures("exact")
 def test_a_plateau_may_reach_the_end_of_the_curve() -> None:
     found = sweep_of([15, 14, 9, 5.5, 5]).plateau
     assert found is not None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 from fastimagenet.recipes.plan import Plan
@@ -28,6 +29,9 @@ SKIP_FIRST, SKIP_LAST = 10, 5
 """Records left out of plots and analysis by default."""
 FEWEST = 5
 """Records that a suggestion or a plateau needs."""
+NOISES = 3.0
+"""The loss has to fall by so many times its noise. Losses that are noise alone do that in 1 of 100
+sweeps of 100 iterations, by simulation."""
 TOLERANCE = 0.1
 """Share of a curve's fall by which a loss may lie above the lowest and still be near it."""
 HIGH_ENOUGH = 0.5
@@ -205,14 +209,35 @@ class Sweep:
         return self.ended == "finished" and bool(losses) and losses[-1] == min(losses)
 
     @property
+    def fall(self) -> float:
+        """By how much the smoothed loss falls from the first record shown to the lowest."""
+        return self.losses[0] - min(self.losses)
+
+    @cached_property
+    def noise(self) -> float:
+        """Standard error of the smoothed loss at the first record shown.
+
+        It averages few batches there. Their own spread is taken from the differences between
+        neighbours, which a trend hardly changes, and from the median of those, which the batches
+        of a diverging end do not change.
+        """
+        batches = batch_losses([record.loss for record in self.records])
+        steps = [abs(after - before) for before, after in pairwise(batches)]
+        # The median of the absolute value of a normal variable is .6745 of its deviation.
+        spread = median(step for step in steps if math.isfinite(step)) / 0.6745 / math.sqrt(2)
+        weights = [MEMORY**age for age in range(self.shown()[0].iteration + 1)]
+        return spread * math.hypot(*weights) / sum(weights)
+
+    @property
     def readable(self) -> bool:
         """Whether anything can be read off the curve.
 
-        Not with fewer than FEWEST records, with a loss that never falls, or with one that still
-        fell when the sweep was stopped: its lowest and steepest points are yet to come.
+        Not with fewer than FEWEST records, with a loss that does not fall by more than its noise,
+        or with one that still fell when the sweep was stopped: its lowest and steepest points are
+        yet to come.
         """
         losses = self.losses
-        if len(losses) < FEWEST or min(losses) == losses[0]:
+        if len(losses) < FEWEST or self.fall <= NOISES * self.noise:
             return False
         return self.ended != "stopped" or losses[-1] > min(losses)
 
@@ -283,6 +308,12 @@ def smoothed(values: Iterable[float]) -> list[float]:
     """Return the debiased average after each value."""
     average = DebiasedAverage()
     return [average.update(value) for value in values]
+
+
+def batch_losses(averages: Sequence[float]) -> list[float]:
+    """Return the values that `smoothed` has averaged to these."""
+    sums = [value * (1 - MEMORY**count) for count, value in enumerate(averages, start=1)]
+    return [(after - MEMORY * before) / (1 - MEMORY) for before, after in pairwise([0.0, *sums])]
 
 
 class DivergenceRule:
@@ -446,8 +477,17 @@ def why_nothing(sweeps: Sequence[Sweep]) -> str:
     endings = {sweep.ended for sweep in sweeps}
     if "stopped" in endings:
         return "the sweep was stopped too early"
-    if max(len(sweep.shown()) for sweep in sweeps) >= FEWEST:
-        return "the loss never fell: try a lower --start-lr, or a higher --num-it"
+    long = [sweep for sweep in sweeps if len(sweep.shown()) >= FEWEST]
+    if long:
+        remedy = "try a lower --start-lr, or a higher --num-it"
+        sweep = max(long, key=lambda each: each.fall)
+        if not sweep.fall:
+            return f"the loss never fell: {remedy}"
+        most = ", at most" if len(long) > 1 else ""
+        return (
+            f"the loss hardly fell{most} by {plain(sweep.fall, 2)} from {plain(sweep.losses[0], 4)}"
+            f", where {plain(NOISES * sweep.noise, 2)} may be chance: {remedy}"
+        )
     if "finished" in endings:
         return "there are too few iterations: try a higher --num-it"
     return "the loss is not finite, or diverges, in the first iterations: try a lower --start-lr"
