@@ -88,12 +88,19 @@ class BatchSampler:
         self.shuffled: tuple[int, NDArray[np.int64]] | None = None
 
     def batches(self, epoch: int, step: int) -> Iterator[Batch]:
-        """Yield the batches from a position on, epoch after epoch without end."""
+        """Yield the batches from a position on, epoch after epoch without end.
+
+        The last stage lasts for ever. Where this shard has no share of it, the epochs start again:
+        back ends read ahead of what they are asked for, and nobody asks for these batches.
+        """
         assert step < self.spec.steps_at(epoch), "a shard without images would never end"
+        last = sum(stage.epochs for stage in self.spec.stages) - 1
         while True:
             for index in range(step, self.spec.steps_at(epoch)):
                 yield self.batch(epoch, index)
             epoch, step = epoch + 1, 0
+            if epoch >= last and not self.spec.steps_at(epoch):
+                epoch = 0
 
     def batch(self, epoch: int, step: int) -> Batch:
         """Describe the batch at a position."""

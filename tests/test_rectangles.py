@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,40 @@ def test_squares_and_rectangles_follow_one_another(split: Split) -> None:
         squares, rectangles = list(both), list(both)
     assert {tuple(images.shape[2:]) for images, _ in squares} == {(32, 32)}
     assert len({tuple(images.shape[2:]) for images, _ in rectangles}) > 3
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+@pytest.mark.parametrize("order", [(False, True), (False, True, False)])
+def test_a_shard_without_a_rectangle_reads_its_squares(
+    split: Split, backend: str, order: tuple[bool, ...]
+) -> None:
+    """One batch of rectangles for two shards: the first one has none of it."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    few = split.take(np.arange(4))
+    counts, seen = [], []
+    for shard in range(2):
+        spec = spec_of(few, shard_id=shard, num_shards=2, num_threads=int(backend == "dali"))
+        stages = tuple(replace(spec.stages[0], rect=rect) for rect in order)
+        with closing(make_loader(backend, replace(spec, stages=stages))) as loader:
+            passes = [list(loader) for _ in stages]
+        counts.append([len(each) for each in passes])
+        seen.append([sorted(np.concatenate([b[1] for b in each or [(0, [])]])) for each in passes])
+    assert counts == [[1, 0, 1][: len(order)], [1] * len(order)]
+    everything = [seen[0][index] + seen[1][index] for index in range(len(order))]
+    assert [sorted(each) for each in everything] == [[0, 1, 2, 3]] * len(order)
+
+
+@pytest.mark.parametrize(("num_images", "num_shards", "rect"), [(2, 3, False), (37, 11, True)])
+def test_any_share_may_be_empty(split: Split, num_images: int, num_shards: int, rect: bool) -> None:
+    """Three shards of two images, eleven of eight batches: each image once, each pass ends."""
+    few = split.take(np.arange(num_images))
+    found = []
+    for shard in range(num_shards):
+        spec = spec_of(few, rect, shard_id=shard, num_shards=num_shards, num_threads=0)
+        with closing(make_loader("synthetic" if rect else "memory", spec)) as loader:
+            found += [label for _ in range(2) for _, labels in loader for label in labels.tolist()]
+    assert sorted(found) == sorted([*range(num_images)] * 2)
 
 
 def test_memory_keeps_squares_only(split: Split) -> None:
