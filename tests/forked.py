@@ -130,6 +130,8 @@ def command(
     """Be `python -m words` in a process that the server has just forked."""
     for source, target in ((stdout, 1), (stderr, 2)):
         os.dup2(source.detach(), target)
+    # The server's own may be over a file, in which one can seek, unlike in a pipe.
+    sys.stdout = os.fdopen(1, "w", closefd=False)
     if network is not None:
         enter(network)
     os.chdir(cwd)

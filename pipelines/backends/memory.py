@@ -20,6 +20,7 @@ from pipelines.augment.crops import normalise, on_device, resized_crop, window_c
 from pipelines.backends.stream import StreamLoader
 from pipelines.backends.torchvision import decode, padded, validation_crop
 from pipelines.datasets.images import ImageFile
+from pipelines.datasets.pixels import stored_size
 from pipelines.datasets.split import undecodable
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage, eval_range
@@ -52,7 +53,8 @@ def read_shapes(files: Sequence[ImageFile]) -> NDArray[np.int64]:
     for file in files:
         try:
             with file.open() as stream, Image.open(stream) as image:
-                shapes.append((image.height, image.width))
+                width, height = stored_size(image)
+                shapes.append((height, width))
         except Exception as error:
             raise undecodable(file, error) from error
     return np.array(shapes, np.int64)

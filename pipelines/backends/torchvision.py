@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional
 from pipelines.augment.crops import normalise
 from pipelines.backends.stream import StreamLoader
 from pipelines.datasets.images import ImageFile
+from pipelines.datasets.pixels import rgb
 from pipelines.datasets.split import undecodable
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec
@@ -122,7 +123,7 @@ def leave_interrupts_to_parent(worker: int) -> None:
 def decode(file: ImageFile) -> Tensor:
     """Decode an image: (3, H, W) uint8 RGB, EXIF orientation ignored. Raises what Pillow raises."""
     with file.open() as stream, Image.open(stream) as image:
-        return functional.pil_to_tensor(image.convert("RGB"))
+        return functional.pil_to_tensor(rgb(image))
 
 
 def padded(image: Tensor, size: int, pad: int) -> Tensor:

@@ -6,6 +6,7 @@ The headers of JPEGs are walked here, 8 times as fast as Pillow opens them; all 
 from __future__ import annotations
 
 import os
+import re
 import struct
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -14,6 +15,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipelines.datasets.images import ImageFile, Part, open_file, unreadable
+from pipelines.datasets.pixels import stored_size
 from pipelines.datasets.shards import BLOCK, is_member
 from pipelines.errors import Damage
 
@@ -48,14 +50,17 @@ FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 BARE = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})
 """Markers that cannot stand between the segments of a header."""
 SCAN = 0xDA
+ADOBE = 0xEE
+"""APP14: says whether the inks of CMYK are inverted."""
 
 
 def jpeg_size(part: Part, head: bytes) -> tuple[int, int]:
     """Walk the segments up to the first scan and find the end marker; returns (width, height)."""
     at, base = 2, 0  # offset of the segment in the file, and where `head` begins
     width = height = -1
+    channels, has_adobe = 0, False
     for _ in range(MAX_SEGMENTS):
-        if at - base + 9 > len(head):
+        if at - base + 10 > len(head):
             head, base = part.read(HEAD, at), at
             if len(head) < 9:
                 raise Damage("truncated", "is truncated in its header")
@@ -68,14 +73,20 @@ def jpeg_size(part: Part, head: bytes) -> tuple[int, int]:
         if marker in FRAMES:
             precision = head[at - base + 4]
             height, width = struct.unpack_from(">HH", head, at - base + 5)
+            channels = head[at - base + 9] if at - base + 9 < len(head) else 0
             if precision != 8:
                 raise Damage("format", f"is a JPEG of {precision} bits a sample, which must be 8")
             if max(width, height) > MAX_JPEG_SIDE and width * height <= MAX_PIXELS:
                 raise Damage("too-large", f"has a side of more than {MAX_JPEG_SIDE:,} pixels")
+        elif marker == ADOBE:
+            has_adobe = has_adobe or head[at - base + 4 : at - base + 9] == b"Adobe"
         at += 2 + length
         if marker == SCAN:
             if width < 0:
                 raise Damage("corrupt", "cannot be decoded (a scan before the frame's header)")
+            if channels == 4 and not has_adobe:
+                what = "its inks may be inverted: back ends read negatives of each other"
+                raise Damage("format", f"is a CMYK JPEG without Adobe's marker, {what}")
             check_jpeg_end(part, head if base == 0 else b"", at)
             return width, height
     raise Damage("corrupt", f"cannot be decoded (more than {MAX_SEGMENTS:,} segments)")
@@ -152,7 +163,7 @@ def read_header(part: Part) -> Header:
             if name == "WEBP" and 8 + int.from_bytes(head[4:8], "little") > part.size:
                 raise Damage("truncated", "is truncated (a WebP without its end)")
             with part.stream() as stream, open_image(stream, name) as image:
-                width, height = image.size
+                width, height = stored_size(image)
                 if name == "PNG":
                     check_png(image, stream)
     except OSError as error:
@@ -238,19 +249,65 @@ def open_image(stream: BinaryIO, name: str) -> Image.Image:
 
 
 def check_dali(image: Image.Image) -> None:
-    """Raise Damage for what Pillow reads of TIFF and JPEG 2000 and DALI 2.4 does not."""
-    compression = image.info.get("compression")
+    """Raise Damage for what Pillow reads and DALI 2.4 does not, or reads as other pixels."""
+    mode = image.mode
     if isinstance(image, TiffImageFile):
-        bits = image.mode == "1" and compression == "raw"
-        if bits or image.mode == "I" or compression in ("lzma", "webp"):
-            what = f"{compression}, mode {image.mode}"
-            raise Damage("format", f"is a TIFF that not every back end reads ({what})")
+        compression = image.info.get("compression")
+        bits = mode == "1" and compression == "raw"
+        negative = mode.startswith("I;16") and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+        deep_cmyk = mode == "CMYK" and max(image.tag_v2.get(BITS, (8,))) > 8
+        associated = ASSOCIATED in image.tag_v2.get(EXTRA_SAMPLES, ())
+        if (
+            bits
+            or negative
+            or deep_cmyk
+            or associated
+            or mode in UNEQUAL_TIFFS
+            or compression in ("lzma", "webp")
+        ):
+            raise Damage("format", f"{NOT_ALL_READ.format('TIFF')} ({compression}, mode {mode})")
         try:
             _ = image.n_frames  # Pillow reads the headers of all pages, as DALI does at once
         except Exception as error:
             raise Damage("corrupt", "cannot be decoded (its list of pages)") from error
-    elif image.format == "JPEG2000" and image.mode == "LA":
-        raise Damage("format", "is a JPEG 2000 that not every back end reads (two channels)")
+    elif image.format == "JPEG2000" and (mode in ("LA", "CMYK") or has_luma(image)):
+        what = "two channels" if mode == "LA" else "CMYK" if mode == "CMYK" else "YCbCr"
+        raise Damage("format", f"{NOT_ALL_READ.format('JPEG 2000')} ({what})")
+    elif image.format == "PPM" and (most := largest_value(image)) not in (255, 65535):
+        raise Damage("format", f"{NOT_ALL_READ.format('PNM')} (white is {most}, not 255 or 65535)")
+
+
+NOT_ALL_READ = "is a {} that not every back end reads alike"
+UNEQUAL_TIFFS = frozenset({"I", "F", "LA", "PA", "YCbCr", "LAB"})
+"""Modes of TIFFs of which DALI makes other pixels than Pillow, or none."""
+BITS, PHOTOMETRIC, EXTRA_SAMPLES = 258, 262, 338
+"""Tags of a TIFF."""
+WHITE_IS_ZERO, ASSOCIATED = 0, 1
+"""Values of two of them: negatives, of which 16 bits are not inverted; and colours that have been
+multiplied by their opacity."""
+
+
+def has_luma(image: Image.Image) -> bool:
+    """Whether a JPEG 2000 says that its channels are YCbCr."""
+    stream = image.fp
+    assert stream is not None
+    at = stream.tell()
+    stream.seek(0)
+    head = stream.read(HEAD)
+    stream.seek(at)
+    box = head.find(b"colr")
+    return box >= 0 and head[box + 4] == 1 and head[box + 7 : box + 11] == b"\0\0\0\x12"
+
+
+def largest_value(image: Image.Image) -> int:
+    """Return the value that is white in a PNM, 255 for a bitmap."""
+    stream = image.fp
+    assert stream is not None
+    at = stream.tell()
+    stream.seek(0)
+    head = re.sub(rb"#[^\r\n]*", b"", stream.read(HEAD)).split()
+    stream.seek(at)
+    return 255 if head[0] in (b"P1", b"P4") or len(head) < 4 else int(head[3])
 
 
 def read_pixels(image: Image.Image) -> None:

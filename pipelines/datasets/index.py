@@ -30,7 +30,7 @@ from pipelines.errors import Damage
 from pipelines.files import atomic_write, cache_folder
 from pipelines.workers import in_processes, num_cores
 
-VERSION = 1
+VERSION = 2
 CHUNK = 512
 """Images that are checked at a time."""
 MANY = 20_000

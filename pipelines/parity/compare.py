@@ -19,6 +19,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from pipelines.backends import make_loader
+from pipelines.datasets.pixels import rgb
 from pipelines.datasets.split import Split, undecodable
 from pipelines.loader import LoaderSpec, Stage
 from pipelines.sampling import Batch, BatchSampler, crop_box, draw_crops
@@ -149,8 +150,8 @@ def reference(spec: LoaderSpec, batch: Batch, index: int) -> Tensor:
     """Transform an image of the batch with torchvision: (3, S, S) uint8."""
     file, size = batch.files[index], min(batch.shape)
     try:
-        with file.open() as stream:
-            image = Image.open(stream).convert("RGB")
+        with file.open() as stream, Image.open(stream) as opened:
+            image = rgb(opened)
     except Exception as error:
         raise undecodable(file, error) from error
     if batch.crops is None:

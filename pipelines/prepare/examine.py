@@ -6,9 +6,8 @@ import hashlib
 import os
 import resource
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
@@ -22,6 +21,7 @@ from pipelines.datasets.checks import (
     read_pixels,
 )
 from pipelines.datasets.images import Part, open_file
+from pipelines.datasets.pixels import metadata, orientation_of
 from pipelines.errors import Damage
 
 MAX_MEMORY = 4 << 30
@@ -34,10 +34,6 @@ THIN = 20
 """Long side / short side from which an image is worth a note."""
 TINY = 8
 """Pixels of the short side below which it is."""
-ORIENTATION = 0x0112
-"""EXIF tag."""
-EXIF = frozenset({"exif", "xmp", "XML:com.adobe.xmp"})
-"""Where Pillow looks for it."""
 SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -113,15 +109,12 @@ def notes_on_look(image: Image.Image, bits: int, orientation: int) -> list[Findi
     mode, (width, height) = image.mode, image.size
     grey = mode in ("1", "L", "LA", "La", "F") or mode.startswith("I")
     alpha = mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
-    fate = "torchvision reads it too bright or dark" if grey else "8 are used"
     frames = metadata(lambda: getattr(image, "n_frames", 1), 1)
     pixels = f"has {width} x {height} pixels"
     rotated = f"has EXIF orientation {orientation}: not applied"
-    if image.format == "TIFF":
-        rotated += " but by torchvision"
     notes = (
         (grey, "greyscale", ""),
-        (bits > 8, "16-bit", f"has {bits} bits a sample: {fate}"),
+        (bits > 8, "16-bit", f"has {bits} bits a sample: 8 are used"),
         (mode == "CMYK", "cmyk", ""),
         (mode in ("P", "PA"), "palette", ""),
         (alpha, "alpha", ""),
@@ -145,17 +138,6 @@ def notes_on_name(path: str, header: Header) -> list[Finding]:
     return notes
 
 
-def metadata(read: Callable[[], Any], default: int) -> int:
-    """Read a number of an image's metadata. Pillow raises many things where it is damaged.
-
-    That keeps no back end from reading the image.
-    """
-    try:
-        return int(read())
-    except Exception:
-        return default
-
-
 def bits_of(stream: BinaryIO, image: Image.Image) -> int:
     """Return the bits of a sample."""
     if image.format == "PNG":
@@ -163,13 +145,6 @@ def bits_of(stream: BinaryIO, image: Image.Image) -> int:
     if isinstance(image, TiffImageFile):
         return metadata(lambda: max(image.tag_v2.get(258, (1,))), 8)
     return {"I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)
-
-
-def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 where there is none that makes sense."""
-    if image.format != "TIFF" and EXIF.isdisjoint(image.info):
-        return 1  # of a PNG, Pillow would decode the pixels to look behind them
-    return metadata(lambda: image.getexif().get(ORIENTATION, 1), 1)
 
 
 def hash_of_ends(file: int, size: int) -> str:

@@ -26,7 +26,7 @@ DAMAGE = {
 NOTES = {
     "wrong-suffix": "the name says another format: read all the same",
     "animated": "only the first of several frames is read",
-    "16-bit": "more than 8 bits a sample: greyscale ones look different to each back end",
+    "16-bit": "more than 8 bits a sample: scaled to 8",
     "cmyk": "the colour profile is not applied",
     "greyscale": "all channels will be equal",
     "palette": "converted to RGB",

@@ -5,7 +5,7 @@ difference of 255 from the original in the 128-px validation view:
 
 - Loaders apply neither EXIF orientation nor colour profiles, so neither is applied here. The
   orientation tag and an RGB profile are kept, for viewers; all other metadata is dropped.
-- What is no RGB becomes it as in the loaders, by Pillow's convert("RGB"); films: the first frame.
+- What is no RGB becomes it as in the loaders, by `pixels.rgb`; films: the first frame.
 - Lanczos keeps what the loader's own triangular filter then needs: 1.76, where triangular twice is
   2.37 (before JPEG).
 - Chroma is not subsampled: quality 85 then has the bytes of quality 90 with 4:2:0 and is nearer to
@@ -33,9 +33,9 @@ from pipelines.datasets.checks import check_file, damage
 from pipelines.datasets.folders import class_names, is_folder, visible
 from pipelines.datasets.images import ImageFile, status_of
 from pipelines.datasets.manifest import NAME, read_manifest
+from pipelines.datasets.pixels import ORIENTATION, UPRIGHT, orientation_of, rgb, stored_size
 from pipelines.errors import UserError
 from pipelines.files import Row, atomic_write_in, scratch_folder, write_object
-from pipelines.prepare.examine import ORIENTATION, metadata
 from pipelines.workers import in_processes, num_cores
 
 SCALED_DECODE_MARGIN = 2
@@ -58,17 +58,14 @@ def shrink(source: Path | str, short_sides: tuple[int, ...], quality: int) -> li
     are kept bit for bit. Raises what Pillow raises for an image that cannot be decoded.
     """
     with Image.open(source) as image:
-        size, box = image.size, None
+        size, box = stored_size(image), None
         if image.format == "JPEG":
             margin = SCALED_DECODE_MARGIN * max(short_sides) / min(size)
             scaled = image.draft(None, (math.ceil(size[0] * margin), math.ceil(size[1] * margin)))
             box = scaled[1] if scaled else None
-        image.load()
-        if box is None:
-            size = image.size  # TIFF: Pillow turns it upright as it loads
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
         metadata = kept_metadata(image)
-        pixels = image.convert("RGB")
+        pixels = rgb(image)
     pixels.info = {}  # or else its comment would be saved too
     copies = []
     for short_side in short_sides:
@@ -92,8 +89,7 @@ def target_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
 def kept_metadata(image: Image.Image) -> dict[str, bytes]:
     """Return arguments for saving a JPEG: the orientation tag and the profile, if it is of RGB."""
     kept = {}
-    orientation = metadata(lambda: image.getexif().get(ORIENTATION, 1), 1)
-    if orientation in range(2, 9):
+    if (orientation := orientation_of(image)) in UPRIGHT:
         exif = Image.Exif()
         exif[ORIENTATION] = orientation
         kept["exif"] = exif.tobytes()

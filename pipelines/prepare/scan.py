@@ -181,7 +181,7 @@ def write_skip_list(path: Path, findings: Findings) -> None:
     write_text(path, "\n".join((f"{SKIP_LIST_TITLE}; paths in its DIR", *lines)) + "\n")
 
 
-VERSION = 1
+VERSION = 2
 FORMAT = [VERSION, PIL.__version__]
 """Another Pillow may judge otherwise."""
 TYPES = [int, int, bool, str, str]
