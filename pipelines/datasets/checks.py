@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from PIL import Image
+from PIL.ImageFile import ImageFile as OpenedImage
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipelines.datasets.images import ImageFile, Part, open_file, unreadable
@@ -289,8 +290,8 @@ multiplied by their opacity."""
 
 def has_luma(image: Image.Image) -> bool:
     """Whether a JPEG 2000 says that its channels are YCbCr."""
+    assert isinstance(image, OpenedImage) and image.fp is not None
     stream = image.fp
-    assert stream is not None
     at = stream.tell()
     stream.seek(0)
     head = stream.read(HEAD)
@@ -301,8 +302,8 @@ def has_luma(image: Image.Image) -> bool:
 
 def largest_value(image: Image.Image) -> int:
     """Return the value that is white in a PNM, 255 for a bitmap."""
+    assert isinstance(image, OpenedImage) and image.fp is not None
     stream = image.fp
-    assert stream is not None
     at = stream.tell()
     stream.seek(0)
     head = re.sub(rb"#[^\r\n]*", b"", stream.read(HEAD)).split()
