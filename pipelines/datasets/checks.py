@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from PIL import Image
-from PIL.ImageFile import ImageFile as OpenedImage
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipelines.datasets.images import ImageFile, Part, open_file, unreadable
@@ -245,12 +244,19 @@ def open_image(stream: BinaryIO, name: str) -> Image.Image:
             raise Damage("truncated", "is truncated in its header") from error
         raise damage(error) from error
     check_size(*image.size)
-    check_dali(image)
+    at = stream.tell()
+    stream.seek(0)
+    head = stream.read(HEAD)
+    stream.seek(at)
+    check_dali(image, head)
     return image
 
 
-def check_dali(image: Image.Image) -> None:
-    """Raise Damage for what Pillow reads and DALI 2.4 does not, or reads as other pixels."""
+def check_dali(image: Image.Image, head: bytes) -> None:
+    """Raise Damage for what Pillow reads and DALI 2.4 does not, or reads as other pixels.
+
+    `head`: the first bytes of the file.
+    """
     mode = image.mode
     if isinstance(image, TiffImageFile):
         compression = image.info.get("compression")
@@ -271,10 +277,10 @@ def check_dali(image: Image.Image) -> None:
             _ = image.n_frames  # Pillow reads the headers of all pages, as DALI does at once
         except Exception as error:
             raise Damage("corrupt", "cannot be decoded (its list of pages)") from error
-    elif image.format == "JPEG2000" and (mode in ("LA", "CMYK") or has_luma(image)):
+    elif image.format == "JPEG2000" and (mode in ("LA", "CMYK") or has_luma(head)):
         what = "two channels" if mode == "LA" else "CMYK" if mode == "CMYK" else "YCbCr"
         raise Damage("format", f"{NOT_ALL_READ.format('JPEG 2000')} ({what})")
-    elif image.format == "PPM" and (most := largest_value(image)) not in (255, 65535):
+    elif image.format == "PPM" and (most := largest_value(head)) not in (255, 65535):
         raise Damage("format", f"{NOT_ALL_READ.format('PNM')} (white is {most}, not 255 or 65535)")
 
 
@@ -288,27 +294,20 @@ WHITE_IS_ZERO, ASSOCIATED = 0, 1
 multiplied by their opacity."""
 
 
-def has_luma(image: Image.Image) -> bool:
-    """Whether a JPEG 2000 says that its channels are YCbCr."""
-    assert isinstance(image, OpenedImage) and image.fp is not None
-    stream = image.fp
-    at = stream.tell()
-    stream.seek(0)
-    head = stream.read(HEAD)
-    stream.seek(at)
+def has_luma(head: bytes) -> bool:
+    """Whether the first bytes of a JPEG 2000 say that its channels are YCbCr."""
     box = head.find(b"colr")
-    return box >= 0 and head[box + 4] == 1 and head[box + 7 : box + 11] == b"\0\0\0\x12"
+    return box >= 0 and head[box + 4 : box + 5] == b"\1" and head[box + 7 : box + 11] == LUMA
 
 
-def largest_value(image: Image.Image) -> int:
-    """Return the value that is white in a PNM, 255 for a bitmap."""
-    assert isinstance(image, OpenedImage) and image.fp is not None
-    stream = image.fp
-    at = stream.tell()
-    stream.seek(0)
-    head = re.sub(rb"#[^\r\n]*", b"", stream.read(HEAD)).split()
-    stream.seek(at)
-    return 255 if head[0] in (b"P1", b"P4") or len(head) < 4 else int(head[3])
+LUMA = b"\0\0\0\x12"
+"""Number 18 of the enumerated colour spaces."""
+
+
+def largest_value(head: bytes) -> int:
+    """Return the value that is white in a PNM, of its first bytes; 255 for a bitmap."""
+    words = re.sub(rb"#[^\r\n]*", b"", head).split(maxsplit=4)
+    return 255 if words[0] in (b"P1", b"P4") or len(words) < 4 else int(words[3])
 
 
 def read_pixels(image: Image.Image) -> None:

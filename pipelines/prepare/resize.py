@@ -66,6 +66,7 @@ def shrink(source: Path | str, short_sides: tuple[int, ...], quality: int) -> li
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
         metadata = kept_metadata(image)
         pixels = rgb(image)
+        metadata |= kept_metadata(image)  # of a PNG it may stand behind the pixels
     pixels.info = {}  # or else its comment would be saved too
     copies = []
     for short_side in short_sides:
