@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
@@ -51,6 +52,25 @@ def preload() -> None:
     forkserver.ensure_running()
 
 
+class Output:
+    """A file descriptor that a process gets as it is started.
+
+    A DupFd made before that would stay open here if the process ended before it fetched it.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Callable[[Any], int], tuple[Any]]:
+        return received, (DupFd(self.number),)
+
+
+def received(output: Any) -> int:
+    """Return the number that the descriptor has in the new process."""
+    number: int = output.detach()
+    return number
+
+
 class Forked:
     """What the tests use of a subprocess.Popen, text in pipes, for `python -m module words`.
 
@@ -73,7 +93,7 @@ class Forked:
             cwd,
             network,
             dict(os.environ),
-            *map(DupFd, outputs),
+            *map(Output, outputs),
         )
         context = multiprocessing.get_context("forkserver")
         self.process: ForkServerProcess = context.Process(target=command, args=arguments)
@@ -124,12 +144,13 @@ def command(
     cwd: Path,
     network: str | None,
     env: dict[str, str],
-    stdout: DupFd,
-    stderr: DupFd,
+    stdout: int,
+    stderr: int,
 ) -> None:
     """Be `python -m words` in a process that the server has just forked."""
     for source, target in ((stdout, 1), (stderr, 2)):
-        os.dup2(source.detach(), target)
+        os.dup2(source, target)
+        os.close(source)
     # The server's own may be over a file, in which one can seek, unlike in a pipe.
     sys.stdout = os.fdopen(1, "w", closefd=False)
     if network is not None:

@@ -31,6 +31,7 @@ from tests.commands import (
     losses_of,
     run,
     start,
+    start_afresh,
     stop_soon,
     summary_of,
     train,
@@ -101,7 +102,7 @@ def test_evaluate_names_an_image_size_that_is_too_large(
     backend: str, size: int, message: str, finished: Path, cifar10: Path
 ) -> None:
     flags = ("--data", cifar10, "--device", "cpu", "--backend", backend, "--image-size", size)
-    process = start("fastimagenet.evaluate", finished / "checkpoints" / "last.pt", *flags)
+    process = start_afresh("fastimagenet.evaluate", finished / "checkpoints" / "last.pt", *flags)
     # A kernel that promises more memory than there is would kill other processes, too.
     resource.prlimit(process.pid, resource.RLIMIT_AS, (1 << 36, 1 << 36))
     _, err = process.communicate(timeout=600)
