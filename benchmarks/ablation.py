@@ -96,7 +96,7 @@ def variants(args: argparse.Namespace, num_train: int) -> list[Variant]:
     Raises UserError for a part that was asked for and that the recipe does not have.
     """
     found = [variant(args, FULL, args.recipe, num_train)]
-    whole = changed_recipe(named_recipe(args.recipe), args.set)
+    whole, _ = changed_recipe(named_recipe(args.recipe), args.set)
     for part in args.only or PARTS:
         if has(whole, part):
             found.append(variant(args, part, args.recipe, num_train, PARTS[part](whole)))
@@ -136,7 +136,9 @@ def read_ablation(finished: Sequence[Training], data: Data, command: str) -> Row
             found = [summary[name] for summary in own.values()]
             row[name] = None if None in found else interval(found) | {"values": found}
         differs = points and run != FULL
-        row["difference_points"] = interval(points) | {"values": points} if differs else None
+        row["difference_points"] = (
+            interval(points, signed=True) | {"values": points} if differs else None
+        )
         row["summaries"] = list(own.values())
         rows.append(row)
     about = {"recipe": values[0]["recipe"], "epochs": values[0]["epochs"]}

@@ -39,7 +39,7 @@ from pipelines.errors import UserError
 from pipelines.files import write_text
 from pipelines.formats import NO_BREAK, duration, percent, time_unit
 
-TERMINAL = ("run", "max_lr", "schedule", "steps", "top-1", "train time", "time to target")
+TERMINAL = ("run", "data", "peak LR", "schedule", "steps", "top-1", "train time", "time to target")
 """The columns that the terminal gets."""
 
 
@@ -56,12 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{name} is not finished: resume it by train --resume auto")
     rows = [row(name, run) for name, run in runs.items()]
     print(by_column([{column: cells[column] for column in TERMINAL} for cells in rows]))
+    for difference in differences(rows):
+        print(f"note: {difference}")
     what = comparison(runs)
     page = args.output / "compare.html"
     write_text(page, render(what, rows))
     for path in (page, *write_files(picture(what), args.output, "comparison")):
         print(path)
     return 0
+
+
+def differences(rows: list[dict[str, str]]) -> list[str]:
+    """Say in which data and targets the runs differ, whose figures say nothing of one another."""
+    found = []
+    for column, what in (("data", "accuracies"), ("target", "times to target")):
+        values = list(dict.fromkeys(cells[column] for cells in rows))
+        if len(values) > 1:
+            found.append(f"their {what} do not compare, of {'; '.join(values)}")
+    return found
 
 
 def comparison(runs: dict[str, Run]) -> Comparison:
@@ -78,7 +90,7 @@ def comparison(runs: dict[str, Run]) -> Comparison:
 def render(what: Comparison, rows: list[dict[str, str]]) -> str:
     """Render the page."""
     curves = [
-        Curve(name, name, [accuracy_points(run.epochs)], lr_points(run.steps))
+        Curve(name, name, [accuracy_points(run.epochs)], lr_points(run.rates))
         for name, run in what.runs.items()
     ]
     metric = METRICS[what.metric]
@@ -94,13 +106,30 @@ def render(what: Comparison, rows: list[dict[str, str]]) -> str:
     short = zip(what.runs, rows, strict=True)
     return pages.render(
         Path(__file__).with_name("compare.html.jinja"),
-        lead=f"Plain validation {metric}, one view of every image; {beside}.",
+        sentences=[
+            f"Plain validation {metric}, one view of every image; {beside}.",
+            *(f"{text[0].upper()}{text[1:]}." for text in differences(rows)),
+        ],
         header=list(rows[0]),
+        left=[list(rows[0]).index(name) for name in ("hardware", "schedule", "data")],
         rows=[(name, *list(cells.values())[1:]) for name, cells in short],
         figures=svgs(figures),
-        entries=what.entries,
+        entries=[entry_cells(*pair) for pair in enumerate(what.entries, start=1)],
         clock=TRAIN_CLOCK,
     )
+
+
+def entry_cells(place: int, entry: Published) -> list[str]:
+    """Format the row of a published entry, under the number that the plots give it."""
+    least = "at least " if entry.at_least else ""
+    accuracies = (
+        "-" if value is None else least + percent(value, 1) for value in (entry.top1, entry.top5)
+    )
+    cost = "-" if entry.usd is None else f"${entry.usd:.4g}"
+    return [
+        *(str(place), entry.name, entry.hardware, *accuracies, duration(entry.seconds)),
+        *(cost, str(entry.epochs or "-"), entry.source),
+    ]
 
 
 def row(name: str, run: Run) -> dict[str, str]:
@@ -116,14 +145,29 @@ def row(name: str, run: Run) -> dict[str, str]:
         "top-1": percent(summary["top1"]),
         "top-5": percent(summary["top5"]),
         "train time": duration(summary["train_seconds"]),
+        "target": target_text(run),
         "time to target": time,
         "wall time": duration(summary["wall_seconds"]),
         "epochs": str(summary["epochs"]),
         "steps": f"{summary['steps']:,}",
-        "max_lr": f"{recipe['max_lr']:g}",
+        "peak LR": "-" if not run.rates else f"{max(rate['lr'] for rate in run.rates):.4g}",
         "schedule": schedule_text(recipe),
-        "data": summary["dataset"],
+        "data": data_text(run),
     }
+
+
+def target_text(run: Run) -> str:
+    """Format the target, such as "94 % top-1"."""
+    if run.target is None:
+        return "none"
+    metric, value = run.target
+    return f"{100 * value:g} % {METRICS[metric]}"
+
+
+def data_text(run: Run) -> str:
+    """Name the data and count the training images, which tells folders of one name apart."""
+    count = run.plan.get("num_train")
+    return run.summary["dataset"] + (f", {count:,} images" if count else "")
 
 
 METRICS = {"top1": "top-1", "top5": "top-5"}

@@ -42,8 +42,7 @@ from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import PRECISIONS
 from fastimagenet.recipes.superconvergence import COMPARISON, IMAGES_PER_CLASS, RUNS, STUDY
 from fastimagenet.report.figures import write_files
-from fastimagenet.report.run import rows_of
-from fastimagenet.training.recorder import read_rows
+from fastimagenet.report.run import Run
 from pipelines.datasets.split import read_split, skip_line
 from pipelines.files import Row, write_text
 from pipelines.formats import NO_BREAK, duration, number, percent
@@ -226,15 +225,15 @@ def cells(run: Row) -> dict[str, str]:
 
 def curve(run: Row) -> Curve:
     """Return what the rows of the run's folders hold."""
-    rows = [read_rows(Path(seed["folder"])) for seed in run["seeds"]]
+    runs = [Run.open(seed["folder"]) for seed in run["seeds"]]
     legend = run["run"]
     if run["difference_points"] is not None:
         legend += f": published {percent(run['published']['top1'])}"
     return Curve(
         name=run["run"],
         legend=legend.replace(NO_BREAK, " "),
-        accuracy=[accuracy_points(rows_of("epoch", seed)) for seed in rows],
-        lr=lr_points(rows_of("step", rows[0])),
+        accuracy=[accuracy_points(each.epochs) for each in runs],
+        lr=lr_points(runs[0].rates),
     )
 
 

@@ -102,7 +102,7 @@ def phase_result(rates: PhaseRates, matmul: float, copy: float) -> Row:
         "loader_images_per_sec": asdict(estimate(rates.loader)),
         "model_images_per_sec": asdict(model),
         "both_images_per_sec": asdict(estimate(rates.both)),
-        "stall": asdict(estimate(stalls)),
+        "stall": asdict(estimate(stalls, signed=True)),
         "data_wait_share": asdict(estimate(rates.data_wait_share)),
         "model_flops_per_sec": flops,
         "share_of_matmul": flops / matmul,

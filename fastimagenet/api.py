@@ -169,12 +169,14 @@ def _config(
         recipe = chosen_recipe(
             _checked("recipe", recipe, str | Recipe | None), folder, launch.nodes
         )
+    recipe, notes = changed_recipe(
+        recipe,
+        _checked("set", settings, Mapping | None) or {},
+        _checked("epochs", epochs, int | None),
+    )
     return RunConfig(
-        recipe=changed_recipe(
-            recipe,
-            _checked("set", settings, Mapping | None) or {},
-            _checked("epochs", epochs, int | None),
-        ),
+        recipe=recipe,
+        notes=notes,
         data=DataConfig(folder=folder, **parts[DataConfig]),
         launch=launch,
         entry=EntryFacts(**parts[EntryFacts]),
@@ -183,7 +185,7 @@ def _config(
     )
 
 
-_OWN_ARGUMENT = ("recipe", "data", "folder", "output", "launch", "entry")
+_OWN_ARGUMENT = ("recipe", "data", "folder", "output", "launch", "entry", "notes")
 """Fields that are no options: the functions have arguments for them, or for their parts."""
 
 

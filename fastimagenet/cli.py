@@ -126,7 +126,8 @@ def add_run_flags(
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="change a recipe field, such as max_lr=1.2 or phases.0.image_size=96; repeatable",
+        help="change a recipe field, such as max_lr=1.2, phases.0.image_size=96 or, in all phases, "
+        "phases.*.batch_size=16; repeatable",
     )
     add(
         "--global-batch",
@@ -175,8 +176,9 @@ def run_config(args: argparse.Namespace, *, elastic: bool = False, **more: Any) 
     """
     recipe = chosen_recipe(args.recipe, args.data, args.nodes[1])
     settings = [*args.set, *([f"precision={args.precision}"] if args.precision else [])]
-    recipe = changed_recipe(recipe, settings, getattr(args, "epochs", None))
+    recipe, notes = changed_recipe(recipe, settings, getattr(args, "epochs", None))
     fields: dict[str, Any] = {
+        "notes": notes,
         "recipe": recipe,
         "data": data_config(args),
         "launch": launch_of(args, elastic=elastic),

@@ -108,6 +108,8 @@ class RunConfig:
     profile: bool = False
     """Trace ten steps into `output`/profile."""
     entry: EntryFacts = field(default_factory=EntryFacts)
+    notes: tuple[str, ...] = ()
+    """What the user is told of the choices made so far."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -169,7 +171,7 @@ class RunConfig:
 
 _FLAGS = {"folder": "--data", "timeout_seconds": "--timeout"}
 """Flags that are not named as their field is."""
-_NO_FLAG = ("recipe", "nodes", "min_nodes")
+_NO_FLAG = ("recipe", "nodes", "min_nodes", "notes")
 """Fields that `RunConfig.flags` treats apart."""
 
 
@@ -185,7 +187,20 @@ def chosen_recipe(name: str | None, data: Path | None, nodes: int = 1) -> Recipe
 
 def changed_recipe(
     recipe: Recipe, settings: Mapping[str, Any] | Sequence[str], epochs: int | None = None
-) -> Recipe:
-    """Apply settings to a recipe and stretch it to so many epochs. Raises UserError."""
+) -> tuple[Recipe, tuple[str, ...]]:
+    """Apply settings to a recipe and stretch it to so many epochs; return notes for the user, too.
+
+    Raises UserError.
+    """
     recipe = toml.with_settings(recipe, settings) if settings else recipe
-    return recipe if epochs is None else recipe.stretched(epochs)
+    if epochs is None:
+        return recipe, ()
+    stretched = recipe.stretched(epochs)
+    dropped = len(recipe.phases) - len(stretched.phases)
+    if not dropped:
+        return stretched, ()
+    sizes = ", ".join(f"{phase.image_size} px" for phase in stretched.phases)
+    return stretched, (
+        f"note: --epochs {epochs} leaves no epoch to {dropped} of the recipe's "
+        f"{len(recipe.phases)} phases: what is left is at {sizes}",
+    )

@@ -18,8 +18,10 @@ from fastimagenet.recipes import toml
 from fastimagenet.recipes.recipe import TTA, Recipe
 from pipelines.backends import start_workers
 from pipelines.cli import Parser, make_parser
+from pipelines.datasets.folders import SPLIT_FOLDERS
 from pipelines.datasets.split import Split, left_out_note, read_split, skip_list_note
 from pipelines.errors import UserError
+from pipelines.files import read_object
 from pipelines.loader import Stage
 
 if TYPE_CHECKING:
@@ -36,7 +38,13 @@ def parser() -> Parser:
         "Evaluate a checkpoint: exact top-1 and top-5 over all validation images.",
         "python -m fastimagenet.evaluate runs/first/checkpoints/best.pt --data imagenet --tta flip",
     )
-    result.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    result.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a checkpoint, or the --output folder of a run for its best.pt; without --data the "
+        "data of that run are taken",
+    )
     cli.add_machine_flags(result)
     result.add_argument(
         "--tta",
@@ -61,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     processes = Processes.of(cli.launch_of(args))
+    path = checkpoint_at(args.checkpoint)
+    if args.data is None:
+        args.data = data_of_run(path)
+        if args.data is not None and processes.is_first:
+            print(f"note: no --data given: {args.data}, as its run had", file=sys.stderr)  # noqa: T201
     data = cli.data_config(args)
     if args.image_size is not None and not 8 <= args.image_size <= MAX_IMAGE_SIZE:
         rule = f"from 8 to {MAX_IMAGE_SIZE} pixels"
@@ -73,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(world: World) -> int:
         started = time.perf_counter()
-        counts, *rect = evaluate_checkpoint(
-            args.checkpoint,
+        facts, (counts, *rect) = evaluate_checkpoint(
+            path,
             val,
             world,
             backend=data.backend,
@@ -84,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rect=args.rect,
         )
         seconds = time.perf_counter() - started
-        result = {"images": counts.images, **counts.accuracies(), "loss": counts.loss}
+        result = facts | {"images": counts.images, **counts.accuracies(), "loss": counts.loss}
         for other in rect:
             result |= {f"rect_{name}": value for name, value in other.accuracies().items()}
         result["seconds"] = seconds
@@ -92,6 +105,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return processes.run("fastimagenet.evaluate", argv, work)
+
+
+def checkpoint_at(path: Path) -> Path:
+    """Return the checkpoint, which is best.pt of a run's folder. Raises UserError without one."""
+    if not path.is_dir():
+        return path
+    for folder in (path / "checkpoints", path):
+        if (folder / "best.pt").exists():
+            return folder / "best.pt"
+    raise UserError(f"{path} holds no checkpoints/best.pt: name a checkpoint, or a run's folder")
+
+
+def data_of_run(checkpoint: Path) -> Path | None:
+    """Return the folder of the data that the checkpoint's run read; None where nothing tells.
+
+    Raises UserError where they are no longer there.
+    """
+    plan = checkpoint.absolute().parent.parent / "plan.json"
+    if not plan.exists() or not (found := read_object(plan).get("data")):
+        return None
+    folder = Path(found)
+    if not folder.is_dir():
+        raise UserError(f"--data: the data of the run, {folder}, are not there: name them")
+    return folder
+
+
+def split_name(val: Split) -> str:
+    """Name the folder that the validation images are in, such as "test"."""
+    folders = [] if val.in_shards else Path(val.files[0].path).parts[::-1]
+    return next((name for name in folders if name in SPLIT_FOLDERS["val"]), "val")
 
 
 def evaluate_checkpoint(
@@ -104,10 +147,11 @@ def evaluate_checkpoint(
     tta: str = "none",
     image_size: int | None = None,
     rect: bool = False,
-) -> list[Counts]:
+) -> tuple[dict[str, Any], list[Counts]]:
     """Count over all processes: on squares and, with `rect`, on rectangles.
 
-    `precision` and `image_size`: in place of the recipe's.
+    Returns what was counted on, as --json has it, and the counts. `precision` and `image_size`: in
+    place of the recipe's.
     Raises UserError naming the checkpoint, flag or folder.
     """
     import torch
@@ -117,7 +161,7 @@ def evaluate_checkpoint(
     from fastimagenet.training.failures import is_out_of_memory
     from fastimagenet.training.loaders import open_loader
 
-    state = checkpoint.load(path, "recipe", "classes", "model", "ema")
+    state = checkpoint.load(path, "recipe", "classes", "model", "ema", "epoch")
     recipe = toml.loads(state["recipe"], f"the recipe in {path}")
     if tuple(state["classes"]) != val.classes:
         pairs = zip_longest(state["classes"], val.classes, fillvalue="none")
@@ -135,13 +179,23 @@ def evaluate_checkpoint(
         batch_size=min(phase.batch_size for phase in recipe.phases),
     )
     stages = (stage, replace(stage, rect=True)) if rect else (stage,)
+    facts = {
+        "checkpoint": str(path),
+        "epoch": state["epoch"],
+        "epochs": recipe.epochs,
+        "split": split_name(val),
+        "image_size": stage.image_size,
+    }
     model = trained_model(recipe, state, len(val.classes))
     model = model.to(world.device, memory_format=torch.channels_last)
     loader = open_loader(
         backend, recipe, val, stages, world, training=False, half=dtype is not None
     )
     try:
-        return [evaluate(model, loader, world=world, autocast_dtype=dtype, tta=tta) for _ in stages]
+        counts = [
+            evaluate(model, loader, world=world, autocast_dtype=dtype, tta=tta) for _ in stages
+        ]
+        return facts, counts
     except (MemoryError, RuntimeError) as error:
         # Of numpy, of torch on a CPU, of torch on a GPU.
         if (
@@ -177,17 +231,22 @@ def trained_model(recipe: Recipe, state: dict[str, Any], num_classes: int) -> An
 
 def describe(result: dict[str, Any]) -> str:
     """Format the figures, TTA and rectangles beside the plain ones."""
+
+    def figures(prefix: str) -> str:
+        names = {"top-1": result.get(f"{prefix}top1"), "top-5": result.get(f"{prefix}top5")}
+        return ", ".join(
+            f"{name} {value:.2%}" for name, value in names.items() if value is not None
+        )
+
     text = (
-        f"{result['images']:,} images in {result['seconds']:.1f} s: top-1 {result['top1']:.2%}, "
-        f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
+        f"{result['checkpoint']}, epoch {result['epoch']} of {result['epochs']}, at "
+        f"{result['image_size']} px\n{result['images']:,} images of {result['split']} in "
+        f"{result['seconds']:.1f} s: {figures('')}, loss {result['loss']:.4f}"
     )
     for title, prefix in (("with TTA", "tta_"), ("on rectangles", "rect_")):
-        if result.get(f"{prefix}top1") is not None:
-            top1, top5 = result[f"{prefix}top1"], result[f"{prefix}top5"]
-            text += f"\n{title}: top-1 {top1:.2%}, top-5 {top5:.2%}"
-    if result.get("rect_tta_top1") is not None:
-        text += f"; with TTA {result['rect_tta_top1']:.2%}, {result['rect_tta_top5']:.2%}"
-    return text
+        if found := figures(prefix):
+            text += f"\n{title}: {found}"
+    return text + (f"; with TTA: {found}" if (found := figures("rect_tta_")) else "")
 
 
 if __name__ == "__main__":

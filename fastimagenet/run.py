@@ -70,6 +70,15 @@ def read_data(data: DataConfig, say_notes: bool) -> tuple[Split, Split]:
     return train, val
 
 
+def check_target(recipe: Recipe, num_classes: int) -> None:
+    """Raise UserError for a target in top-5 that any network reaches."""
+    if recipe.target.startswith("top5") and num_classes <= 5:
+        raise UserError(
+            f"recipe field target = {recipe.target!r} says nothing of {num_classes} classes: "
+            "--set target=top1=0.9, or --set target= for none"
+        )
+
+
 def with_copies(recipe: Recipe, root: Path) -> Recipe:
     """Choose the copies in the data folder that the phases train on.
 
@@ -229,13 +238,16 @@ def whiten(model: nn.Module, backend: str, recipe: Recipe, train: Split, world: 
         model.first.whiten(images for images, _ in loader)
 
 
-def write_plan(folder: Path, plan: Plan, train: Split, val: Split) -> None:
+def write_plan(
+    folder: Path, plan: Plan, train: Split, val: Split, notes: Sequence[str] = ()
+) -> None:
     """Write plan.json; the first file of a run, and the mark that a folder holds one."""
     facts = {
         "data": str(Path(train.files[0].path).parents[0 if train.in_shards else 2]),
         "num_val": len(val),
         "num_classes": len(train.classes),
         "left_out": len(train.left_out) + len(val.left_out),
+        "notes": list(notes),
     }
     write_object(folder / "plan.json", plan.to_dict() | facts)
 
@@ -245,7 +257,9 @@ def dry_run(config: RunConfig) -> str:
     recipe = with_copies(config.recipe, config.data.root)
     world_size = Processes.of(config.launch).world_size
     train = read_split(config.data.root, "train", config.data.skip_list, check_files=False)
-    return Plan.of(recipe, world_size, len(train), config.global_batch).describe()
+    check_target(recipe, len(train.classes))
+    plan = Plan.of(recipe, world_size, len(train), config.global_batch)
+    return "\n".join([plan.describe(), *config.notes])
 
 
 def train(
@@ -260,7 +274,10 @@ def train(
     clock = clock or Stopwatch()
     recipe = with_copies(config.recipe, config.data.root)
     processes = Processes.of(config.launch)
+    for note in config.notes if processes.is_first else ():
+        print(note, file=sys.stderr)  # noqa: T201
     train, val = read_data(config.data, processes.is_first)
+    check_target(recipe, len(train.classes))
     plan = Plan.of(recipe, processes.world_size, len(train), config.global_batch)
     if config.output is None:
         config = config.with_output()
@@ -284,10 +301,10 @@ def _train(
 ) -> int:
     """Train in one process; on rank 0 write the files of the run."""
     from fastimagenet.errors import Stopped
-    from fastimagenet.report.summary import write_results
+    from fastimagenet.report.summary import RESULTS, missing_results, write_result
     from fastimagenet.training.profiling import StepProfiler
 
-    started = time.strftime("%Y-%m-%dT%H:%M:%S")
+    results = list(RESULTS)
     # Named after the time, it may have another name on another node.
     folder = gather_objects(config.folder, world, "the choice of the folder")[0]
     config = replace(config, output=folder)
@@ -300,14 +317,16 @@ def _train(
     flag = "auto" if restarted() or (config.resume is None and started_by_us()) else config.resume
     if flag is not None:
         trainer.resume(flag, elastic=bool(config.launch.min_nodes))
-        has_results = (folder / "summary.json").exists()
-        if trainer.finished and gather_objects(has_results, world, "a check")[0]:
+        missing = gather_objects(missing_results(folder), world, "a check")[0]
+        if trainer.finished and not missing:
             cli.say(world, f"the run in {folder} is finished: nothing is left to train")
             return 0
+        if trainer.finished:
+            results = missing
     if config.profile and world.is_main:
         trainer.profiler = StepProfiler(folder / "profile", trainer.device)
     if world.is_main:
-        write_plan(folder, plan, train, val)
+        write_plan(folder, plan, train, val, config.notes)
     cli.say(world, plan.describe())
     unwritten = trainer.recorder.unwritten
     with cli.stopping_on_signals(trainer) as stopped_by:
@@ -322,8 +341,9 @@ def _train(
         unwritten.share(world)
         if world.is_main:
             command = shlex.join(["python", "-m", "fastimagenet.train", *argv])
-            write = partial(write_results, config, trainer, val, started, command)
-            if unwritten.attempt("summary.json, report.html and dawnbench/", write):
+            write = partial(write_result, config, trainer, val, command)
+            written = [name for name in results if unwritten.attempt(name, partial(write, name))]
+            if "report.html" in written:
                 cli.say(world, f"report: {folder / 'report.html'}")
         unwritten.check()
     return 0

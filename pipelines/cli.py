@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import math
 import os
 import signal
@@ -85,6 +86,8 @@ def output_file(text: str) -> Path:
 
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     """Run a command; a UserError becomes one line on standard error and status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths need not be UTF-8
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         return command(argv)
     except UserError as error:

@@ -36,10 +36,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def printable(text: str) -> str:
+    """Escape the bytes of a path that are not UTF-8, which Python keeps as lone surrogates."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace the file by `text`, or leave it as it was."""
+    """Replace the file by `text`, or leave it as it was; what is not UTF-8 in it is escaped."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(printable(text), encoding="utf-8")
 
 
 def write_object(path: Path, value: dict[str, Any]) -> None:

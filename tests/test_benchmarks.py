@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def called(name: str, *flags: str) -> None:
 
 
 def test_intervals_are_those_of_student() -> None:
-    found = estimate([1.0, 2.0, 3.0])  # 2 +- 4.303 * 1 / sqrt(3)
+    assert estimate([1.0, 2.0, 3.0]) == replace(estimate([1.0, 2.0, 3.0], signed=True), low=0)
+    found = estimate([1.0, 2.0, 3.0], signed=True)  # 2 +- 4.303 * 1 / sqrt(3)
     assert (found.mean, found.low, found.high) == pytest.approx((2, -0.484, 4.484), abs=1e-3)
     found = estimate([0.0] * 10 + [2.0] * 10)  # 1 +- 2.093 * 1.026 / sqrt(20), 19 degrees
     assert found.high == pytest.approx(1.480, abs=1e-3)

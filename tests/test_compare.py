@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,10 @@ from test_dawnbench import epoch_rows
 from test_report import check_page, make_run, step_rows
 
 from benchmarks.common.published import published
-from benchmarks.compare import comparison, main, short_names
+from benchmarks.compare import comparison, main, row, short_names
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
-from fastimagenet.report.run import Run
+from fastimagenet.report.run import Run, planned
 from pipelines.errors import UserError
 
 
@@ -37,6 +40,36 @@ def test_the_page_holds_runs_and_published_entries(
     assert "ffcv-imagenet" not in page.text
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert picture.width >= 1200
+
+
+def test_what_does_not_compare_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = finished_run(tmp_path / "one")
+    two = finished_run(tmp_path / "two", dataset="digits", target={"metric": "top1", "value": 0.9})
+    assert main([str(one), str(two), "--output", str(tmp_path)]) == 0
+    said = "their accuracies do not compare, of CIFAR10, 50,000 images; digits, 50,000 images"
+    out = capsys.readouterr().out
+    assert f"note: {said}\nnote: their times to target do not compare, of 94 % top-1; 90 %" in out
+    page = check_page((tmp_path / "compare.html").read_text())
+    assert said[1:] in page.text
+    assert main([str(one), str(one), "--output", str(tmp_path)]) == 0
+    assert "compare," not in capsys.readouterr().out
+
+
+def test_the_lr_is_the_one_trained_with(finished: Path, tmp_path: Path) -> None:
+    """Every update's, not that of every tenth; where the plan was another, the logged ones."""
+    run = Run.open(finished)
+    made = planned(run.plan)
+    assert [rate["step"] for rate in run.rates] == list(range(1, 41))
+    assert [rate["lr"] for rate in run.rates] == [made.lr(step) for step in range(40)]
+    assert max(rate["lr"] for rate in run.rates) > max(row["lr"] for row in run.steps)
+    shutil.copytree(finished, tmp_path / "run")
+    plan = run.plan | {"recipe": run.plan["recipe"] | {"lr_reference_batch": 25}}
+    (tmp_path / "run" / "plan.json").write_text(json.dumps(plan))
+    other = Run.open(tmp_path / "run")
+    assert other.rates == other.steps  # which were logged with another plan
+    scaled = replace(other, steps=[])
+    assert row("run", scaled)["peak LR"] == f"{max(rate['lr'] for rate in scaled.rates):.4g}"
+    assert max(rate["lr"] for rate in scaled.rates) > 1.5 * max(rate["lr"] for rate in run.rates)
 
 
 def test_other_data_have_no_entries_beside_them(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +130,19 @@ def test_errors_of_the_plan_name_the_field(setting: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         Plan.of(recipe_toml.with_settings(two_phases(), [setting]), 1, 1000)
     assert message in str(error.value)
+
+
+def test_one_setting_fits_all_phases_to_a_small_folder() -> None:
+    with pytest.raises(UserError, match=r"--set phases\.\*\.batch_size=13 or less") as error:
+        Plan.of(two_phases(), 3, 40)
+    setting = re.findall(r"--set (\S+)", str(error.value))[0]
+    fitting = recipe_toml.with_settings(two_phases(), [setting, "phases.*.image_size=24"])
+    assert [(p.batch_size, p.image_size) for p in fitting.phases] == [(13, 24), (13, 24)]
+    assert [p.steps_per_epoch for p in Plan.of(fitting, 3, 40).phases] == [1, 1]
+    with pytest.raises(UserError, match="take fewer processes"):
+        Plan.of(two_phases(), 3, 2)
+    with pytest.raises(UserError, match=r"unknown recipe field phases\.0\.batch: did you mean"):
+        recipe_toml.with_settings(two_phases(), ["phases.*.batch=1"])
 
 
 def test_settings_change_fields_at_any_depth() -> None:

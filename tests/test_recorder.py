@@ -6,12 +6,15 @@ import io
 import json
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fastimagenet.recipes import named_recipe
 from fastimagenet.training.clock import Stopwatch, train_seconds
-from fastimagenet.training.recorder import EpochRecord, Recorder, StepRecord, read_rows
+from fastimagenet.training.recorder import EpochRecord, Recorder, StepRecord, best_record, read_rows
 from tests.conftest import fill
 
 
@@ -43,6 +46,27 @@ def epoch_record(step: int) -> EpochRecord:
         top5=0.75,
         tta_top1=0.3,
     )
+
+
+@pytest.mark.parametrize(
+    ("target", "top1", "top5", "val_loss", "best"),
+    [
+        ("", (0.3, 0.6, 0.5), (1.0, 1.0, 1.0), (2, 1, 1), 1),
+        ("top1=0.9", (0.3, 0.6, 0.6), (1.0, 1.0, 1.0), (2, 1, 0.9), 2),
+        ("top5=0.9", (0.3, 0.6, 0.5), (0.8, 0.9, 0.9), (2, 1, 0.9), 2),
+        ("", (0.6, 0.6, 0.6), (None, None, None), (math.nan, 1, 1), 1),
+        ("", (None, 0.2, None), (None, None, None), (None, 1, None), 1),
+    ],
+)
+def test_the_best_epoch(
+    target: str, top1: Sequence[float], top5: Sequence[float], val_loss: Sequence[float], best: int
+) -> None:
+    recipe = replace(named_recipe("digits"), target=target)
+    records = [
+        replace(epoch_record(10), epoch=epoch, top1=one, top5=five, val_loss=loss)
+        for epoch, (one, five, loss) in enumerate(zip(top1, top5, val_loss, strict=True))
+    ]
+    assert best_record(records, recipe) is records[best]
 
 
 def test_sections_add_up_to_the_wall_time() -> None:

@@ -113,6 +113,14 @@ def test_the_suggestions_of_the_best_sweep_lie_on_its_curve() -> None:
         assert min(nearest[:2]) - 1e-9 <= y <= max(nearest[:2]) + 1e-9
 
 
+def test_there_is_no_panel_of_a_top5_that_no_record_has() -> None:
+    without = [changed(lambda record: replace(record, top5=math.nan), sweep) for sweep in grid()]
+    names = [
+        [axes.get_ylabel()[:5] for axes in sweep_plots.stacked(s).axes] for s in (without, grid())
+    ]
+    assert names == [["train", "valid", "top-1"], ["train", "valid", "top-1", "top-5"]]
+
+
 def test_a_single_record_is_a_dot() -> None:
     sweep = make_sweep(count=1)
     for figure in sweep_plots.draw([sweep]).values():

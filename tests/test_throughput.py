@@ -50,7 +50,7 @@ def test_shares_and_stall_by_hand() -> None:
         memory_bytes=1, first_batch_seconds=0.1, compile_seconds=0.0,
     )  # fmt: skip
     result = phase_result(rates, 1e9, 2e9)
-    assert result["stall"] == asdict(estimate([1 - 0.9, 1 - 0.95]))
+    assert result["stall"] == asdict(estimate([1 - 0.9, 1 - 0.95], signed=True))
     assert result["data_wait_share"]["mean"] == pytest.approx(0.2)
     assert result["share_of_matmul"] == pytest.approx(150 * 2e6 / 1e9)
     assert result["share_of_copy"] == pytest.approx(150 * 3e6 / 2e9)

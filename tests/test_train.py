@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -83,6 +84,103 @@ def test_evaluate_gives_the_runs_own_figures(finished: Path, cifar10: Path) -> N
         assert result[name] == summary[name], name
     out, _ = evaluate(last, *flags)
     assert json.loads(out)["tta_top1"] is None
+
+
+def test_evaluate_takes_a_run_and_its_data_and_says_what_it_counted(finished: Path) -> None:
+    out, err = evaluate(finished, "--device", "cpu", "--json")
+    (note,) = err.splitlines()
+    assert note.startswith("note: no --data given: ") and note.endswith(", as its run had")
+    result = json.loads(out)
+    assert result["checkpoint"] == str(finished / "checkpoints" / "best.pt")
+    assert (result["epochs"], result["split"], result["image_size"]) == (3, "val", 16)
+    rows = rows_of("epoch", read_rows(finished))
+    assert rows[result["epoch"] - 1]["top1"] == max(row["top1"] for row in rows)
+    assert result["top1"] == pytest.approx(max(row["top1"] for row in rows), abs=0.05)
+    out, _ = evaluate(finished, "--device", "cpu", "--image-size", 12)
+    head, figures, *_ = out.splitlines()
+    assert head.endswith(f"best.pt, epoch {result['epoch']} of 3, at 12 px")
+    assert figures.startswith("200 images of val in ")
+
+
+def test_evaluate_names_data_that_are_gone(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"data": "/nowhere/at/all"}')
+    (tmp_path / "checkpoints").mkdir()
+    _, err = evaluate(tmp_path, status=2)
+    assert (
+        err
+        == f"error: {tmp_path} holds no checkpoints/best.pt: name a checkpoint, or a run's folder\n"
+    )
+    best = tmp_path / "checkpoints" / "best.pt"
+    best.symlink_to(finished / "checkpoints" / "best.pt")
+    _, err = evaluate(tmp_path, status=2)
+    assert err == "error: --data: the data of the run, /nowhere/at/all, are not there: name them\n"
+
+
+@pytest.fixture(scope="module")
+def two_classes(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two classes under a name that is not UTF-8."""
+    data = tmp_path_factory.mktemp("two") / os.fsdecode(b"photos-\xe9")
+    for split in ("train", "val"):
+        for name in ("cat", "ship"):
+            (data / split).mkdir(parents=True, exist_ok=True)
+            (data / split / name).symlink_to(cifar10 / split / name)
+    return data
+
+
+def test_a_path_that_is_not_utf8_and_results_that_are_missing(
+    two_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / os.fsdecode(b"run-\xff")
+    flags = ("--data", two_classes, "--output", folder, "--epochs", 1, *SMALL)
+    flags += ("--set", "phases.*.batch_size=20")
+
+    def fail(_: Path) -> None:
+        raise ValueError("no such colour")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fastimagenet.report.summary.write_report", fail)
+        out, err = train(*flags, status=1)
+    note = (
+        "note: --epochs 1 leaves no epoch to 2 of the recipe's 3 phases: what is left is at 12 px"
+    )
+    assert err.count(note) == 1
+    assert note in train(*flags, "--dry-run")[0]
+    assert "top-1 " in out and "top-5" not in out
+    assert err.splitlines()[-1] == "error: not written: report.html (ValueError: no such colour)"
+    summary = summary_of(folder)
+    assert (summary["num_classes"], summary["top5"], summary["threads"]) == (
+        2, None, torch.get_num_threads(),
+    )  # fmt: skip
+    assert list((folder / "dawnbench").glob("*.tsv"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        out, _ = train(*flags, "--resume", "auto")
+    finally:
+        torch.set_num_threads(threads)
+    assert f"report: {folder / 'report.html'}" in out
+    assert f"on {threads + 1} threads in place of {threads}: not bit for bit" in out
+    assert summary_of(folder) == summary
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert note.replace("'", "&#39;") in page
+    assert r"photos-\xe9" in page and "TTA top-1" in page and "TTA top-5" not in page
+    (folder / "summary.json").unlink()
+    train(*flags, "--resume", "auto")
+    again = summary_of(folder)
+    assert (again["started"], again["top1"]) == (summary["started"], summary["top1"])
+    out, _ = train(*flags, "--resume", "auto")
+    assert "is finished: nothing is left to train" in out
+    out, _ = run("fastimagenet.report", folder)  # to a pipe, which gets the very bytes
+    assert out.endswith("run-\ufffd/report.html\n")
+
+
+def test_a_top5_target_needs_more_than_five_classes(two_classes: Path) -> None:
+    target = ("--set", "target=top5=0.9")
+    message = error_of("--data", two_classes, *SMALL, *target)
+    assert (
+        "recipe field target = 'top5=0.9' says nothing of 2 classes: --set target=top1" in message
+    )
+    assert error_of("--data", two_classes, *SMALL, *target, "--dry-run") == message
 
 
 def test_evaluate_refuses_other_data(finished: Path, digits: Path) -> None:

@@ -104,7 +104,8 @@ def test_it_does_what_a_plain_loop_does() -> None:
         optimizer.zero_grad()
         with torch.no_grad():
             for old, new in zip(average.parameters(), reference.parameters(), strict=True):
-                old.copy_(new if step == 0 else 0.9 * old + 0.1 * new)
+                decay = (1 + step) / (10 + step)  # below 0.9 up to the 81st update
+                old.copy_(new if step == 0 else decay * old + (1 - decay) * new)
     loader.close()
 
     trainer = make_trainer(replace(RECIPE, ema_decay=0.9))

@@ -283,5 +283,5 @@ def variant(
     changes = [*args.set, *settings]
     flags += set_flags(changes)
     flags += [] if args.epochs is None else ["--epochs", str(args.epochs)]
-    changed = changed_recipe(named_recipe(recipe), changes, args.epochs)
+    changed, _ = changed_recipe(named_recipe(recipe), changes, args.epochs)
     return Variant(name=name, recipe=changed, flags=flags, num_train=num_train)

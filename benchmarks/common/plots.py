@@ -150,9 +150,9 @@ def accuracy_points(epochs: list[Row]) -> Points:
     return [(row["step"], 100 * row["top1"]) for row in epochs if row["top1"] is not None]
 
 
-def lr_points(steps: list[Row]) -> Points:
-    """Return (steps done, learning rate) of every logged step."""
-    return [(row["step"], row["lr"]) for row in steps]
+def lr_points(rates: list[Row]) -> Points:
+    """Return (steps done, learning rate) of `Run.rates`."""
+    return [(row["step"], row["lr"]) for row in rates]
 
 
 def schedule_text(recipe: Row) -> str:

@@ -35,20 +35,26 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Compute mean and 95 % interval of at least two values, by Student's t."""
+def estimate(values: Sequence[float], signed: bool = False) -> Estimate:
+    """Compute mean and 95 % interval of at least two values, by Student's t.
+
+    It ends at 0, since few values would often give one below, which no time or rate has; not if
+    `signed`, for differences.
+    """
     mean, freedom = fmean(values), len(values) - 1
     # Above ten degrees the first terms of the Cornish-Fisher expansion are exact to 0.003.
     tail = 1.96 + 2.372 / freedom + 2.823 / freedom**2
     student = STUDENT[freedom - 1] if freedom <= 10 else tail
     margin = student * stdev(values) / sqrt(len(values))
-    return Estimate(mean, mean - margin, mean + margin)
+    low = mean - margin
+    return Estimate(mean, low if signed else max(0.0, low), mean + margin)
 
 
 def ratio(values: Sequence[float], base: Sequence[float]) -> Estimate:
     """Compute the geometric mean of the round-by-round ratios and its 95 % interval."""
-    logs = estimate([log(value / other) for value, other in zip(values, base, strict=True)])
-    return Estimate(exp(logs.mean), exp(logs.low), exp(logs.high))
+    logs = [log(value / other) for value, other in zip(values, base, strict=True)]
+    found = estimate(logs, signed=True)
+    return Estimate(exp(found.mean), exp(found.low), exp(found.high))
 
 
 def estimates(rounds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -62,11 +68,11 @@ def ratios(rounds: Mapping[str, Sequence[float]], base: str) -> dict[str, Any]:
     return {name: asdict(ratio(rounds[name], rounds[base])) for name in others}
 
 
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, low and high as JSON has them; a single value has no interval: null, null."""
+def interval(values: Sequence[float], signed: bool = False) -> dict[str, Any]:
+    """Return `estimate` as JSON has it; a single value has no interval: null, null."""
     if len(values) == 1:
         return {"mean": values[0], "low": None, "high": None}
-    return asdict(estimate(values))
+    return asdict(estimate(values, signed))
 
 
 def interval_text(value: Mapping[str, Any], text: Callable[[float], str], single: str = "") -> str:

@@ -145,6 +145,7 @@ class SweepRecord:
     """Mean over one validation batch per process, not smoothed; so are the two below."""
     top1: float
     top5: float
+    """NaN with five classes or fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,7 +189,7 @@ def run(
                 loss=loss,
                 val_loss=counts.loss,
                 top1=counts.top1,
-                top5=counts.top5,
+                top5=math.nan if counts.top5 is None else counts.top5,
             )
         )
         any_finite = any_finite or math.isfinite(loss)

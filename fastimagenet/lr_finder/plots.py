@@ -101,16 +101,16 @@ def stacked(
     skip_last: int = SKIP_LAST,
     smoothed: bool = True,
 ) -> Figure:
-    """Draw training loss, validation loss, top-1 and top-5 against LR, one below the other.
+    """Draw training loss, validation loss and accuracies against LR, one below the other.
 
     `smoothed`: validation is averaged as the training loss is; the value of each batch is faint,
     and drawn for the best sweep alone. Otherwise the values of the batches are drawn as they are.
     """
-    figure, axes = stack()
     best = best_sweep(sweeps) or sweeps[0]
     shown = [sweep.shown(skip_first, skip_last) for sweep in sweeps]
+    figure, axes = stack(without_top5=not any(finite(r.top5) for rows in shown for r in rows))
     _draw_losses(axes["loss"], sweeps, shown, "lr")
-    for key in ("val_loss", "top1", "top5"):
+    for key in list(axes)[1:]:
         curves: list[Points] = []
         for sweep, records, look in zip(sweeps, shown, _looks(sweeps), strict=True):
             raw = _points(records, "lr", key)
@@ -122,7 +122,7 @@ def stacked(
             curves.append(curve)
         if key == "val_loss":
             _cut(axes[key], curves)
-    _lr_axis(axes["top5"], sweeps, shown)
+    _lr_axis(list(axes.values())[-1], sweeps, shown)
     return _with_names(figure, sweeps)
 
 

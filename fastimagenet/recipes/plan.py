@@ -59,10 +59,13 @@ class Plan:
         for index, phase in enumerate(recipe.phases):
             steps_per_epoch = train_steps(num_train, phase.batch_size, num_shards)
             if not steps_per_epoch:
+                # What fits every phase: their batches would be refused one by one.
+                fits = f"--set phases.*.batch_size={num_train // num_shards} or less"
+                if num_train < num_shards:
+                    fits = "take fewer processes" if world_size > 1 else "there are too few"
                 raise UserError(
                     f"recipe field phases.{index}.batch_size = {phase.batch_size} x {num_shards} "
-                    f"processes is more than the {num_train} training images: "
-                    f"--set phases.{index}.batch_size={max(1, num_train // num_shards)} or less"
+                    f"processes is more than the {num_train} training images: {fits}"
                 )
             reference, images = recipe.lr_reference_batch, phase.batch_size * num_shards
             planned.append(

@@ -123,7 +123,8 @@ class Recipe(Transforms):
     decay_bn_and_bias: bool = False
     label_smoothing: float = 0.0
     ema_decay: float = 0.0
-    """Evaluate an exponential moving average of the weights; 0 is off."""
+    """Evaluate an exponential moving average of the weights; 0 is off. The decay grows up to this:
+    after n updates it is (1 + n) / (10 + n)."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     compile: bool = False

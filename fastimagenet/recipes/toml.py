@@ -30,6 +30,11 @@ def loads(text: str, where: str = "recipe") -> Recipe:
     return _build(Recipe, data, "")
 
 
+def from_plain(data: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from the plain values of plan.json. Raises UserError naming the field."""
+    return _build(Recipe, {key: value for key, value in data.items() if value is not None}, "")
+
+
 def load(path: Path) -> Recipe:
     """Read a recipe from a TOML file. Raises UserError naming the file or the field."""
     try:
@@ -43,7 +48,8 @@ def load(path: Path) -> Recipe:
 def with_settings(recipe: Recipe, settings: Mapping[str, Any] | Sequence[str]) -> Recipe:
     """Change fields, given as {"max_lr": 1.2} or as the texts of --set, "phases.0.image_size=96".
 
-    In text the value is read as TOML; a bare word is a string. All settings are applied before the
+    In text the value is read as TOML; a bare word is a string. "phases.*.batch_size" is that of all
+    phases. All settings are applied before the
     recipe is checked, so that fields which depend on one another can change together.
     Raises UserError naming the field.
     """
@@ -91,6 +97,12 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
         where = ".".join(parts[:depth])
         index: Any = part
         if isinstance(node, list):
+            if part == "*":
+                for number in range(len(node)):
+                    _assign(
+                        data, ".".join([*parts[:depth], str(number), *parts[depth + 1 :]]), value
+                    )
+                return
             if not part.isdigit() or int(part) >= len(node):
                 last = len(node) - 1
                 raise UserError(f"--set {key}: {where} has entries 0 to {last}, not {part}")

@@ -76,7 +76,7 @@ def write_entry(run_dir: Path) -> list[Path]:
         return []
     entry = _entry(summary)
     columns = {"top1Accuracy": "top1"}
-    if summary.get("dataset") != "CIFAR10":
+    if summary.get("dataset") != "CIFAR10" and rows[-1].get("top5") is not None:
         columns["top5Accuracy"] = "top5"
     lines = ["\t".join(("epoch", "hours", *columns))]
     for row in rows:

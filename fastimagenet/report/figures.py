@@ -95,13 +95,14 @@ def new_figure(
         return figure, list(axes.flat)
 
 
-def stack() -> tuple[Figure, dict[str, Axes]]:
+def stack(without_top5: bool) -> tuple[Figure, dict[str, Axes]]:
     """Create axes for OUTCOMES by field, one below the other over a shared x axis."""
-    figure, axes = new_figure(len(OUTCOMES), size=(WIDTH, 7.2), sharex=True)
-    for panel, (label, _) in zip(axes, OUTCOMES.values(), strict=True):
-        panel.set_ylabel(label)
+    fields = [field for field in OUTCOMES if field != "top5" or not without_top5]
+    figure, axes = new_figure(len(fields), size=(WIDTH, 1.8 * len(fields)), sharex=True)
+    for panel, field in zip(axes, fields, strict=True):
+        panel.set_ylabel(OUTCOMES[field][0])
     figure.align_ylabels(axes)
-    return figure, dict(zip(OUTCOMES, axes, strict=True))
+    return figure, dict(zip(fields, axes, strict=True))
 
 
 def draw_line(axes: Axes, points: Points, **style: Any) -> None:

@@ -38,7 +38,8 @@ DEFINITIONS = {
     "which never overlap.",
     "time to target": "Training time at the end of the first evaluated epoch whose accuracy "
     "without augmentation reaches the target.",
-    "top-1, top-5": "Share of all validation images classified correctly, one view each. Values "
+    "top-1, top-5": "Share of all validation images whose class is the network's first guess, or "
+    "among its first five; one view each. With five classes or fewer there is no top-5. Values "
     "with test-time augmentation (TTA) are given separately.",
 }
 
@@ -62,7 +63,7 @@ def render(run: Run) -> str:
         plan=plan,
         summary=summary,
         phases=[_phase_cells(phase) for phase in plan.get("phases", [])],
-        epochs=[_epoch_cells(row) for row in run.epochs],
+        epochs=_epoch_table(run.epochs),
         best=next((i for i, row in enumerate(run.epochs) if row["epoch"] == best), None),
         events=[
             (duration(row.get("time_seconds")), number(row.get("step")), row.get("message"))
@@ -138,6 +139,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     summary, results = run.summary, run.results
     tiles = []
     for metric, name in METRIC_NAMES.items():
+        if metric == "top5" and results["top1"] is not None and results["top5"] is None:
+            continue  # five classes or fewer
         tta = results[f"tta_{metric}"]
         remark = "plain" if tta is None else f"TTA {percent(tta)}"
         tiles.append((name, percent(results[metric]), remark))
@@ -170,7 +173,7 @@ def _figures(run: Run) -> list[tuple[str, Markup]]:
     svgs = {
         "Accuracy against training time": plots.accuracy(run.epochs, phases, run.target),
         "Loss": plots.losses(run.steps, run.epochs, phases),
-        "Learning rate and momentum": plots.schedule(run.steps, phases),
+        "Learning rate and momentum": plots.schedule(run.rates, phases),
         "Image size and batch size": plots.sizes(run.epochs, phases),
         "Speed": plots.throughput(run.steps, phases),
         "Seconds of each epoch": plots.epoch_seconds(run.epochs),
@@ -206,6 +209,24 @@ def _phase_cells(phase: Row) -> list[str]:
     ]
 
 
+EPOCH_HEADER = (
+    *("epoch", "image px", "batch", "train loss", "val loss", "top-1", "top-5", "TTA top-1"),
+    *("TTA top-5", "training s", "waiting s", "evaluation s"),
+)
+
+
+def _epoch_table(epochs: list[Row]) -> list[list[str]]:
+    """Format the table of epochs, its header first, without accuracies that no epoch has."""
+    rows = [list(EPOCH_HEADER), *map(_epoch_cells, epochs)]
+    empty = [
+        column
+        for column, name in enumerate(EPOCH_HEADER)
+        if "top-5" in name or "TTA" in name
+        if all(row[column] == percent(None) for row in rows[1:])
+    ]
+    return [[cell for column, cell in enumerate(row) if column not in empty] for row in rows]
+
+
 def _epoch_cells(row: Row) -> list[str]:
     """Format a row of the table of epochs."""
     return [
@@ -222,7 +243,10 @@ def _epoch_cells(row: Row) -> list[str]:
 
 def _environment(run: Run) -> list[tuple[str, Any]]:
     """List names and values of what the run was measured with."""
-    keys = "hardware device world_size precision backend framework data seed started author".split()
+    keys = (
+        *("hardware", "threads", "device", "world_size", "precision", "backend", "framework"),
+        *("data", "seed", "started", "author"),
+    )
     facts = [(key.replace("_", " "), run.summary.get(key)) for key in keys]
     facts += list((run.summary.get("versions") or {}).items())
     return [(key, value) for key, value in facts if value not in (None, "")]

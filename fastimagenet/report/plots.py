@@ -114,9 +114,10 @@ def losses(steps: list[Row], epochs: list[Row], phases: list[Row]) -> str:
 
 def outcomes(steps: list[Row], epochs: list[Row], phases: list[Row]) -> str:
     """Draw training loss, validation loss and accuracies against steps, as they were computed."""
-    figure, axes = stack()
+    figure, axes = stack(without_top5=not any(finite(row.get("top5")) for row in epochs))
     colours = {"loss": BLUE, "val_loss": ORANGE, "top1": BLUE, "top5": SKY}
-    for key, (_, scale) in OUTCOMES.items():
+    for key in axes:
+        scale = OUTCOMES[key][1]
         rows = steps if key == "loss" else epochs
         points = _points(rows, key, scale)
         marker: Row = {} if key == "loss" else {"marker": "o", "markersize": 3, "clip_on": False}
@@ -128,13 +129,13 @@ def outcomes(steps: list[Row], epochs: list[Row], phases: list[Row]) -> str:
     return svg(figure, "outcomes")
 
 
-def schedule(steps: list[Row], phases: list[Row]) -> str:
-    """Draw learning rate and momentum of each logged step."""
-    lrs = _points(steps, "lr")
+def schedule(rates: list[Row], phases: list[Row]) -> str:
+    """Draw learning rate and momentum of each update."""
+    lrs = _points(rates, "lr")
     if not lrs:
         return ""
     figure, axes = new_figure(2, sharex=True)
-    lines = (("learning rate", lrs, BLUE), ("momentum", _points(steps, "momentum"), GREEN))
+    lines = (("learning rate", lrs, BLUE), ("momentum", _points(rates, "momentum"), GREEN))
     for panel, (name, points, colour) in zip(axes, lines, strict=True):
         draw_line(panel, thin(points), color=colour)
         panel.set_ylabel(name)

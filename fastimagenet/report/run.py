@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from fastimagenet.recipes import toml
+from fastimagenet.recipes.plan import Plan
 from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object
@@ -27,6 +31,14 @@ def time_to_target(rows: list[Row], metric: str, value: float) -> float | None:
     """Return the training time in seconds at the first epoch row that reaches the target."""
     row = row_at_target(rows, metric, value)
     return None if row is None else float(row["train_seconds"])
+
+
+def planned(row: Row) -> Plan:
+    """Make the plan of plan.json anew. Raises UserError, KeyError or TypeError where that fails."""
+    recipe = toml.from_plain(row["recipe"])
+    world_size, accumulation = row["world_size"], row.get("accumulation", 1)
+    first_batch = recipe.phases[0].batch_size * world_size * accumulation
+    return Plan.of(recipe, world_size, row["num_train"], first_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +72,26 @@ class Run:
             epochs=rows_of("epoch", rows),
             events=rows_of("event", rows),
         )
+
+    @cached_property
+    def rates(self) -> list[Row]:
+        """Rows with "step", "lr" and "momentum" of every update done, as the plan has them.
+
+        Of the logged ones alone where they had other rates, since the run was resumed by another
+        number of processes, or where the recipe is of a release that had other fields.
+        """
+        try:
+            plan = planned(self.plan)
+            for row in self.steps:
+                if not math.isclose(row["lr"], plan.lr(row["step"] - 1), rel_tol=1e-6):
+                    return self.steps
+        except (UserError, KeyError, TypeError):
+            return self.steps
+        done = max((row["step"] for row in (*self.steps, *self.epochs)), default=0)
+        return [
+            {"step": step + 1, "lr": plan.lr(step), "momentum": plan.momentum(step)}
+            for step in range(min(done, plan.total_steps))
+        ]
 
     @property
     def target(self) -> tuple[str, float] | None:

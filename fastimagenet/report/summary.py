@@ -23,17 +23,25 @@ from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 from pipelines.files import Row, write_object
 
+RESULTS = {"summary.json": "summary.json", "report.html": "report.html", "dawnbench/": "*/*.tsv"}
+"""The results of a run, and by which files of its folder each is known to be there."""
 
-def write_results(
-    config: RunConfig, trainer: Trainer, val: Split, started: str, command: str
-) -> Path:
-    """Write summary.json, report.html and the entry to the run's folder; return the page's path."""
+
+def missing_results(folder: Path) -> list[str]:
+    """List the results that are not there."""
+    return [name for name, files in RESULTS.items() if not any(folder.glob(files))]
+
+
+def write_result(config: RunConfig, trainer: Trainer, val: Split, command: str, name: str) -> None:
+    """Write one of RESULTS to the run's folder; all others follow from summary.json."""
     folder = config.folder
-    summary = summarise(config, trainer, val) | {"started": started, "command": command}
-    write_object(folder / "summary.json", summary)
-    page = write_report(folder)
-    dawnbench.write_entry(folder)
-    return page
+    if name == "report.html":
+        write_report(folder)
+    elif name == "dawnbench/":
+        dawnbench.write_entry(folder)
+    else:
+        facts = {"started": trainer.started, "command": command}
+        write_object(folder / name, summarise(config, trainer, val) | facts)
 
 
 def what_ran(config: RunConfig, trainer: Trainer, val: Split) -> Row:
@@ -74,6 +82,7 @@ def summarise(config: RunConfig, trainer: Trainer, val: Split) -> Row:
         "framework": f"PyTorch {torch.__version__.partition('+')[0]}",
         "author": config.entry.author,
         "author_email": config.entry.author_email,
+        "threads": torch.get_num_threads() if trainer.device.type == "cpu" else None,
         "epochs": trainer.epoch,
         "steps": trainer.step,
         "top1": last.top1,

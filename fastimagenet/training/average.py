@@ -10,7 +10,10 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class MovingAverage(AveragedModel):
-    """torch's average of parameters and buffers: decay x old + (1 - decay) x new, first a copy.
+    """torch's average of parameters and buffers: d x old + (1 - d) x new, first a copy.
+
+    After n updates d is (1 + n) / (10 + n), up to `decay`: a short run would otherwise be evaluated
+    near its start.
 
     torch's own `update_parameters` (still in 2.14) copies its counter to the GPU at every update,
     which waits for all work queued there.
@@ -32,7 +35,8 @@ class MovingAverage(AveragedModel):
                 floats[0].append(old)
                 floats[1].append(new)
         if not first:
-            torch._foreach_lerp_(*floats, 1 - self.decay)
+            count = int(self.n_averaged)
+            torch._foreach_lerp_(*floats, 1 - min(self.decay, (1 + count) / (10 + count)))
         self.n_averaged += 1
 
 

@@ -15,6 +15,9 @@ from fastimagenet.distributed.world import World
 from fastimagenet.recipes.recipe import TTA
 from pipelines.errors import UserError
 
+BEST = 5
+"""Among so many of the best scores an image's class counts as found: top-5."""
+
 
 def check_tta(tta: str) -> None:
     """Raise `UserError` unless `tta` is one of `TTA`."""
@@ -28,7 +31,8 @@ class Counts:
 
     images: int
     correct1: int
-    correct5: int
+    correct5: int | None
+    """None, as all that follows from it, with five classes or fewer, where it would say nothing."""
     loss_sum: float
     """Sum of the cross-entropy, without label smoothing, in nats."""
     tta_correct1: int | None = None
@@ -36,10 +40,12 @@ class Counts:
 
     @classmethod
     def from_totals(cls, totals: list[float], tta: str) -> Counts:
-        """Make counts of six numbers in the order of the fields; the last two count with a TTA."""
-        images, correct1, correct5, loss_sum, *tta_correct = totals
-        found = map(int, tta_correct if tta != "none" else ())
-        return cls(int(images), int(correct1), int(correct5), loss_sum, *found)
+        """Make counts of seven numbers: the fields in their order, of which the last two count with
+        a TTA, and how many images were ranked among more than five classes."""
+        images, correct1, correct5, loss_sum, tta1, tta5, ranked = totals
+        best = [int(count) if ranked else None for count in (correct5, tta5)]
+        tta_correct = (int(tta1), best[1]) if tta != "none" else ()
+        return cls(int(images), int(correct1), best[0], loss_sum, *tta_correct)
 
     @property
     def top1(self) -> float:
@@ -47,8 +53,8 @@ class Counts:
         return self.correct1 / self.images
 
     @property
-    def top5(self) -> float:
-        return self.correct5 / self.images
+    def top5(self) -> float | None:
+        return None if self.correct5 is None else self.correct5 / self.images
 
     @property
     def loss(self) -> float:
@@ -87,12 +93,12 @@ def evaluate(
     gets the sum over all; they take the buffers, which are the BN statistics, from the first
     process. `autocast_dtype` None: the model runs in its own precision. Either way logits are
     compared in float32. With `tta` the softmax is averaged over `views`; the plain figures are
-    those of the first view, from the same pass. With fewer than five classes top-5 is "any of
-    them"; an image with a NaN among its logits is wrong in every count. The model's modes are left
-    as they were. Raises UserError for an unknown `tta`.
+    those of the first view, from the same pass. With five classes or fewer there is no top-5; an
+    image with a NaN among its logits is wrong in every count. The model's modes are left as they
+    were. Raises UserError for an unknown `tta`.
     """
     check_tta(tta)
-    device, images = torch.device(world.device), 0
+    device, images, ranked = torch.device(world.device), 0, 0
     # Kept on the device: a sync in each batch would leave a GPU idle.
     correct = torch.zeros(2, dtype=torch.float64, device=device)
     tta_correct = torch.zeros(2, dtype=torch.float64, device=device)
@@ -108,14 +114,15 @@ def evaluate(
                 outputs = [model(view) for view in views(batch, tta)]
             logits = outputs[0].float()
             images += len(labels)
+            ranked += len(labels) if logits.shape[1] > BEST else 0
             correct += count_correct(logits, labels)
             loss_sum += cross_entropy(logits, labels, reduction="none").double().sum()
             if tta != "none":
                 # Softmax first: averaged logits, or their exponentials, let one view outvote all.
                 mean = torch.stack(outputs).float().softmax(dim=-1).mean(dim=0)
                 tta_correct += count_correct(mean, labels)
-        num_images = torch.tensor([images], dtype=torch.float64, device=device)
-        totals = torch.cat([num_images, correct, loss_sum, tta_correct])
+        seen = torch.tensor([images, ranked], dtype=torch.float64, device=device)
+        totals = torch.cat([seen[:1], correct, loss_sum, tta_correct, seen[1:]])
         all_reduce_sum(totals, world, "validation counts")  # in float64, exact below 2^53
     return Counts.from_totals(totals.tolist(), tta)  # the only wait for the device
 
@@ -125,7 +132,7 @@ def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
 
     -> (2,) int64 on the same device. A row of scores with a NaN is wrong in both.
     """
-    best = scores.topk(min(5, scores.shape[1]), dim=1).indices
+    best = scores.topk(min(BEST, scores.shape[1]), dim=1).indices
     # topk takes NaN for the greatest of all numbers: it would be a hit at the label.
     hit = (best == labels[:, None]) & ~scores.isnan().any(dim=1, keepdim=True)
     return torch.stack([hit[:, 0].sum(), hit.sum()])

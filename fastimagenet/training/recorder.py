@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastimagenet.distributed.collectives import gather_objects
 from fastimagenet.distributed.world import World
 from fastimagenet.errors import NotWritten
 from fastimagenet.recipes.recipe import Recipe
+from pipelines.errors import UserError
 from pipelines.files import Row, write_text
 
 
@@ -74,6 +76,7 @@ class EpochRecord:
     top1: float | None = None
     """A fraction, as all accuracies; None in an epoch without evaluation."""
     top5: float | None = None
+    """None with five classes or fewer, too, as tta_top5 and square_top5."""
     tta_top1: float | None = None
     tta_top5: float | None = None
     square_top1: float | None = None
@@ -82,10 +85,18 @@ class EpochRecord:
 
 
 def best_record(records: list[EpochRecord], recipe: Recipe) -> EpochRecord | None:
-    """Return the first evaluated epoch that is best in the target's metric, by default top-1."""
+    """Return the first evaluated epoch that is best, by top-5 if that is the target, else by top-1.
+
+    Of equal ones that of the lower validation loss.
+    """
     metric = recipe.target_metric[0] if recipe.target_metric else "top1"
-    evaluated = [record for record in records if record.top1 is not None]
-    return max(evaluated, key=lambda record: getattr(record, metric), default=None)
+    evaluated = [record for record in records if getattr(record, metric) is not None]
+
+    def rank(record: EpochRecord) -> tuple[float, float]:
+        loss = record.val_loss
+        return getattr(record, metric), -loss if loss is not None and loss == loss else -math.inf
+
+    return max(evaluated, key=rank, default=None)
 
 
 class Recorder:
@@ -148,8 +159,10 @@ class Recorder:
             f"train loss {record.train_loss:.4f}  {record.images_per_sec:,.0f} images/s  "
             f"train {record.train_seconds:.1f} s"
         )
-        if record.top1 is not None and record.top5 is not None:
-            text += f"  top-1 {record.top1:.2%}  top-5 {record.top5:.2%}"
+        if record.top1 is not None:
+            text += f"  top-1 {record.top1:.2%}"
+        if record.top5 is not None:
+            text += f"  top-5 {record.top5:.2%}"
         if record.tta_top1 is not None:
             text += f"  with TTA {record.tta_top1:.2%}"
         if record.square_top1 is not None:
@@ -224,11 +237,16 @@ class Unwritten:
         self._reasons: dict[str, str] = {}
 
     def attempt(self, name: str, write: Callable[[], object]) -> bool:
-        """Call `write`; False after an OSError, which is printed once per name as a warning."""
+        """Call `write`; False after an error, which is printed once per name as a warning."""
         try:
             write()
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
+        except Exception as error:
+            reason = str(error)
+            if isinstance(error, OSError) and error.errno:
+                reason = os.strerror(error.errno)
+            elif not isinstance(error, OSError | UserError):  # a defect; what was trained is kept
+                traceback.print_exc()
+                reason = f"{type(error).__name__}: {reason}"
             if name not in self._reasons:
                 text = f"warning: {name} could not be written: {reason}; the training continues"
                 print(text, file=sys.stderr, flush=True)  # noqa: T201

@@ -87,6 +87,8 @@ class Trainer:
         self.folder, self.checkpoint_steps = folder, checkpoint_steps
         facts = {"recipe": toml.dumps(recipe), "num_train": plan.num_train}
         self.about: dict[str, Any] = {"classes": [], "seed": 0} | facts | (about or {})
+        self.started = time.strftime("%Y-%m-%dT%H:%M:%S")
+        """When the run began, however often it was resumed since."""
         self.writer: CheckpointWriter | None = None
         if folder is not None and world.is_main:
             self.writer = CheckpointWriter(folder / "checkpoints", self.recorder)
@@ -107,6 +109,8 @@ class Trainer:
         self.records: list[EpochRecord] = []
         self.plan_changes = ""
         """How the plan differs from that of the checkpoint resumed from, for the user."""
+        self._note = ""
+        """What else to say of the resume."""
         self.stop_requested = self.stop_at_target = False
         self._logged = (0, 0.0)
         """Step and training clock, in seconds, of the last log row."""
@@ -138,7 +142,7 @@ class Trainer:
             self.compile_all_sizes()
         self.recorder.start(self.step, self.records, renumbered=bool(self.plan_changes))
         if self.step:
-            self._record_event(f"resumed{self.plan_changes}")
+            self._record_event(f"resumed{self.plan_changes}", self._note)
         self.clock.switch("compute")
         try:
             while not self.finished:
@@ -360,12 +364,16 @@ class Trainer:
             **evaluated,
         )
 
-    def _record_event(self, message: str) -> None:
+    def _threads(self) -> int:
+        """Count the threads whose sums differ in their last bits by their number; 0 on a GPU."""
+        return torch.get_num_threads() if self.device.type == "cpu" else 0
+
+    def _record_event(self, message: str, note: str = "") -> None:
         self.recorder.event(
             step=self.step,
             epoch=self.epoch,
             time_seconds=sum(self.clock.read().values()),
-            message=f"{message} at step {self.step}",
+            message=f"{message} at step {self.step}{note}",
         )
 
     def _stop_if_requested(self) -> None:
@@ -415,6 +423,8 @@ class Trainer:
             "records": [vars(record) for record in self.records],
             "clock": self.clock.read(),
             "saved_at": time.time(),
+            "started": self.started,
+            "threads": self._threads(),
             "ranks": gather_objects(rank_state, self.world, f"the save at step {self.step}"),
         }
 
@@ -503,6 +513,13 @@ class Trainer:
         saved_at = state["saved_at"]
         lost_seconds = max(0.0, time.time() - saved_at) if launched_before(saved_at) else None
         self.clock.carry_over(state["clock"], lost_seconds)
+        # Releases before had neither.
+        self.started = state.get("started", self.started)
+        before, now = state.get("threads", 0), self._threads()
+        if before and now and before != now:
+            self._note = (
+                f", on {now} threads in place of {before}: not bit for bit as it would have gone on"
+            )
         if self.folder is not None and self.world.is_main:
             checkpoint.adopt(self.folder / "checkpoints", path, state["epoch"])
 
