@@ -342,7 +342,11 @@ def _train(
         if world.is_main:
             command = shlex.join(["python", "-m", "fastimagenet.train", *argv])
             write = partial(write_result, config, trainer, val, command)
-            written = [name for name in results if unwritten.attempt(name, partial(write, name))]
+            written = [
+                name
+                for name in results
+                if unwritten.attempt(name, partial(write, name), errors=Exception)
+            ]
             if "report.html" in written:
                 cli.say(world, f"report: {folder / 'report.html'}")
         unwritten.check()

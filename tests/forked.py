@@ -75,6 +75,7 @@ class Forked:
     """What the tests use of a subprocess.Popen, text in pipes, for `python -m module words`.
 
     `network`: name of the network namespace to run in. `log`: a file for its output, instead.
+    `patches`: values by the full name of what they replace, in the command's own process.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Forked:
         cwd: Path,
         network: str | None = None,
         log: TextIO | None = None,
+        patches: dict[str, object] | None = None,
     ) -> None:
         pipes = os.pipe(), os.pipe()
         self.stdout, self.stderr = (os.fdopen(read, errors="replace") for read, _ in pipes)
@@ -92,6 +94,7 @@ class Forked:
             [module, *map(str, words)],
             cwd,
             network,
+            patches or {},
             dict(os.environ),
             *map(Output, outputs),
         )
@@ -143,6 +146,7 @@ def command(
     words: list[str],
     cwd: Path,
     network: str | None,
+    patches: dict[str, object],
     env: dict[str, str],
     stdout: int,
     stderr: int,
@@ -157,7 +161,9 @@ def command(
         enter(network)
     os.chdir(cwd)
     handler = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
-    vars(import_module(handler))["Popen"] = ForkedRank
+    for full, value in (patches | {f"{handler}.Popen": ForkedRank}).items():
+        module, _, name = full.rpartition(".")
+        vars(import_module(module))[name] = value
     become(words, env)
 
 

@@ -23,6 +23,10 @@ pytestmark = [
 ]
 
 
+SOON: dict[str, object] = {"fastimagenet.distributed.launch.LAST_CALL_SECONDS": 2}
+"""Shorter waits for more nodes, each time that the nodes meet anew."""
+
+
 @pytest.fixture
 def three() -> Iterator[Hosts]:
     with hosts(3) as network:
@@ -36,7 +40,7 @@ def begin(
     flags = ("--nodes", nodes, "--rdzv-endpoint", endpoint, "--checkpoint-steps", 3)
     data_flags = ("--data", data, "--output", output, *SMALL)
     words = ("fastimagenet.train", *data_flags, *flags, *more)
-    return Forked(*words, cwd=ROOT, network=network.names[index])
+    return Forked(*words, cwd=ROOT, network=network.names[index], patches=SOON)
 
 
 def end(node: Forked, status: int = 0) -> str:

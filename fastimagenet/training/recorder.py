@@ -236,11 +236,13 @@ class Unwritten:
     def __init__(self) -> None:
         self._reasons: dict[str, str] = {}
 
-    def attempt(self, name: str, write: Callable[[], object]) -> bool:
-        """Call `write`; False after an error, which is printed once per name as a warning."""
+    def attempt(
+        self, name: str, write: Callable[[], object], errors: type[Exception] = OSError
+    ) -> bool:
+        """Call `write`; False after one of `errors`, printed once per name as a warning."""
         try:
             write()
-        except Exception as error:
+        except errors as error:
             reason = str(error)
             if isinstance(error, OSError) and error.errno:
                 reason = os.strerror(error.errno)
