@@ -129,8 +129,8 @@ def lr_find(
     Raises UserError naming the argument, field or file that is wrong.
     """
     from fastimagenet import run
-    from fastimagenet.lr_finder.analysis import SweepConfig
     from fastimagenet.lr_finder.results import Sweeps
+    from fastimagenet.lr_finder.sweep import SweepConfig
 
     settings = SweepConfig(
         start_lr=start_lr,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastimagenet import cli, run
-from fastimagenet.lr_finder.analysis import SweepConfig
+from fastimagenet.lr_finder.sweep import SweepConfig
 from fastimagenet.training.clock import Stopwatch
 from pipelines.cli import Parser, make_parser
 

@@ -23,10 +23,10 @@ from fastimagenet.config import DataConfig, RunConfig
 from fastimagenet.distributed.collectives import gather_objects
 from fastimagenet.distributed.processes import Processes
 from fastimagenet.distributed.world import World, restarted, started_by_us
-from fastimagenet.lr_finder.analysis import Sweep, SweepConfig, check_validation
+from fastimagenet.lr_finder.sweep import Sweep, SweepConfig, check_validation
 from fastimagenet.recipes import toml
 from fastimagenet.recipes.plan import Plan
-from fastimagenet.recipes.recipe import Recipe
+from fastimagenet.recipes.recipe import TOP, Recipe
 from fastimagenet.training.clock import Stopwatch
 from fastimagenet.training.recorder import Recorder
 from pipelines.backends import start_workers
@@ -72,7 +72,7 @@ def read_data(data: DataConfig, say_notes: bool) -> tuple[Split, Split]:
 
 def check_target(recipe: Recipe, num_classes: int) -> None:
     """Raise UserError for a target in top-5 that any network reaches."""
-    if recipe.target.startswith("top5") and num_classes <= 5:
+    if recipe.target.startswith("top5") and num_classes <= TOP:
         raise UserError(
             f"recipe field target = {recipe.target!r} says nothing of {num_classes} classes: "
             "--set target=top1=0.9, or --set target= for none"

@@ -25,16 +25,9 @@ from fastimagenet import run as runs
 from fastimagenet.config import DataConfig, RunConfig
 from fastimagenet.distributed.world import World
 from fastimagenet.lr_find import main
-from fastimagenet.lr_finder.analysis import (
-    Ended,
-    Sweep,
-    SweepConfig,
-    SweepRecord,
-    choose,
-    momentum_setting,
-    recipe_max_lr,
-)
+from fastimagenet.lr_finder.analysis import choose, momentum_setting, recipe_max_lr
 from fastimagenet.lr_finder.results import Sweeps, verdict
+from fastimagenet.lr_finder.sweep import Ended, Sweep, SweepConfig, SweepRecord
 from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.digits import digits as digits_recipe
 from fastimagenet.recipes.plan import Plan

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastimagenet import lr_find2
 from fastimagenet.distributed.collectives import process_group
 from fastimagenet.distributed.world import World
-from fastimagenet.lr_finder.analysis import SweepRecord, check_validation, smoothed
+from fastimagenet.lr_finder.sweep import SweepRecord, check_validation, smoothed
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
 from fastimagenet.training.trainer import Trainer

@@ -11,18 +11,17 @@ from statistics import fmean
 
 import pytest
 
-from fastimagenet.lr_finder import analysis
-from fastimagenet.lr_finder.analysis import (
+from fastimagenet.lr_finder import sweep as sweeping
+from fastimagenet.lr_finder.analysis import best_sweep, why_nothing
+from fastimagenet.lr_finder.sweep import (
     DivergenceRule,
     Plateau,
     Sweep,
     SweepConfig,
     SweepRecord,
     batch_losses,
-    best_sweep,
     smoothed,
     valley_index,
-    why_nothing,
 )
 
 
@@ -135,7 +134,7 @@ def test_valleys_by_hand() -> None:
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any fall counts: curves of few points, which no batches could have."""
-    monkeypatch.setattr(analysis, "NOISES", 0.0)
+    monkeypatch.setattr(sweeping, "NOISES", 0.0)
 
 
 @pytest.mark.usefixtures("exact")

@@ -15,8 +15,9 @@ from PIL import Image
 from test_report import HOSTILE, ROOT, check_page
 
 from fastimagenet.lr_finder import plots as sweep_plots
-from fastimagenet.lr_finder.analysis import Sweep, SweepRecord, best_sweep, labels
+from fastimagenet.lr_finder.analysis import best_sweep, labels
 from fastimagenet.lr_finder.results import HEADER, sweep_table, table, write_page
+from fastimagenet.lr_finder.sweep import Sweep, SweepRecord
 
 NAMES = ["loss_against_lr", "stacked", "rates", "loss_against_iterations"]
 FACTS = [("hardware", "8x Sample GPU"), ("torch", "2.15.0"), ("left out", None)]

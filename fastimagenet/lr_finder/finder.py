@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastimagenet.distributed.collectives import all_reduce_sum
-from fastimagenet.lr_finder.analysis import (
+from fastimagenet.lr_finder.sweep import (
     DebiasedAverage,
     DivergenceRule,
     Ended,

@@ -18,16 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fastimagenet.lr_finder import analysis
-from fastimagenet.lr_finder.analysis import (
-    SKIP_FIRST,
-    SKIP_LAST,
-    Sweep,
-    SweepRecord,
-    best_sweep,
-    in_words,
-    labels,
-)
+from fastimagenet.lr_finder.analysis import best_sweep, in_words, labels
+from fastimagenet.lr_finder.sweep import SKIP_FIRST, SKIP_LAST, Sweep, SweepRecord
+from fastimagenet.lr_finder.sweep import smoothed as averaged
 from fastimagenet.report.figures import (
     BLACK,
     BLUE,
@@ -169,7 +162,7 @@ def _points(records: Iterable[SweepRecord], x: str, y: str) -> Points:
 def _averages(sweep: Sweep, records: Iterable[SweepRecord], y: str) -> Points:
     """Average a field from the sweep's first record on; return the points at `records`."""
     points = _points(sweep.records, "lr", y)
-    averages = analysis.smoothed(value for _, value in points)
+    averages = averaged(value for _, value in points)
     kept = {record.lr for record in records}
     return [
         (lr, average)

@@ -12,21 +12,17 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from fastimagenet.config import RunConfig
-from fastimagenet.lr_finder.analysis import (
+from fastimagenet.lr_finder.analysis import Choice, best_sweep, choose, in_words, why_nothing
+from fastimagenet.lr_finder.plots import draw, stacked, write_figures
+from fastimagenet.lr_finder.sweep import (
     FEWEST,
     SKIP_FIRST,
     SKIP_LAST,
-    Choice,
     Suggestions,
     Sweep,
     SweepConfig,
     SweepRecord,
-    best_sweep,
-    choose,
-    in_words,
-    why_nothing,
 )
-from fastimagenet.lr_finder.plots import draw, stacked, write_figures
 from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.report.figures import svg
 from fastimagenet.report.run import rows_of

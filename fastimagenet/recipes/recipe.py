@@ -78,6 +78,8 @@ class Phase(Stage):
 SCHEDULES = ("use_clr_beta", "one_cycle", "piecewise")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 METRICS = ("top1", "top5")
+TOP = 5
+"""The classes of top-5. With no more than these a network always finds the right one among them."""
 OPTIMIZERS = ("sgd", "muon")
 MANY_STEPS = 10**18
 """With so many a schedule can only be wrong in itself."""

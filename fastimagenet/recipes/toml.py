@@ -49,8 +49,8 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any] | Sequence[str]) -
     """Change fields, given as {"max_lr": 1.2} or as the texts of --set, "phases.0.image_size=96".
 
     In text the value is read as TOML; a bare word is a string. "phases.*.batch_size" is that of all
-    phases. All settings are applied before the
-    recipe is checked, so that fields which depend on one another can change together.
+    phases. All settings are applied before the recipe is checked, so that fields which depend on
+    one another can change together.
     Raises UserError naming the field.
     """
     data = tomllib.loads(dumps(recipe))
@@ -98,10 +98,9 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
         index: Any = part
         if isinstance(node, list):
             if part == "*":
+                before, after = parts[:depth], parts[depth + 1 :]
                 for number in range(len(node)):
-                    _assign(
-                        data, ".".join([*parts[:depth], str(number), *parts[depth + 1 :]]), value
-                    )
+                    _assign(data, ".".join([*before, str(number), *after]), value)
                 return
             if not part.isdigit() or int(part) >= len(node):
                 last = len(node) - 1

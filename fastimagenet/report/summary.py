@@ -23,7 +23,11 @@ from pipelines.environment import processor, versions
 from pipelines.errors import UserError
 from pipelines.files import Row, write_object
 
-RESULTS = {"summary.json": "summary.json", "report.html": "report.html", "dawnbench/": "*/*.tsv"}
+RESULTS = {
+    "summary.json": "summary.json",
+    "report.html": "report.html",
+    "dawnbench/": "dawnbench/*.tsv",
+}
 """The results of a run, and by which files of its folder each is known to be there."""
 
 
@@ -82,7 +86,7 @@ def summarise(config: RunConfig, trainer: Trainer, val: Split) -> Row:
         "framework": f"PyTorch {torch.__version__.partition('+')[0]}",
         "author": config.entry.author,
         "author_email": config.entry.author_email,
-        "threads": torch.get_num_threads() if trainer.device.type == "cpu" else None,
+        "threads": trainer.threads,
         "epochs": trainer.epoch,
         "steps": trainer.step,
         "top1": last.top1,

@@ -12,11 +12,8 @@ from torch.nn.functional import cross_entropy, pad
 
 from fastimagenet.distributed.collectives import all_reduce_sum, broadcast
 from fastimagenet.distributed.world import World
-from fastimagenet.recipes.recipe import TTA
+from fastimagenet.recipes.recipe import TOP, TTA
 from pipelines.errors import UserError
-
-BEST = 5
-"""Among so many of the best scores an image's class counts as found: top-5."""
 
 
 def check_tta(tta: str) -> None:
@@ -114,7 +111,7 @@ def evaluate(
                 outputs = [model(view) for view in views(batch, tta)]
             logits = outputs[0].float()
             images += len(labels)
-            ranked += len(labels) if logits.shape[1] > BEST else 0
+            ranked += len(labels) if logits.shape[1] > TOP else 0
             correct += count_correct(logits, labels)
             loss_sum += cross_entropy(logits, labels, reduction="none").double().sum()
             if tta != "none":
@@ -132,7 +129,7 @@ def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
 
     -> (2,) int64 on the same device. A row of scores with a NaN is wrong in both.
     """
-    best = scores.topk(min(BEST, scores.shape[1]), dim=1).indices
+    best = scores.topk(min(TOP, scores.shape[1]), dim=1).indices
     # topk takes NaN for the greatest of all numbers: it would be a hit at the label.
     hit = (best == labels[:, None]) & ~scores.isnan().any(dim=1, keepdim=True)
     return torch.stack([hit[:, 0].sum(), hit.sum()])

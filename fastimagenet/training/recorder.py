@@ -87,9 +87,11 @@ class EpochRecord:
 def best_record(records: list[EpochRecord], recipe: Recipe) -> EpochRecord | None:
     """Return the first evaluated epoch that is best, by top-5 if that is the target, else by top-1.
 
-    Of equal ones that of the lower validation loss.
+    By top-1, too, where there is no top-5. Of equal ones that of the lower validation loss.
     """
     metric = recipe.target_metric[0] if recipe.target_metric else "top1"
+    if all(record.top5 is None for record in records):
+        metric = "top1"
     evaluated = [record for record in records if getattr(record, metric) is not None]
 
     def rank(record: EpochRecord) -> tuple[float, float]:

@@ -364,9 +364,10 @@ class Trainer:
             **evaluated,
         )
 
-    def _threads(self) -> int:
-        """Count the threads whose sums differ in their last bits by their number; 0 on a GPU."""
-        return torch.get_num_threads() if self.device.type == "cpu" else 0
+    @property
+    def threads(self) -> int | None:
+        """CPU threads, by whose number sums differ in their last bits; None on a GPU."""
+        return torch.get_num_threads() if self.device.type == "cpu" else None
 
     def _record_event(self, message: str, note: str = "") -> None:
         self.recorder.event(
@@ -424,7 +425,7 @@ class Trainer:
             "clock": self.clock.read(),
             "saved_at": time.time(),
             "started": self.started,
-            "threads": self._threads(),
+            "threads": self.threads,
             "ranks": gather_objects(rank_state, self.world, f"the save at step {self.step}"),
         }
 
@@ -515,7 +516,7 @@ class Trainer:
         self.clock.carry_over(state["clock"], lost_seconds)
         # Releases before had neither.
         self.started = state.get("started", self.started)
-        before, now = state.get("threads", 0), self._threads()
+        before, now = state.get("threads"), self.threads
         if before and now and before != now:
             self._note = (
                 f", on {now} threads in place of {before}: not bit for bit as it would have gone on"

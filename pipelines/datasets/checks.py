@@ -52,6 +52,16 @@ BARE = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})
 SCAN = 0xDA
 ADOBE = 0xEE
 """APP14: says whether the inks of CMYK are inverted."""
+NOT_ALL_READ = "is a {} that not every back end reads alike"
+UNEQUAL_TIFFS = frozenset({"I", "F", "LA", "PA", "YCbCr", "LAB"})
+"""Modes of TIFFs of which DALI makes other pixels than Pillow, or none."""
+BITS, PHOTOMETRIC, EXTRA_SAMPLES = 258, 262, 338
+"""Tags of a TIFF."""
+WHITE_IS_ZERO, ASSOCIATED = 0, 1
+"""Values of two of them: negatives, of which 16 bits are not inverted; and colours that have been
+multiplied by their opacity."""
+LUMA = b"\0\0\0\x12"
+"""Number 18 of the enumerated colour spaces."""
 
 
 def jpeg_size(part: Part, head: bytes) -> tuple[int, int]:
@@ -278,30 +288,16 @@ def check_dali(image: Image.Image, head: bytes) -> None:
         except Exception as error:
             raise Damage("corrupt", "cannot be decoded (its list of pages)") from error
     elif image.format == "JPEG2000" and (mode in ("LA", "CMYK") or has_luma(head)):
-        what = "two channels" if mode == "LA" else "CMYK" if mode == "CMYK" else "YCbCr"
+        what = {"LA": "two channels", "CMYK": "CMYK"}.get(mode, "YCbCr")
         raise Damage("format", f"{NOT_ALL_READ.format('JPEG 2000')} ({what})")
     elif image.format == "PPM" and (most := largest_value(head)) not in (255, 65535):
         raise Damage("format", f"{NOT_ALL_READ.format('PNM')} (white is {most}, not 255 or 65535)")
-
-
-NOT_ALL_READ = "is a {} that not every back end reads alike"
-UNEQUAL_TIFFS = frozenset({"I", "F", "LA", "PA", "YCbCr", "LAB"})
-"""Modes of TIFFs of which DALI makes other pixels than Pillow, or none."""
-BITS, PHOTOMETRIC, EXTRA_SAMPLES = 258, 262, 338
-"""Tags of a TIFF."""
-WHITE_IS_ZERO, ASSOCIATED = 0, 1
-"""Values of two of them: negatives, of which 16 bits are not inverted; and colours that have been
-multiplied by their opacity."""
 
 
 def has_luma(head: bytes) -> bool:
     """Whether the first bytes of a JPEG 2000 say that its channels are YCbCr."""
     box = head.find(b"colr")
     return box >= 0 and head[box + 4 : box + 5] == b"\1" and head[box + 7 : box + 11] == LUMA
-
-
-LUMA = b"\0\0\0\x12"
-"""Number 18 of the enumerated colour spaces."""
 
 
 def largest_value(head: bytes) -> int:

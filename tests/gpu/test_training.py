@@ -17,7 +17,7 @@ from torch import nn
 
 from fastimagenet import lr_find2
 from fastimagenet.distributed.world import World
-from fastimagenet.lr_finder.analysis import SweepRecord
+from fastimagenet.lr_finder.sweep import SweepRecord
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
 from fastimagenet.training.trainer import Trainer
