@@ -21,7 +21,7 @@ from fastimagenet.distributed.world import (
     report_to_launcher,
 )
 from fastimagenet.errors import NotWritten, PeerLost
-from fastimagenet.machine import keep_freed_memory, spin_briefly
+from fastimagenet.machine import keep_freed_memory, share_out_quota, spin_briefly
 from fastimagenet.recipes.recipe import PRECISIONS
 from pipelines import cli
 from pipelines.backends import BACKENDS
@@ -206,6 +206,7 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
         end_with_launcher()
         keep_freed_memory()
         spin_briefly()
+        share_out_quota()
         try:
             return command(argv)
         except UserError as error:

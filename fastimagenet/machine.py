@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 
+from pipelines.cgroup import cpu_quota
+from pipelines.workers import num_cores
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """As <malloc.h> has them."""
 
@@ -34,3 +37,17 @@ def spin_briefly() -> None:
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
+ASKED_THREADS = os.environ.get("OMP_NUM_THREADS")
+"""What the user has set, if anything."""
+
+
+def share_out_quota() -> None:
+    """Have OpenMP start no more threads than a container's CPU quota feeds.
+
+    It counts the host's cores, and threads beyond the quota are stopped for most of every tenth of
+    a second. Has to come before torch is imported.
+    """
+    if ASKED_THREADS is None and cpu_quota() is not None:
+        os.environ["OMP_NUM_THREADS"] = str(num_cores())

@@ -13,10 +13,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
+from math import ceil
 from multiprocessing import forkserver
 from types import ModuleType
 from typing import TypeVar
 
+from pipelines import cgroup
 from pipelines.errors import UserError
 
 Job = TypeVar("Job")
@@ -27,8 +29,10 @@ AHEAD = 4
 
 
 def num_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Count the cores that this process may use, within its container's quota, rounded up."""
+    cores = len(os.sched_getaffinity(0))
+    quota = cgroup.cpu_quota()
+    return cores if quota is None else min(cores, max(1, ceil(quota)))
 
 
 def in_processes(

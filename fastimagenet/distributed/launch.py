@@ -27,6 +27,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from fastimagenet.distributed.world import LAUNCHER, STARTED, STOPPED, Launch
 from fastimagenet.errors import NotWritten
+from fastimagenet.machine import ASKED_THREADS
 from pipelines.errors import UserError
 from pipelines.workers import num_cores
 
@@ -55,7 +56,8 @@ def run_processes(launch: Launch, module: str, argv: list[str], seconds_before: 
             "(or start it under torchrun or srun)"
         )
     before = dict(os.environ)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.processes)))
+    threads = ASKED_THREADS or str(max(1, num_cores() // launch.processes))
+    os.environ["OMP_NUM_THREADS"] = threads
     # The same packages as here, whatever the working directory has.
     ours = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join([ours, *filter(None, [before.get("PYTHONPATH")])])

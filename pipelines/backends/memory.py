@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from pipelines import cgroup
 from pipelines.augment.crops import normalise, on_device, resized_crop, window_crop
 from pipelines.backends.stream import StreamLoader
 from pipelines.backends.torchvision import decode, padded, validation_crop
@@ -246,9 +247,10 @@ class MemoryLoader(StreamLoader):
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free in a GPU's memory, or in main memory without swapping."""
+    """Bytes free in a GPU's memory, or in main memory without swapping, within the container's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
     (kibibytes,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return 1024 * int(kibibytes)
+    free, allowed = 1024 * int(kibibytes), cgroup.free_memory()
+    return free if allowed is None else min(free, allowed)
