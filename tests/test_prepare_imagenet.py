@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -192,6 +193,60 @@ def test_a_second_call_writes_what_is_missing_or_cut(
     assert "train; 2 written now, 7 were there" in out and "val; 0 written now, 7 were" in out
     assert tree_of(dst) == images
     assert {path: path.stat().st_ino for path in others} == inodes
+
+
+@pytest.fixture
+def kaggle(images: dict[str, bytes], tmp_path: Path) -> Path:
+    """What Kaggle's archive unpacks to: val/ is flat, its labels are in a table of boxes."""
+    folder = tmp_path / "kaggle"
+    rows = ["ImageId,PredictionString"]
+    for path, content in images.items():
+        split, wnid, name = path.split("/")
+        place = folder / "ILSVRC/Data/CLS-LOC" / split / (wnid if split == "train" else "")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content)
+        if split == "val":
+            rows.append(f"{name.removesuffix('.JPEG')},{wnid} 85 1 499 272 {wnid} 4 4 90 90 ")
+    (folder / "LOC_val_solution.csv").write_text("\r\n".join([rows[0], *rows[:0:-1]]) + "\r\n")
+    return folder
+
+
+@pytest.mark.parametrize("place", ["", "ILSVRC", "ILSVRC/Data/CLS-LOC"])
+def test_kaggles_folders_become_class_folders(
+    kaggle: Path, images: dict[str, bytes], tmp_path: Path, place: str
+) -> None:
+    dst = tmp_path / "imagenet"
+    assert prepare(kaggle / place, dst) == 0
+    assert tree_of(dst) == images
+    assert prepare(kaggle / place, dst) == 0 and tree_of(dst) == images  # a second call
+    source = kaggle / "ILSVRC/Data/CLS-LOC/val"
+    manifest = json.loads((dst / "dataset.json").read_text())
+    assert manifest["splits"]["val"]["folder"] == str(source)
+    one = next(source.iterdir())  # no second copy of 150 GB
+    assert one.samefile(next(dst.rglob(one.name)))
+
+
+def test_on_another_disk_kaggles_images_are_copied(
+    kaggle: Path, images: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert prepare(kaggle, tmp_path / "imagenet") == 0
+    assert tree_of(tmp_path / "imagenet") == images
+
+
+def test_what_is_wrong_in_kaggles_folders_is_named(kaggle: Path, tmp_path: Path) -> None:
+    val, dst = kaggle / "ILSVRC/Data/CLS-LOC/val", tmp_path / "dst"
+    (val / "mine.jpg").write_bytes(b"image")
+    assert f"{val}/mine.jpg is refused: a flat ILSVRC2012_val_" in error_of(kaggle, dst)
+    (val / "mine.jpg").rename(val / val_name(50_000))
+    assert f"{val}: {val_name(50_000)} has no label; there are 7" in error_of(kaggle, dst)
+    (kaggle / "LOC_val_solution.csv").rename(kaggle / "elsewhere.csv")
+    assert "has neither ILSVRC2012_devkit" in error_of(kaggle, dst)
+    (val / val_name(50_000)).unlink()
+    assert prepare(kaggle, dst, "--val-labels", kaggle / "elsewhere.csv") == 0
 
 
 def many_images(path: Path, count: int) -> None:

@@ -1,4 +1,4 @@
-"""`prepare imagenet`: class folders from the official archives of ILSVRC-2012.
+"""`prepare imagenet`: class folders from the archives of ILSVRC-2012, or from Kaggle's folders.
 
 torchvision's readers of the same archives take only those of the official checksum, unpack all of
 them once more than needed, and start from the beginning after an interruption.
@@ -7,14 +7,13 @@ them once more than needed, and start from the beginning after an interruption.
 from __future__ import annotations
 
 import argparse
-import io
+import errno
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,104 +26,18 @@ from pipelines.datasets.manifest import NAME, read_manifest
 from pipelines.errors import UserError
 from pipelines.files import atomic_write_in, scratch_folder, write_object
 from pipelines.prepare import archives
-
-WNID = re.compile(r"n\d{8}", re.ASCII)
-VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.ASCII)
-GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
-META = "data/meta.mat"
-
-
-def read_devkit(path: Path) -> dict[int, str]:
-    """Read the devkit, ILSVRC2012_devkit_t12.tar.gz: number of a validation image (from 1) -> WNID.
-
-    Raises UserError where it is damaged or scipy, which reads its MATLAB file, is missing.
-    """
-    found: dict[str, bytes] = {}
-    with archives.open_gzip(path) as archive:
-        for member in archives.read_members(archive, path.name):
-            for wanted in (GROUND_TRUTH, META):
-                if f"/{member.name}".endswith(f"/{wanted}"):
-                    found[wanted] = archives.read_whole(archive, path.name, member)
-    for wanted in (GROUND_TRUTH, META):
-        if wanted not in found:
-            raise UserError(f"{path} has no {wanted}: download it again or give --val-labels FILE")
-    wnids = read_meta(found[META], path)
-    labels = {}
-    for number, line in enumerate(found[GROUND_TRUTH].decode("ascii", "replace").split(), start=1):
-        if not line.isdigit() or int(line) not in wnids:
-            raise UserError(f"{path}: {GROUND_TRUTH}:{number}: no class has the number {line!r}")
-        labels[number] = wnids[int(line)]
-    return labels
-
-
-def read_meta(content: bytes, path: Path) -> dict[int, str]:
-    """Read the devkit's meta.mat: ILSVRC2012_ID -> WNID."""
-    try:
-        loadmat = import_module("scipy.io").loadmat
-    except ImportError:
-        raise UserError(
-            f"{path.name} has a MATLAB file, which scipy reads: pip install scipy, or give "
-            "--val-labels FILE"
-        ) from None
-    try:
-        synsets = loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]
-        wnids = {
-            int(number): str(wnid)
-            for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
-        }
-    except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path}: {META} cannot be read ({text}): download it again") from None
-    for wnid in wnids.values():
-        if not WNID.fullmatch(wnid):
-            raise UserError(f"{path}: {META} has a class {wnid!r}: n and eight digits are expected")
-    return wnids
-
-
-def read_label_file(path: Path) -> dict[int, str]:
-    """Read lines `WNID` or `FILENAME WNID`: number of a validation image (from 1) -> WNID.
-
-    Lines with a WNID alone are in the order of the images. UserError names the first wrong line.
-    """
-    labels: dict[int, str] = {}
-    for number, line in enumerate(read_lines(path, "--val-labels"), start=1):
-        *names, wnid = line.split() or [""]
-        image = VAL_IMAGE.fullmatch(names[0]) if len(names) == 1 else None
-        if not WNID.fullmatch(wnid) or len(names) > 1 or (names and image is None):
-            raise UserError(
-                f"--val-labels: {path}:{number}: n01440764 or ILSVRC2012_val_00000001.JPEG "
-                f"n01440764 is expected, not {line[:80]!r}"
-            )
-        image_number = int(image[1]) if image else number
-        if labels.setdefault(image_number, wnid) != wnid:
-            raise UserError(f"--val-labels: {path}:{number}: image {image_number} has two classes")
-    return labels
-
-
-def read_blacklist(path: Path) -> frozenset[int]:
-    """Read the numbers (from 1) of the validation images to leave out, one a line."""
-    lines = read_lines(path, "--blacklist")
-    for number, line in enumerate(lines, start=1):
-        if not re.fullmatch(r"[0-9]{1,8}", line):
-            raise UserError(
-                f"--blacklist: {path}:{number}: the number of a validation image is expected, "
-                f"not {line[:80]!r}"
-            )
-    return frozenset(map(int, lines))
-
-
-def read_lines(path: Path, flag: str) -> list[str]:
-    """Read the stripped lines of a file, without the empty ones at its end."""
-    try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag}: cannot read {path}: {error}") from None
-    return [line.strip() for line in lines]
-
+from pipelines.prepare.imagenet_labels import (
+    DEVKIT,
+    VAL_IMAGE,
+    WNID,
+    read_blacklist,
+    read_labels,
+)
 
 ARCHIVES = {"val": "ILSVRC2012_img_val.tar", "train": "ILSVRC2012_img_train.tar"}
 """The small one first: it shows soon what is wrong."""
-DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", ".")
+"""Where the folders are that Kaggle's archive unpacks to: train/ by class, val/ flat."""
 TRAIN_IMAGE = re.compile(r"n\d{8}_\d+\.JPEG", re.ASCII)
 BLOCK_LOSS = 0.02
 """Share that file systems add to the bytes of ImageNet's images: half a block of 4 KiB each."""
@@ -144,7 +57,13 @@ class Extracted:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     names = ", ".join((*reversed(ARCHIVES.values()), DEVKIT))
-    add("archives", type=Path, metavar="ARCHIVES", help=f"folder with {names}")
+    add(
+        "archives",
+        type=Path,
+        metavar="ARCHIVES",
+        help=f"folder with {names}; or with what Kaggle's archive unpacks to, whose images are "
+        "linked, or copied to another disk",
+    )
     add("dst", type=Path, metavar="DST", help="image folder to make or complete")
     add("--split", choices=("train", "val"), help="only this one; default: both")
     add(
@@ -167,43 +86,42 @@ def run(args: argparse.Namespace) -> int:
     if args.split == "train" and (args.val_labels or args.blacklist):
         flag = "--val-labels" if args.val_labels else "--blacklist"
         raise UserError(f"{flag} is about validation images: not with --split train")
-    paths = find_archives(args.archives, args.split)
-    labels = read_labels(args.archives, args.val_labels) if "val" in paths else {}
+    sources = find_sources(args.archives, args.split)
+    labels = read_labels(args.archives, args.val_labels) if "val" in sources else {}
     blacklist = read_blacklist(args.blacklist) if args.blacklist else frozenset()
     check_blacklisted(args.dst, labels, blacklist)
-    check_space(args.dst, paths)
+    check_space(args.dst, sources)
     with scratch_folder(args.dst) as scratch:
-        for split, path in paths.items():
-            with path.open("rb") as archive:
-                if split == "train":
-                    images = train_images(archive, path)
-                else:
-                    images = val_images(archive, path, labels, blacklist)
-                found = extract(archive, path, images, args.dst / split, scratch)
-            archives.check_counts(args.dst / split, found.classes)
+        for split, path in sources.items():
+            folder = args.dst / split
+            if path.is_dir():
+                found = link(images_in(path, split, labels, blacklist), folder, scratch)
+            else:
+                with path.open("rb") as archive:
+                    if split == "train":
+                        images = train_images(archive, path)
+                    else:
+                        images = val_images(archive, path, labels, blacklist)
+                    found = extract(archive, path, images, folder, scratch)
+            archives.check_counts(folder, found.classes)
             record(args.dst, split, path, found)
             report(args.dst, split, found)
     return 0
 
 
-def find_archives(folder: Path, only: str | None) -> dict[str, Path]:
-    """Find the archives of both splits or of one: split -> path."""
-    paths = {split: folder / name for split, name in ARCHIVES.items() if only in (split, None)}
+def find_sources(folder: Path, only: str | None) -> dict[str, Path]:
+    """Find the archives, or Kaggle's folders, of both splits or of one: split -> path."""
+    wanted = [split for split in ARCHIVES if only in (split, None)]
+    paths = {split: folder / ARCHIVES[split] for split in wanted}
+    for place in KAGGLE:
+        unpacked = {split: folder / place / split for split in wanted}
+        if not any(map(Path.is_file, paths.values())) and all(map(Path.is_dir, unpacked.values())):
+            return unpacked
     for split, path in paths.items():
         if not path.is_file():
             other = "val" if split == "train" else "train"
             raise UserError(f"{folder} has no {path.name}: put it there or give --split {other}")
     return paths
-
-
-def read_labels(folder: Path, label_file: Path | None) -> dict[int, str]:
-    """Read the labels: number of a validation image (from 1) -> WNID."""
-    if label_file is not None:
-        return read_label_file(label_file)
-    devkit = folder / DEVKIT
-    if not devkit.is_file():
-        raise UserError(f"{folder} has no {DEVKIT}: put it there or give --val-labels FILE")
-    return read_devkit(devkit)
 
 
 def check_blacklisted(dst: Path, labels: dict[int, str], blacklist: frozenset[int]) -> None:
@@ -217,7 +135,12 @@ def check_blacklisted(dst: Path, labels: dict[int, str], blacklist: frozenset[in
 
 
 def check_space(dst: Path, paths: dict[str, Path]) -> None:
-    """Raise UserError if the disk has no room for what is still to be written."""
+    """Raise UserError if the disk has no room for what is still to be written.
+
+    Of Kaggle's folders that is not known without looking at each image.
+    """
+    if all(path.is_dir() for path in paths.values()):
+        return
     there = sum(
         entry.stat().st_size
         for split in paths
@@ -257,10 +180,66 @@ def val_images(
             raise UserError(
                 f"{path}: {image.name!r} is refused: ILSVRC2012_val_00000001.JPEG was expected"
             )
-        number = int(match[1])
-        if number not in labels:
-            raise UserError(f"{path}: {image.name} has no label; there are {len(labels):,}")
-        yield None if number in blacklist else labels[number], image
+        yield label_of(int(match[1]), path, labels, blacklist), image
+
+
+def label_of(
+    number: int, path: Path, labels: dict[int, str], blacklist: frozenset[int]
+) -> str | None:
+    """Return the WNID of a validation image; None if it is blacklisted. UserError without one."""
+    if number not in labels:
+        raise UserError(
+            f"{path}: ILSVRC2012_val_{number:08}.JPEG has no label; there are {len(labels):,}"
+        )
+    return None if number in blacklist else labels[number]
+
+
+def images_in(
+    folder: Path, split: str, labels: dict[int, str], blacklist: frozenset[int]
+) -> Iterator[tuple[str | None, Path]]:
+    """Yield each image of one of Kaggle's folders and its WNID; None for a blacklisted one.
+
+    Raises UserError for files that do not belong there.
+    """
+    if split == "val":
+        for path in sorted(folder.iterdir()):
+            match = VAL_IMAGE.fullmatch(path.name)
+            if match is None:
+                raise UserError(
+                    f"{path} is refused: a flat ILSVRC2012_val_00000001.JPEG is expected"
+                )
+            yield label_of(int(match[1]), folder, labels, blacklist), path
+        return
+    for wnid in class_names(folder):
+        if not WNID.fullmatch(wnid):
+            raise UserError(f"{folder / wnid} is refused: a folder n01440764 was expected")
+        for path in sorted((folder / wnid).iterdir()):
+            if not TRAIN_IMAGE.fullmatch(path.name):
+                raise UserError(f"{path} is refused: {wnid}_1.JPEG was expected")
+            yield wnid, path
+
+
+def link(images: Iterable[tuple[str | None, Path]], folder: Path, scratch: Path) -> Extracted:
+    """Link the images that are not in `folder` yet; to another disk they are copied."""
+    found = Extracted()
+    for wnid, path in tqdm(images, unit=" images", desc=folder.name, disable=None):
+        if wnid is None:
+            found.left_out.append(path.name)
+            continue
+        target, temporary = folder / wnid / path.name, scratch / str(os.getpid())
+        there = status_of(target)
+        if there is None or there.st_size != path.stat().st_size:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, temporary)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                    raise
+                shutil.copyfile(path, temporary)
+            temporary.replace(target)
+            found.written += 1
+        found.classes[wnid] += 1
+    return found
 
 
 def extract(
@@ -293,9 +272,10 @@ def extract(
 def record(dst: Path, split: str, path: Path, found: Extracted) -> None:
     """Describe a split in dataset.json; the entry of the other split stays."""
     manifest = read_manifest(dst)
-    entry: dict[str, Any] = {
-        "archive": path.name,
-        "archive_bytes": path.stat().st_size,
+    source: dict[str, Any] = {"archive": path.name, "archive_bytes": path.stat().st_size}
+    if path.is_dir():
+        source = {"folder": str(path.resolve())}
+    entry = source | {
         "images": found.classes.total(),
         "classes": len(found.classes),
     }
