@@ -67,9 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def differences(rows: list[dict[str, str]]) -> list[str]:
-    """Say in which data and targets the runs differ, whose figures say nothing of one another."""
+    """Say where runs differ so that their figures say nothing of one another."""
     found = []
-    for column, what in (("data", "accuracies"), ("target", "times to target")):
+    for column, what in (
+        ("data", "accuracies"),
+        ("starts from", "trainings"),
+        ("target", "times to target"),
+    ):
         values = list(dict.fromkeys(cells[column] for cells in rows))
         if len(values) > 1:
             found.append(f"their {what} do not compare, of {'; '.join(values)}")
@@ -153,6 +157,7 @@ def row(name: str, run: Run) -> dict[str, str]:
         "peak LR": "-" if not run.rates else f"{max(rate['lr'] for rate in run.rates):.4g}",
         "schedule": schedule_text(recipe),
         "data": data_text(run),
+        "starts from": run.pretrained or "scratch",
     }
 
 

@@ -215,17 +215,10 @@ def evaluate_checkpoint(
 def trained_model(recipe: Recipe, state: dict[str, Any], num_classes: int) -> Any:
     """Build the network with its trained weights, averaged where the recipe averages them."""
     from fastimagenet.models import build_model
+    from fastimagenet.training import checkpoint
 
     model = build_model(recipe, num_classes)
-    weights = state["model"]
-    if state["ema"] is not None:
-        prefix = "module."
-        weights = {
-            name.removeprefix(prefix): value
-            for name, value in state["ema"].items()
-            if name.startswith(prefix)
-        }
-    model.load_state_dict(weights)
+    model.load_state_dict(checkpoint.weights(state))
     return model
 
 

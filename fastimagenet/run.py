@@ -44,6 +44,7 @@ from pipelines.files import write_object
 from pipelines.loader import Stage
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from fastimagenet.training.trainer import Trainer
@@ -217,7 +218,36 @@ def build_trainer(
         optimizer_backend=config.optimizer_backend,
         checkpoint_steps=config.checkpoint_steps,
         bucket_mb=config.bucket_mb,
+        class_weights=class_weights(recipe, train),
     )
+
+
+def class_weights(recipe: Recipe, train: Split) -> torch.Tensor | None:
+    """Return the weight of each class in the training loss, (classes,) float32; None: all alike.
+
+    (images / (classes x images of the class)) to the recipe's power; with 1 as scikit-learn's
+    "balanced".
+    """
+    import torch
+
+    if not recipe.class_weight_power:
+        return None
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    weights = (len(train) / (len(counts) * counts)) ** recipe.class_weight_power
+    return torch.from_numpy(weights).float()
+
+
+def start_from_pretrained(trainer: Trainer) -> None:
+    """Load the weights that the recipe starts from, if any, and say which.
+
+    Every process does. Raises UserError naming the recipe's `pretrained`.
+    """
+    from fastimagenet.training.pretrained import load_pretrained
+
+    recipe = trainer.plan.recipe
+    if recipe.pretrained:
+        found = load_pretrained(trainer.model, recipe, len(trainer.about["classes"]))
+        cli.say(trainer.world, found)
 
 
 def whiten(model: nn.Module, backend: str, recipe: Recipe, train: Split, world: World) -> None:
@@ -323,6 +353,8 @@ def _train(
             return 0
         if trainer.finished:
             results = missing
+    if not trainer.step:
+        start_from_pretrained(trainer)
     if config.profile and world.is_main:
         trainer.profiler = StepProfiler(folder / "profile", trainer.device)
     if world.is_main:
@@ -409,6 +441,7 @@ def _sweep(
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
     command = shlex.join(["python", "-m", "fastimagenet.lr_find", *argv])
     trainer = build_trainer(config, plan, world, train, val, clock)
+    start_from_pretrained(trainer)
     cli.say(world, settings.describe(plan))
     if world.is_main:
         write_plan(config.folder, plan, train, val)

@@ -45,7 +45,7 @@ def free_memory(root: Path = ROOT) -> int | None:
 
 def groups(controller: str, root: Path = ROOT) -> Iterator[Path]:
     """Yield the folders of the process's group and those above it that hold this controller."""
-    paths = {}
+    paths: dict[str, PurePosixPath] = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, names, path = line.split(":", 2)
         paths |= dict.fromkeys(names.split(","), PurePosixPath(path))  # "" is version 2's

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastimagenet.models import resnet, smallnet, speednet
-from fastimagenet.recipes.recipe import Recipe
+from fastimagenet.models import resnet, smallnet, speednet, timms
+from fastimagenet.recipes.recipe import TIMM, Recipe
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     """Build the recipe's network, initialised with torch's global random generator.
 
-    Images (B, 3, H, W), normalised, -> logits (B, num_classes).
+    Images (B, 3, H, W), normalised, -> logits (B, num_classes). Raises UserError for a network of
+    timm's that is not there.
     """
     model: nn.Module
-    if recipe.model == "resnet56":
+    if recipe.model.startswith(TIMM):
+        sizes = {size for p in recipe.phases for size in (p.image_size, p.eval_size) if size}
+        model = timms.make_model(recipe.model, num_classes, sorted(sizes))
+    elif recipe.model == "resnet56":
         model = resnet.ResNet56(num_classes, recipe.zero_init_last_gamma)
     elif recipe.model == "smallnet":
         model = smallnet.SmallNet(num_classes, recipe.zero_init_last_gamma)

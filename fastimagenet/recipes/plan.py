@@ -236,6 +236,13 @@ class Plan:
                 )
             if planned.rect:
                 lines.append(f"  phases.{planned.index} is evaluated on rectangles")
+        if recipe.pretrained:
+            lines.append(f"  starts from pretrained weights: {recipe.pretrained}")
+        if recipe.num_layer_groups > 1:
+            factors = ", ".join(f"{each:g}" for each in recipe.layer_factors(recipe.frozen_epochs))
+            frozen = recipe.frozen_epochs
+            for_epochs = f"; all but the last are frozen for {frozen} epochs" if frozen else ""
+            lines.append(f"  layer groups, stem to head, learn at lr x {factors}{for_epochs}")
         peak = self.peak_step
         lines.append(f"  peak lr {self.lr(peak):.5g} at step {peak}, schedule {recipe.schedule}")
         if recipe.lr_reference_batch:

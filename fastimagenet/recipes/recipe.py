@@ -18,6 +18,8 @@ from pipelines.loader import AUTO_AUGMENT, MAGNITUDES, Stage, Transforms
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 """torchvision's; they alone have `blur_pool` and `small_stem`."""
 MODELS = (*RESNETS, "resnet56", "smallnet", "speednet")
+TIMM = "timm:"
+"""A model of this prefix is one of timm's networks, an extra."""
 OPTIONS = {
     "blur_pool": RESNETS,
     "small_stem": RESNETS,
@@ -80,7 +82,7 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 METRICS = ("top1", "top5")
 TOP = 5
 """The classes of top-5. With no more than these a network always finds the right one among them."""
-OPTIMIZERS = ("sgd", "muon")
+OPTIMIZERS = ("sgd", "adamw", "muon")
 MANY_STEPS = 10**18
 """With so many a schedule can only be wrong in itself."""
 
@@ -95,6 +97,16 @@ class Recipe(Transforms):
     name: str
     phases: tuple[Phase, ...]
     model: str = "resnet50"
+    """One of MODELS, or "timm:NAME"."""
+    pretrained: str = ""
+    """The weights that the training starts from: "imagenet", the name of weights of torchvision's,
+    such as "IMAGENET1K_V1", or a file (.pt, .pth, .safetensors). Empty: drawn at random."""
+    layer_lrs: tuple[float, ...] = ()
+    """The LR of each layer group in multiples of max_lr, stem to head, such as [0.01, 0.1, 1.0]:
+    see `parts.layer_groups`. Empty: the same for all."""
+    frozen_epochs: int = 0
+    """For so many epochs only the last layer group learns; without `layer_lrs` that is the head.
+    BN runs as in training all the while: its statistics go on following the images."""
 
     max_lr: float = 1.0
     """Peak learning rate; the schedules scale with it."""
@@ -111,7 +123,8 @@ class Recipe(Transforms):
     """(first epoch, last epoch, start, end) for schedule "piecewise", in multiples of max_lr."""
 
     optimizer: str = "sgd"
-    """"muon" updates the filters of convolutions by Muon, all else by SGD: see `muon.Muon`."""
+    """"adamw": Loshchilov and Hutter (arXiv:1711.05101), whose beta1 follows the momentum. "muon"
+    updates the filters of convolutions by Muon, all else by SGD: see `optimizer.Muon`."""
     muon: tuple[float, float] = (0.15, 0.6)
     """(LR in multiples of max_lr, momentum) of what Muon updates. In airbench94_muon, at a batch of
     2,000: 0.24 beside 1.656 for the head, counted for a mean loss and logits over 9; and 0.6."""
@@ -123,6 +136,11 @@ class Recipe(Transforms):
     nesterov: bool = False
     weight_decay: float = 5e-5
     decay_bn_and_bias: bool = False
+    clip_grad_norm: float = 0.0
+    """Above 0: scale the gradients of an update down to at most this norm, of all together."""
+    class_weight_power: float = 0.0
+    """Above 0: weigh the training loss of a class by (images / (classes x images of the class)) to
+    this power; 1 is scikit-learn's "balanced". The sum of a batch is divided by its images."""
     label_smoothing: float = 0.0
     ema_decay: float = 0.0
     """Evaluate an exponential moving average of the weights; 0 is off. The decay grows up to this:
@@ -172,13 +190,14 @@ class Recipe(Transforms):
 
     def _check_choices(self) -> None:
         choices = {
-            "model": MODELS,
             "schedule": SCHEDULES,
             "precision": PRECISIONS,
             "tta": TTA,
             "auto_augment": AUTO_AUGMENT,
             "optimizer": OPTIMIZERS,
         }
+        if not self.model.startswith(TIMM):
+            choices["model"] = MODELS
         for field, names in choices.items():
             value = getattr(self, field)
             require(value in names, field, f"one of {', '.join(names)}", value)
@@ -218,6 +237,13 @@ class Recipe(Transforms):
         require(min(self.std) > 0, "std", "above 0 for every channel", self.std)
         low, high = self.aspect_ratio
         require(0 < low <= high, "aspect_ratio", "(low, high) above 0", self.aspect_ratio)
+        for field in ("clip_grad_norm", "class_weight_power"):
+            require(getattr(self, field) >= 0, field, "0 or more", getattr(self, field))
+        valid = len(self.layer_lrs) != 1 and all(factor > 0 for factor in self.layer_lrs)
+        require(valid, "layer_lrs", "two or more values above 0, or none", list(self.layer_lrs))
+        frozen = self.frozen_epochs
+        valid = 0 <= frozen <= self.epochs
+        require(valid, "frozen_epochs", f"from 0 to the {self.epochs} epochs", frozen)
         every = self.eval_every_epochs
         require(every >= 1, "eval_every_epochs", "at least 1", every)
         smallest = min(phase.image_size for phase in self.phases)
@@ -237,6 +263,18 @@ class Recipe(Transforms):
     def epochs(self) -> int:
         """Epochs of all phases together."""
         return sum(phase.epochs for phase in self.phases)
+
+    @property
+    def num_layer_groups(self) -> int:
+        """Layer groups that learn at rates of their own; 1 where all are alike."""
+        return len(self.layer_lrs) or (2 if self.frozen_epochs else 1)
+
+    def layer_factors(self, epoch: float) -> tuple[float, ...]:
+        """Return the LR of each layer group during `epoch` (from 0), in multiples of the plan's."""
+        factors = self.layer_lrs or (1.0,) * self.num_layer_groups
+        if epoch >= self.frozen_epochs:
+            return factors
+        return (*(0.0 for _ in factors[1:]), factors[-1])
 
     @property
     def target_metric(self) -> tuple[str, float] | None:
@@ -272,7 +310,12 @@ class Recipe(Transforms):
         spans = [(a * factor, b * factor, start, end) for a, b, start, end in self.lr_spans]
         if self.schedule == "piecewise":
             spans[-1] = (spans[-1][0], float(epochs), *spans[-1][2:])
-        return replace(self, phases=tuple(phases), lr_spans=tuple(spans))
+        frozen = self.frozen_epochs
+        if frozen < self.epochs:
+            frozen = min(frozen, epochs - 1)
+        return replace(
+            self, phases=tuple(phases), lr_spans=tuple(spans), frozen_epochs=min(frozen, epochs)
+        )
 
 
 def _is_fraction(text: str) -> bool:

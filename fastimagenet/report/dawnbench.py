@@ -52,7 +52,8 @@ def clocks_at_target(
 
 
 MISC = {
-    **{key: key for key in ("dataset", "recipe", "command", "seed", "precision", "backend")},
+    **{key: key for key in ("dataset", "recipe", "pretrained", "command", "seed")},
+    **{key: key for key in ("precision", "backend")},
     "versions": "versions",
     "worldSize": "world_size",
     "trainSeconds": "train_seconds",

@@ -118,6 +118,8 @@ def _headline(run: Run) -> list[str]:
         return [f"{what}: not evaluated yet after {spent}."]
     top5 = "" if results["top5"] is None else f" and {percent(results['top5'])} top-5"
     sentences = [f"{what} reached {percent(results['top1'])} top-1{top5} in {spent}."]
+    if run.pretrained:
+        sentences.append(f"It started from pretrained weights ({run.pretrained}).")
     if run.target:
         seconds = run.seconds_to_target
         reached = "was not reached" if seconds is None else f"was reached in {duration(seconds)}"
@@ -245,7 +247,7 @@ def _environment(run: Run) -> list[tuple[str, Any]]:
     """List names and values of what the run was measured with."""
     keys = (
         *("hardware", "threads", "device", "world_size", "precision", "backend", "framework"),
-        *("data", "seed", "started", "author"),
+        *("pretrained", "data", "seed", "started", "author"),
     )
     facts = [(key.replace("_", " "), run.summary.get(key)) for key in keys]
     facts += list((run.summary.get("versions") or {}).items())

@@ -94,6 +94,11 @@ class Run:
         ]
 
     @property
+    def pretrained(self) -> str:
+        """The weights that the training started from; "" for one from scratch."""
+        return str(self.plan["recipe"].get("pretrained") or "")
+
+    @property
     def target(self) -> tuple[str, float] | None:
         """Metric ("top1" or "top5") and fraction to reach, or None without a target."""
         target = self.summary.get("target") or self.plan.get("recipe", {}).get("target")

@@ -54,6 +54,7 @@ def what_ran(config: RunConfig, trainer: Trainer, val: Split) -> Row:
     return {
         "recipe": recipe.name,
         "model": recipe.model,
+        "pretrained": recipe.pretrained or None,
         "data": config.data.name,
         "dataset": dataset_name(val.classes) or config.data.name,
         "num_classes": len(val.classes),

@@ -115,6 +115,18 @@ def check_seal(file: BinaryIO) -> None:
     file.seek(0)
 
 
+def weights(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint to evaluate: averaged where its run averages them."""
+    if state["ema"] is None:
+        return dict(state["model"])
+    prefix = "module."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state["ema"].items()
+        if name.startswith(prefix)
+    }
+
+
 def load(path: Path, *entries: str) -> dict[str, Any]:
     """Load what `save` wrote onto the CPU, and check that it has these entries.
 

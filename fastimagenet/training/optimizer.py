@@ -1,4 +1,4 @@
-"""SGD or Muon over parameter groups, each with its own LR, weight decay and last epoch."""
+"""SGD, AdamW or Muon over parameter groups, each with its own LR, weight decay and epochs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastimagenet.models.parts import layer_groups
 from fastimagenet.models.speednet import WhiteningConv2d
 from fastimagenet.recipes.recipe import Recipe
 from pipelines.errors import UserError
 
 Settings = dict[str, Any]
 """The entries of a parameter group but for its parameters."""
+ADAM_BETA2 = 0.99
+"""Beside a beta1 that the schedule cycles, as fast.ai trained with in "AdamW and Super-convergence
+is now the fastest way to train neural nets" (July 2018); torch's .999 remembers too long for runs
+of a few hundred updates."""
 _REMEDY = "build NVIDIA apex from https://github.com/NVIDIA/apex or take --optimizer-backend torch"
 
 
@@ -34,6 +39,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe, backend: str) -> torch.opti
             return fused_sgd(groups, lr=0.1, momentum=0.9, nesterov=recipe.nesterov)
         except RuntimeError as error:  # built without its CUDA extensions
             raise UserError(f"--optimizer-backend apex: {error}; {_REMEDY}") from None
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.1, betas=(0.9, ADAM_BETA2), fused=True)
     if recipe.optimizer == "muon":
         optimizer = Muon(groups, nesterov=recipe.nesterov)
     else:
@@ -48,27 +55,52 @@ def make_optimizer(model: nn.Module, recipe: Recipe, backend: str) -> torch.opti
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, momentum: float, epoch: int) -> None:
-    """Set every group's share of the plan's LR, and the momentum unless it has its own."""
+    """Set every group's share of the plan's LR, and the momentum unless it has its own.
+
+    AdamW's momentum is its beta1, as fast.ai cycled it in 2018.
+    """
     for group in optimizer.param_groups:
-        learns = epoch < group.get("epochs", inf)
-        group["lr"] = lr * group.get("lr_factor", 1.0) if learns else 0.0
-        group["momentum"] = group.get("own_momentum", momentum)
+        learns = group.get("frozen_epochs", 0) <= epoch < group.get("epochs", inf)
+        factor = group.get("lr_factor", 1.0) * group.get("layer_factor", 1.0)
+        group["lr"] = lr * factor if learns else 0.0
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        else:
+            group["momentum"] = group.get("own_momentum", momentum)
+
+
+def forget_frozen(optimizer: torch.optim.Optimizer) -> None:
+    """Set what the optimizer remembers of the layers that were frozen back to its beginning.
+
+    Their gradients came while they could not follow.
+    """
+    for group in optimizer.param_groups:
+        if group.get("frozen_epochs"):
+            for parameter in group["params"]:
+                for value in optimizer.state[parameter].values():
+                    value.zero_()
 
 
 def param_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Group the parameters that learn by how they are treated, in the model's order.
 
     Besides torch's entries a group has "decays", whatever the decay, and may have "muon" and those
-    that `set_rates` reads: "lr_factor", "epochs" (it stops learning after as many) and
-    "own_momentum". Parameters of at most one dimension, which are BN's and biases, do not decay
-    unless the recipe says so, and then by the same amount an update as all others, however high
-    their LR.
+    that `set_rates` reads: "lr_factor", "epochs" (it stops learning after as many),
+    "own_momentum" and, of the recipe's layer groups, "layer", "layer_factor" and "frozen_epochs"
+    (it begins to learn after as many). Parameters of at most one dimension, which are BN's and
+    biases, do not decay unless the recipe says so, and then by the same amount an update as all
+    others, however high their LR.
     """
+    layers: dict[nn.Parameter, int] = {}
+    if recipe.num_layer_groups > 1:
+        layers = layer_groups(model, recipe.num_layer_groups)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 settings = _settings(module, name, parameter, recipe)
+                if layers:
+                    settings |= _layer_settings(layers[parameter], recipe)
                 group = groups.setdefault(tuple(settings.items()), {"params": [], **settings})
                 group["params"].append(parameter)
     return list(groups.values())
@@ -91,6 +123,15 @@ def _settings(module: nn.Module, name: str, parameter: nn.Parameter, recipe: Rec
         settings["weight_decay"] /= recipe.bias_lr_factor
     if whitens:
         settings["epochs"] = recipe.whitening_bias_epochs
+    return settings
+
+
+def _layer_settings(layer: int, recipe: Recipe) -> Settings:
+    """Return the entries that the parameters of a layer group have beside the others."""
+    factors = recipe.layer_factors(recipe.frozen_epochs)
+    settings: Settings = {"layer": layer, "layer_factor": factors[layer]}
+    if layer + 1 < len(factors):
+        settings["frozen_epochs"] = recipe.frozen_epochs
     return settings
 
 
@@ -159,7 +200,8 @@ class Muon(torch.optim.SGD):
                 if bank.grad is not None:
                     gradient = bank.grad.contiguous(memory_format=torch.channels_last)
                     matrix.grad = as_matrix(gradient)
-                bank.mul_(len(bank) ** 0.5 / bank.norm())
+                if group["lr"]:  # a frozen one stays as it is
+                    bank.mul_(len(bank) ** 0.5 / bank.norm())
                 bank.grad = None  # SGD passes over what has none
         self.inner.step()
         self.inner.zero_grad()

@@ -33,7 +33,7 @@ from fastimagenet.training.clock import Stopwatch, train_seconds
 from fastimagenet.training.ddp import CommunicationTimer, synchronised
 from fastimagenet.training.evaluation import Counts, autocast_dtype, evaluate
 from fastimagenet.training.failures import SCALER_PATIENCE_STEPS, LossMonitor, out_of_memory_advice
-from fastimagenet.training.optimizer import make_optimizer, set_rates
+from fastimagenet.training.optimizer import forget_frozen, make_optimizer, set_rates
 from fastimagenet.training.profiling import StepProfiler
 from fastimagenet.training.recorder import (
     EpochRecord,
@@ -60,8 +60,8 @@ class Trainer:
     first process saves checkpoints in `folder`/checkpoints: at the end of every epoch and every
     `checkpoint_steps` updates (0: only at the ends of epochs), with the plain values `about`, which
     tell this run from others when it is resumed. DDP all-reduces the gradients in buckets of
-    `bucket_mb` MiB. Raises UserError for what the user can mend: memory, precision, a diverging
-    loss.
+    `bucket_mb` MiB. `class_weights`, (classes,), weigh the training loss. Raises UserError for what
+    the user can mend: memory, precision, a diverging loss.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Trainer:
         optimizer_backend: str = "torch",
         checkpoint_steps: int = 0,
         bucket_mb: float = 25,
+        class_weights: Tensor | None = None,
     ) -> None:
         recipe = plan.recipe
         self.plan, self.world, self.recorder = plan, world, recorder or NullRecorder()
@@ -94,6 +95,7 @@ class Trainer:
             self.writer = CheckpointWriter(folder / "checkpoints", self.recorder)
         self.device = torch.device(world.device)
         self.dtype = autocast_dtype(recipe.precision, self.device.type)
+        self.class_weights = None if class_weights is None else class_weights.to(self.device)
         if recipe.sync_bn:
             model = synchronised(model, self.device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last)
@@ -203,6 +205,9 @@ class Trainer:
     def train_step(self, micro_batches: MicroBatches, phase: PlannedPhase) -> Tensor:
         """Make the plan's next update; returns this process's mean loss, a scalar on the device."""
         lr, momentum = self.plan.lr(self.step), self.plan.momentum(self.step)
+        frozen = self.plan.recipe.frozen_epochs
+        if frozen and self.step == round(self.plan.step_at(frozen)):
+            forget_frozen(self.optimizer)
         loss = self.update(micro_batches, lr, momentum, phase)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
@@ -215,9 +220,13 @@ class Trainer:
     ) -> Tensor:
         """Update the weights once at these rates; returns the loss as `train_step` does."""
         set_rates(self.optimizer, lr, momentum, self.epoch)
+        clip = self.plan.recipe.clip_grad_norm
         with out_of_memory_advice(phase, phase.image_size):
             with collective(f"the gradients of step {self.step}", self.world):
                 loss = self._accumulate_gradients(micro_batches)
+            if clip:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), clip)
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -240,14 +249,25 @@ class Trainer:
 
     def forward_backward(self, images: Tensor, labels: Tensor, share: float = 1) -> Tensor:
         """Add `share` times the gradients of a batch's mean loss; returns `share` x that loss."""
-        smoothing = self.plan.recipe.label_smoothing
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             logits = self._train_module(images)
-        loss = cross_entropy(logits.float(), labels, label_smoothing=smoothing) * share
+        loss = self.loss(logits.float(), labels) * share
         self.scaler.scale(loss).backward()
         if self.communication is not None:
             self.communication.after_backward()
         return loss.detach()
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the training loss of logits (B, classes), a scalar: the mean over the batch.
+
+        With class weights it is their weighted sum divided by B, not by the sum of the weights as
+        torch's mean is: so the mean over micro-batches and processes is that of their images.
+        """
+        smoothing, weights = self.plan.recipe.label_smoothing, self.class_weights
+        if weights is None:
+            return cross_entropy(logits, labels, label_smoothing=smoothing)
+        total = cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing)
+        return total / len(logits)
 
     def compile_all_sizes(self) -> None:
         """Compile the training step for every batch shape of the plan; the model stays as it was.
