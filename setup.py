@@ -51,6 +51,8 @@ setup(
         "digits": ["scikit-learn>=1.4"],
         # Shards at a URL: s3:// with this, gs:// with gcsfs, hf:// with huggingface_hub beside it.
         "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],
+        # Networks of timm, model = "timm:NAME".
+        "timm": ["timm>=1.0"],
         "test": [
             "pytest>=8.0",
             "pytest-xdist>=3.6",
@@ -63,6 +65,7 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=6.29",
             "scikit-learn>=1.4",
+            "timm>=1.0",
             # A client and a server of the S3 protocol.
             "s3fs>=2024.6",
             "moto[s3]>=5.0",

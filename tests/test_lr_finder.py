@@ -157,6 +157,39 @@ def test_a_sweep_does_what_a_plain_loop_does(linear: bool, recipe_decay: float) 
     assert tuple(seen) == sweep.records
 
 
+def test_start_lr_and_decay_of_each_layer_group() -> None:
+    """As fastai 0.7 took them: one factor for all groups, end_lr is the last one's."""
+    recipe = replace(RECIPE, layer_lrs=(0.5, 1.0), phases=RECIPE.phases[:1])
+    trainer, rates = make_trainer(recipe), []
+    step = trainer.optimizer.step
+
+    def noted(*arguments: Any) -> Any:
+        groups = trainer.optimizer.param_groups
+        rates.append({g["layer"]: (g["lr"], g["weight_decay"]) for g in groups if g["decays"]})
+        return step(*arguments)
+
+    trainer.optimizer.step = noted
+    sweep = lr_find2(trainer, [0.001, 0.1], 10, 4, wds=np.array([0.5, 0.25]), stop_dv=False)
+    found = [rate[0][0] for rate in rates], [rate[1][0] for rate in rates]
+    assert found[1] == pytest.approx([0.1 * 100 ** (k / 4) for k in range(4)])
+    assert found[0] == pytest.approx([lr / 100 for lr in found[1]])
+    assert {(rate[0][1], rate[1][1]) for rate in rates} == {(0.5, 0.25)}
+    assert [record.lr for record in sweep.records] == pytest.approx(found[1])
+    assert sweep.weight_decay == 0.25
+    factors = {g["layer"]: g["layer_factor"] for g in trainer.optimizer.param_groups}
+    assert factors == {0: 0.5, 1: 1.0}  # as they were
+    with pytest.raises(
+        UserError, match="start_lr has 3 values where the recipe has 2 layer groups"
+    ):
+        lr_find2(trainer, [1e-3, 1e-3, 1e-2])
+    with pytest.raises(UserError, match="--start-lr must be above 0, not -1"):
+        lr_find2(trainer, [-1, 1e-2])
+    with pytest.raises(UserError, match="--wd must be 0 or more, not -1"):
+        lr_find2(trainer, 1e-3, wds=[-1, 1e-2])
+    with pytest.raises(UserError, match=r"wds has 2 values where the recipe has 1 layer group \("):
+        lr_find2(make_trainer(), 1e-3, wds=[1e-3, 1e-2])
+
+
 def test_defaults_are_the_recipes_decay_and_the_momentum_at_the_peak() -> None:
     recipe = replace(RECIPE, use_clr_beta=(10, 10, 0.95, 0.85))
     trainer = make_trainer(recipe)

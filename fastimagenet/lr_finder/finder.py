@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -29,16 +29,17 @@ from fastimagenet.training.evaluation import evaluate
 from fastimagenet.training.failures import out_of_memory_advice
 from fastimagenet.training.recorder import NullRecorder, Recorder
 from fastimagenet.training.trainer import Trainer
+from pipelines.errors import UserError
 from pipelines.formats import plain
 from pipelines.loader import Loader
 
 
 def lr_find2(
     trainer: Trainer,
-    start_lr: float = 1e-5,
+    start_lr: float | Sequence[float] = 1e-5,
     end_lr: float = 10,
     num_it: int = 100,
-    wds: float | None = None,
+    wds: float | Sequence[float] | None = None,
     linear: bool = False,
     stop_dv: bool = True,
     *,
@@ -48,7 +49,10 @@ def lr_find2(
     """Train `num_it` updates with a LR that rises from start_lr to end_lr; restore everything.
 
     What fastai 0.7 offered under this name. Each update is followed by an evaluation of the next
-    validation batch. `wds`: the weight decay in place of the recipe's. `linear`: the LR rises
+    validation batch. `wds`: the weight decay in place of the recipe's. `start_lr` and `wds` take
+    one value or, as in fastai 0.7, one for each of the recipe's layer groups, stem to head: all
+    LRs rise by the same factors, and `end_lr`, the records' LR and the Sweep's weight decay are the
+    last group's. In the recipe's frozen epochs that group alone learns. `linear`: the LR rises
     linearly, not exponentially. `stop_dv`: end early, before recording that batch, once the
     smoothed loss is not finite or above 4 x its best. `momentum` defaults to that of the plan
     where its LR peaks: the LR found has to work with that one. `on_record` is called after every
@@ -63,17 +67,35 @@ def lr_find2(
     Raises UserError for an argument out of range, named as the command's flag, for a validation
     set smaller than a batch, and for what an update can raise.
     """
+    groups = trainer.plan.recipe.num_layer_groups
+    start_lrs = _by_group("start_lr", start_lr, groups)
+    decays = () if wds is None else _by_group("wds", wds, groups)
     config = SweepConfig(
-        start_lr=start_lr,
+        start_lr=start_lrs[-1],
         end_lr=end_lr,
         num_it=num_it,
-        weight_decays=() if wds is None else (wds,),
+        weight_decays=decays[-1:],
         momenta=() if momentum is None else (momentum,),
         linear=linear,
         stop_dv=stop_dv,
     )
     ((weight_decay, momentum),) = config.combinations(trainer.plan)
-    return one_sweep(trainer, config, weight_decay, momentum, on_record)
+    for lr in start_lrs:
+        replace(config, start_lr=lr, end_lr=max(end_lr, 2 * lr))  # which checks each
+    for decay in decays:
+        replace(config, weight_decays=(decay,))
+    return one_sweep(trainer, config, weight_decay, momentum, on_record, start_lrs, decays)
+
+
+def _by_group(name: str, value: float | Sequence[float], groups: int) -> tuple[float, ...]:
+    """Return one value, or one a layer group. Raises UserError for another number of them."""
+    values = (float(value),) if isinstance(value, int | float) else tuple(map(float, value))
+    if len(values) not in (1, groups):
+        raise UserError(
+            f"{name} has {len(values)} values where the recipe has {groups} layer "
+            f"group{'s' if groups > 1 else ''} (its field layer_lrs): give one, or one a group"
+        )
+    return values
 
 
 def one_sweep(
@@ -82,8 +104,13 @@ def one_sweep(
     weight_decay: float,
     momentum: float,
     on_record: Callable[[SweepRecord], None] | None = None,
+    start_lrs: Sequence[float] = (),
+    decays: Sequence[float] = (),
 ) -> Sweep:
-    """Make the sweep of `config` with one weight decay and momentum, as `lr_find2` describes."""
+    """Make the sweep of `config` with one weight decay and momentum, as `lr_find2` describes.
+
+    `start_lrs` and `decays`: with more than one value, those of each layer group.
+    """
     records: list[SweepRecord] = []
 
     def keep(record: SweepRecord) -> None:
@@ -93,8 +120,12 @@ def one_sweep(
 
     with restored(trainer):
         for group in trainer.optimizer.param_groups:
+            layer = group.get("layer", 0)
+            if len(start_lrs) > 1:
+                group["layer_factor"] = start_lrs[layer] / start_lrs[-1]
             if group["decays"]:
-                group["weight_decay"] = weight_decay / group.get("lr_factor", 1.0)
+                decay = decays[layer] if len(decays) > 1 else weight_decay
+                group["weight_decay"] = decay / group.get("lr_factor", 1.0)
         ended = run(trainer, config, momentum, keep)
     return Sweep(
         weight_decay=weight_decay,

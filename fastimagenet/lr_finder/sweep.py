@@ -27,6 +27,8 @@ SKIP_FIRST, SKIP_LAST = 10, 5
 """Records left out of plots and analysis by default."""
 FEWEST = 5
 """Records that a suggestion or a plateau needs."""
+FROZEN = """
+  the last layer group alone learns, as in the frozen epochs: --set frozen_epochs=0 for all"""
 NOISES = 3.0
 """The loss has to fall by so many times its noise. Losses that are noise alone do that in 1 of 100
 sweeps of 100 iterations, by simulation."""
@@ -118,6 +120,7 @@ class SweepConfig:
             f"{plan.num_train:,} training images, world size {plan.world_size}\n"
             f"  lr {self.start_lr:g} -> {self.end_lr:g} in {self.num_it} iterations, "
             f"{'linear' if self.linear else 'exponential'}"
+            + (FROZEN if plan.recipe.frozen_epochs else "")
         )
 
     def combinations(self, plan: Plan) -> list[tuple[float, float]]:

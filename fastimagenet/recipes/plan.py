@@ -139,6 +139,12 @@ class Plan:
         """Return the learning rate of update `step` (from 0)."""
         return self._schedules[0](step) * self.phase_at(step).lr_factor
 
+    def layer_lrs(self, step: int) -> tuple[float, ...]:
+        """Return the LR of each layer group, stem to head, at update `step` (from 0)."""
+        planned, lr = self.phase_at(step), self.lr(step)
+        epoch = planned.first_epoch + (step - planned.first_step) // planned.steps_per_epoch
+        return tuple(lr * factor for factor in self.recipe.layer_factors(epoch))
+
     def momentum(self, step: int) -> float:
         """Return the momentum of update `step` (from 0)."""
         return self._schedules[1](step)

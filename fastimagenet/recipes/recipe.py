@@ -97,7 +97,7 @@ class Recipe(Transforms):
     name: str
     phases: tuple[Phase, ...]
     model: str = "resnet50"
-    """One of MODELS, or "timm:NAME"."""
+    """One of MODELS, or "timm:NAME", whose mean and std hold unless others are given."""
     pretrained: str = ""
     """The weights that the training starts from: "imagenet", the name of weights of torchvision's,
     such as "IMAGENET1K_V1", or a file (.pt, .pth, .safetensors). Empty: drawn at random."""

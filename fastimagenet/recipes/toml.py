@@ -10,7 +10,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fastimagenet.recipes.recipe import Recipe
+from fastimagenet.recipes.recipe import TIMM, Recipe
 from pipelines.errors import UserError
 
 
@@ -27,6 +27,8 @@ def loads(text: str, where: str = "recipe") -> Recipe:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{where} is not valid TOML: {error}") from None
+    if not {"mean", "std"} & data.keys():
+        data |= _normalisation(data.get("model"))
     return _build(Recipe, data, "")
 
 
@@ -58,7 +60,18 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any] | Sequence[str]) -
         settings = dict(map(_key_and_value, settings))
     for key, value in settings.items():
         _assign(data, key, value)
+    if "model" in settings and not {"mean", "std"} & settings.keys():
+        data |= _normalisation(data["model"])
     return _build(Recipe, data, "")
+
+
+def _normalisation(model: object) -> dict[str, Any]:
+    """Return mean and std of a network of timm's, which are those of its weights; {} for ours."""
+    if not isinstance(model, str) or not model.startswith(TIMM):
+        return {}
+    from fastimagenet.models.timms import normalisation
+
+    return normalisation(model)
 
 
 def _key_and_value(setting: str) -> tuple[str, Any]:

@@ -6,6 +6,7 @@ nothing to draw.
 
 from __future__ import annotations
 
+from itertools import cycle
 from statistics import median_high
 
 from matplotlib.axes import Axes
@@ -36,6 +37,9 @@ from fastimagenet.report.figures import (
 )
 from pipelines.files import Row
 from pipelines.formats import time_unit
+
+LAYERS = (ORANGE, PURPLE, VERMILLION, SKY, YELLOW)
+"""Of the layer groups before the last."""
 
 
 def lost_epoch(epochs: list[Row]) -> int | None:
@@ -130,19 +134,26 @@ def outcomes(steps: list[Row], epochs: list[Row], phases: list[Row]) -> str:
 
 
 def schedule(rates: list[Row], phases: list[Row]) -> str:
-    """Draw learning rate and momentum of each update."""
+    """Draw learning rate, one line a layer group, and momentum of each update."""
     lrs = _points(rates, "lr")
     if not lrs:
         return ""
     figure, axes = new_figure(2, sharex=True)
+    by_group = list(zip(*(row.get("layer_lrs", ()) for row in rates), strict=True))
+    if len(by_group) > 1:
+        steps = [row["step"] for row in rates]
+        for number, (values, colour) in enumerate(zip(by_group[:-1], cycle(LAYERS)), start=1):
+            points = list(zip(steps, values, strict=True))
+            draw_line(axes[0], thin(points), color=colour, label=f"layer group {number}")
     lines = (("learning rate", lrs, BLUE), ("momentum", _points(rates, "momentum"), GREEN))
     for panel, (name, points, colour) in zip(axes, lines, strict=True):
-        draw_line(panel, thin(points), color=colour)
+        label = "the last, the head" if len(by_group) > 1 and panel is axes[0] else None
+        draw_line(panel, thin(points), color=colour, label=label)
         panel.set_ylabel(name)
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes[0].set_ylim(0, 1.1 * max(lr for _, lr in lrs))
     _step_axis(axes, phases)
-    return svg(figure, "schedule")
+    return svg(with_legend(figure), "schedule")
 
 
 def sizes(epochs: list[Row], phases: list[Row]) -> str:

@@ -75,7 +75,7 @@ class Run:
 
     @cached_property
     def rates(self) -> list[Row]:
-        """Rows with "step", "lr" and "momentum" of every update done, as the plan has them.
+        """Rows with "step", "lr", "layer_lrs" and "momentum" of every update done, by the plan.
 
         Of the logged ones alone where they had other rates, since the run was resumed by another
         number of processes, or where the recipe is of a release that had other fields.
@@ -89,7 +89,12 @@ class Run:
             return self.steps
         done = max((row["step"] for row in (*self.steps, *self.epochs)), default=0)
         return [
-            {"step": step + 1, "lr": plan.lr(step), "momentum": plan.momentum(step)}
+            {
+                "step": step + 1,
+                "lr": plan.lr(step),
+                "layer_lrs": plan.layer_lrs(step),
+                "momentum": plan.momentum(step),
+            }
             for step in range(min(done, plan.total_steps))
         ]
 
