@@ -6,7 +6,6 @@ UserError that names it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -16,7 +15,7 @@ from fastimagenet.distributed.world import Launch
 from fastimagenet.recipes.recipe import Recipe
 from pipelines.backends import make_loader
 from pipelines.datasets.split import read_split
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
 from pipelines.loader import LoaderSpec, Stage, Transforms
 from pipelines.workers import num_cores
 
@@ -192,9 +191,7 @@ _OWN_ARGUMENT = ("recipe", "data", "folder", "output", "launch", "entry", "notes
 def _known(name: str, known: Collection[str]) -> None:
     """Raise UserError for an unknown argument, with the nearest name."""
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-        raise UserError(f"there is no argument {name}: {hint}")
+        raise UserError(f"there is no argument {name}: {did_you_mean(name, known)}")
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:

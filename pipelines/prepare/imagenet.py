@@ -25,7 +25,7 @@ from pipelines.datasets.images import status_of
 from pipelines.datasets.known import IMAGENET_CLASSES, IMAGENET_COUNTS
 from pipelines.datasets.manifest import NAME, read_manifest
 from pipelines.errors import UserError
-from pipelines.files import atomic_write_in, scratch_folder, write_object
+from pipelines.files import atomic_write_in, read_text, scratch_folder, write_object
 from pipelines.prepare import archives
 
 WNID = re.compile(r"n\d{8}", re.ASCII)
@@ -116,7 +116,7 @@ def read_blacklist(path: Path) -> frozenset[int]:
 def read_lines(path: Path, flag: str) -> list[str]:
     """Read the stripped lines of a file, without the empty ones at its end."""
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+        lines = read_text(path).rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag}: cannot read {path}: {error}") from None
     return [line.strip() for line in lines]
