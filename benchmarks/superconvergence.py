@@ -43,7 +43,8 @@ from fastimagenet.recipes.recipe import PRECISIONS
 from fastimagenet.recipes.superconvergence import COMPARISON, IMAGES_PER_CLASS, RUNS, STUDY
 from fastimagenet.report.figures import write_files
 from fastimagenet.report.run import Run
-from pipelines.datasets.split import read_split, skip_line
+from pipelines.datasets.skip_list import skip_line
+from pipelines.datasets.split import read_split
 from pipelines.files import Row, write_text
 from pipelines.formats import NO_BREAK, duration, number, percent
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import runpy
 import sys
 
 from fastimagenet import __version__
 from fastimagenet.cli import exit_status
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
 
 COMMANDS = {
     "train": ("fastimagenet.train", "train an image classifier"),
@@ -38,9 +37,7 @@ def run(_: object = None) -> int:
         print(f"fastimagenet {__version__}")  # noqa: T201
         return 0
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(COMMANDS)}"
-        raise UserError(f"there is no command {name}: {hint}")
+        raise UserError(f"there is no command {name}: {did_you_mean(name, COMMANDS)}")
     module, _ = COMMANDS[name]
     sys.argv[:2] = [module]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

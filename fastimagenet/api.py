@@ -6,7 +6,6 @@ UserError that names it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -16,7 +15,7 @@ from fastimagenet.distributed.world import Launch
 from fastimagenet.recipes.recipe import Recipe
 from pipelines.backends import make_loader
 from pipelines.datasets.split import read_split
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
 from pipelines.loader import LoaderSpec, Stage, Transforms
 from pipelines.workers import num_cores
 
@@ -31,7 +30,7 @@ def recipe(name: str, nodes: int = 1) -> Recipe:
 
     Raises UserError with the names that there are.
     """
-    return chosen_recipe(_checked("recipe", name, str), None, nodes)
+    return chosen_recipe(_checked("recipe", name, str), launch=Launch(nodes))[0]
 
 
 def train(
@@ -165,10 +164,11 @@ def _config(
         parts[part][name] = _checked(name, value, hints[part][name])
     folder = _checked("data", data, Path | None)
     launch = Launch(**parts[Launch])
+    data_config = DataConfig(folder=folder, **parts[DataConfig])
+    chosen: tuple[str, ...] = ()
     if not isinstance(recipe, Recipe):
-        recipe = chosen_recipe(
-            _checked("recipe", recipe, str | Recipe | None), folder, launch.nodes
-        )
+        name = _checked("recipe", recipe, str | Recipe | None)
+        recipe, chosen = chosen_recipe(name, data_config, launch)
     recipe, notes = changed_recipe(
         recipe,
         _checked("set", settings, Mapping | None) or {},
@@ -176,8 +176,8 @@ def _config(
     )
     return RunConfig(
         recipe=recipe,
-        notes=notes,
-        data=DataConfig(folder=folder, **parts[DataConfig]),
+        notes=(*chosen, *notes),
+        data=data_config,
         launch=launch,
         entry=EntryFacts(**parts[EntryFacts]),
         output=_checked("output", output, Path | None),
@@ -192,9 +192,7 @@ _OWN_ARGUMENT = ("recipe", "data", "folder", "output", "launch", "entry", "notes
 def _known(name: str, known: Collection[str]) -> None:
     """Raise UserError for an unknown argument, with the nearest name."""
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-        raise UserError(f"there is no argument {name}: {hint}")
+        raise UserError(f"there is no argument {name}: {did_you_mean(name, known)}")
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:

@@ -120,7 +120,7 @@ def add_run_flags(
     `folder` is --output's type: of several processes, not all need to be able to write there.
     """
     add = parser.add_argument
-    add("--recipe", metavar="NAME|FILE.toml", help="default: digits without --data, else imagenet")
+    add("--recipe", metavar="NAME|FILE.toml", help="default: that of the data, else photos")
     add(
         "--set",
         action="append",
@@ -174,14 +174,15 @@ def run_config(args: argparse.Namespace, *, elastic: bool = False, **more: Any) 
 
     Raises UserError naming the flag or the recipe's field.
     """
-    recipe = chosen_recipe(args.recipe, args.data, args.nodes[1])
+    data, launch = data_config(args), launch_of(args, elastic=elastic)
+    recipe, chosen = chosen_recipe(args.recipe, data, launch)
     settings = [*args.set, *([f"precision={args.precision}"] if args.precision else [])]
     recipe, notes = changed_recipe(recipe, settings, getattr(args, "epochs", None))
     fields: dict[str, Any] = {
-        "notes": notes,
+        "notes": (*chosen, *notes),
         "recipe": recipe,
-        "data": data_config(args),
-        "launch": launch_of(args, elastic=elastic),
+        "data": data,
+        "launch": launch,
         "output": args.output,
         "seed": args.seed,
         "global_batch": args.global_batch,

@@ -12,12 +12,16 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastimagenet.distributed.world import Launch
 from fastimagenet.recipes import RECIPES, named_recipe, toml
+from fastimagenet.recipes.photos import FITTED, fitted
 from fastimagenet.recipes.recipe import Recipe
 from pipelines.backends import BACKENDS
 from pipelines.cli import check_seed
-from pipelines.datasets.split import ON_BAD_IMAGE
+from pipelines.datasets.known import dataset_name
+from pipelines.datasets.split import ON_BAD_IMAGE, Split, read_split
 from pipelines.errors import UserError
 
 OPTIMIZER_BACKENDS = ("torch", "apex")
@@ -54,6 +58,12 @@ class DataConfig:
         from pipelines.datasets.digits import digits_folder
 
         return digits_folder()
+
+    def read(self, split: str, check_files: bool = True) -> Split:
+        """Read "train" or "val" as `read_split` does, which says what is raised."""
+        return read_split(
+            self.root, split, self.skip_list, check_files, on_bad_image=self.on_bad_image
+        )
 
     @property
     def name(self) -> str:
@@ -156,7 +166,10 @@ class RunConfig:
         name = self.recipe.name if self.recipe.name in RECIPES else "digits"
         least = f"{launch.min_nodes}:" if launch.min_nodes else ""
         words = ["--recipe", name, "--nodes", f"{least}{launch.nodes}"]
-        for setting in toml.settings_between(named_recipe(name, launch.nodes), self.recipe):
+        base = named_recipe(name, launch.nodes)
+        if name in FITTED:  # to the data, anew: its phases have to be said in any case
+            base = replace(base, phases=base.phases[:1])
+        for setting in toml.settings_between(base, self.recipe):
             words += ["--set", setting]
         for part in (self, self.data, launch, self.entry):
             for each in fields(part):
@@ -175,14 +188,44 @@ _NO_FLAG = ("recipe", "nodes", "min_nodes", "notes")
 """Fields that `RunConfig.flags` treats apart."""
 
 
-def chosen_recipe(name: str | None, data: Path | None, nodes: int = 1) -> Recipe:
-    """Look up the recipe called `name`, for this number of nodes, or read a TOML file.
+def chosen_recipe(
+    name: str | None, data: DataConfig | None = None, launch: Launch | None = None
+) -> tuple[Recipe, tuple[str, ...]]:
+    """Look up the recipe called `name`, or read a TOML file; return notes for the user, too.
 
-    Without a name it is that of the digits where there is no `data` folder, else ImageNet's.
-    Raises UserError naming the recipe or the file.
+    Without a name it is that of the data: ImageNet's, CIFAR-10's, the digits' without a folder, and
+    `photos` for all others. A recipe for any folder is fitted to this one. Raises UserError naming
+    the recipe, the file or the folder.
     """
-    name = name or ("imagenet" if data else "digits")
-    return toml.load(Path(name)) if name.endswith(".toml") else named_recipe(name, nodes)
+    nodes = launch.nodes if launch else 1
+    if name is not None and name.endswith(".toml"):
+        return toml.load(Path(name)), ()
+    if data is None or data.folder is None:
+        return named_recipe(name or "digits", nodes), ()
+    why = ""
+    if name is None:
+        classes = data.read("train", check_files=False).classes
+        name = RECIPE_OF.get(dataset_name(classes) or "", "photos")
+        why = f" for {len(classes)} classes that are neither ImageNet's nor CIFAR-10's"
+    recipe = named_recipe(name, nodes)
+    if name not in FITTED:
+        return recipe, ()
+    train = data.read("train")
+    assert train.shapes is not None, "their headers were read"
+    short_side = int(np.percentile(train.shapes.min(axis=1), 10))
+    recipe = fitted(
+        recipe, len(train), short_side, nodes * ((launch and launch.nproc_per_node) or 1)
+    )
+    sizes = " and ".join(f"{size} px" for size in {p.image_size: 0 for p in recipe.phases})
+    return recipe, (
+        f"note: recipe {name}{why}, fitted to {len(train):,} training images, most with a short "
+        f"side of {short_side} px or more: batch {recipe.phases[0].batch_size}, "
+        f"{recipe.epochs} epochs at {sizes}",
+    )
+
+
+RECIPE_OF = {"ImageNet": "imagenet", "CIFAR10": "cifar10"}
+"""Data set -> its recipe, for `--data` without `--recipe`."""
 
 
 def changed_recipe(

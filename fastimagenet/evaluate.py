@@ -18,8 +18,7 @@ from fastimagenet.recipes import toml
 from fastimagenet.recipes.recipe import TTA, Recipe
 from pipelines.backends import start_workers
 from pipelines.cli import Parser, make_parser
-from pipelines.datasets.folders import SPLIT_FOLDERS
-from pipelines.datasets.split import Split, left_out_note, read_split, skip_list_note
+from pipelines.datasets.split import Split, check_several, notes_of
 from pipelines.errors import UserError
 from pipelines.files import read_object
 from pipelines.loader import Stage
@@ -79,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rule = f"from 8 to {MAX_IMAGE_SIZE} pixels"
         raise UserError(f"--image-size must be {rule}, not {args.image_size}")
     start_workers(data.backend)
-    val = read_split(data.root, "val", data.skip_list, on_bad_image=data.on_bad_image)
-    for note in (left_out_note(val), skip_list_note(data.skip_list, val)):
-        if note and processes.is_first:
-            print(note, file=sys.stderr)  # noqa: T201
+    val = data.read("val")
+    check_several(val)
+    for note in notes_of(val) if processes.is_first else ():
+        print(note, file=sys.stderr)  # noqa: T201
 
     def work(world: World) -> int:
         started = time.perf_counter()
@@ -131,12 +130,6 @@ def data_of_run(checkpoint: Path) -> Path | None:
     return folder
 
 
-def split_name(val: Split) -> str:
-    """Name the folder that the validation images are in, such as "test"."""
-    folders = [] if val.in_shards else Path(val.files[0].path).parts[::-1]
-    return next((name for name in folders if name in SPLIT_FOLDERS["val"]), "val")
-
-
 def evaluate_checkpoint(
     path: Path,
     val: Split,
@@ -183,7 +176,7 @@ def evaluate_checkpoint(
         "checkpoint": str(path),
         "epoch": state["epoch"],
         "epochs": recipe.epochs,
-        "split": split_name(val),
+        "split": val.name,
         "image_size": stage.image_size,
     }
     model = trained_model(recipe, state, len(val.classes))

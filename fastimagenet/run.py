@@ -6,6 +6,7 @@ build the loaders, build the trainer. The benchmarks use the same ones.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -32,13 +33,7 @@ from fastimagenet.training.recorder import Recorder
 from pipelines.backends import start_workers
 from pipelines.datasets.copies import best_copy, find_copies, read_copy
 from pipelines.datasets.known import AUTO, ORIGINAL
-from pipelines.datasets.split import (
-    Split,
-    check_classes,
-    left_out_note,
-    read_split,
-    skip_list_note,
-)
+from pipelines.datasets.split import Split, check_classes, check_several, notes_of
 from pipelines.errors import UserError
 from pipelines.files import write_object
 from pipelines.loader import Stage
@@ -50,6 +45,8 @@ if TYPE_CHECKING:
     from fastimagenet.training.trainer import Trainer
     from pipelines.loader import Loader
 
+UNBALANCED = 10
+"""The largest class has so many times the images of the smallest, or more."""
 WHITENING_IMAGES = 2000
 """About so many; airbench94 takes 5,000, of which each gives 961 patches at 32 px."""
 
@@ -60,15 +57,26 @@ def read_data(data: DataConfig, say_notes: bool) -> tuple[Split, Split]:
     `say_notes`: print what was left out on standard error.
     """
     start_workers(data.backend)
-    train, val = (
-        read_split(data.root, split, data.skip_list, on_bad_image=data.on_bad_image)
-        for split in ("train", "val")
-    )
+    train, val = data.read("train"), data.read("val")
     check_classes(train, val)
-    for note in (*map(left_out_note, (train, val)), skip_list_note(data.skip_list, train, val)):
-        if note and say_notes:
-            print(note, file=sys.stderr)  # noqa: T201
+    check_several(train)
+    for note in data_notes(train, val) if say_notes else ():
+        print(note, file=sys.stderr)  # noqa: T201
     return train, val
+
+
+def data_notes(train: Split, val: Split) -> list[str]:
+    """Say what of the data is not read, and how unbalanced the classes are."""
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    most, least = int(counts.argmax()), int(counts.argmin())
+    notes = notes_of(train, val)
+    if counts[most] >= UNBALANCED * counts[least]:
+        notes.append(
+            f"note: the classes are unbalanced: {counts[most]:,} training images of "
+            f"{train.classes[most]}, {counts[least]:,} of {train.classes[least]}; --set "
+            "class_weight_power=0.5, or up to 1, weighs rare ones more"
+        )
+    return notes
 
 
 def check_target(recipe: Recipe, num_classes: int) -> None:
@@ -121,19 +129,31 @@ def check_output(folder: Path, resuming: bool = False) -> None:
         raise UserError(f"--output {folder} is a file: name a folder")
 
 
+def images_digest(train: Split, val: Split) -> str:
+    """Tell the images of a run from all others by their names, labels and bytes."""
+    return f"{train.digest()[:32]}{val.digest()[:32]}"
+
+
 def check_same_on_all_ranks(
-    config: RunConfig, recipe: Recipe, num_images: tuple[int, int], world: World
+    config: RunConfig, recipe: Recipe, num_images: tuple[int, int], digest: str, world: World
 ) -> None:
     """Raise UserError unless all processes were asked for the same and see the same images.
 
-    `num_images`: of training and validation.
+    `num_images`: of training and validation; `digest`: of all of them.
     """
-    asked = num_images, toml.dumps(recipe), config.seed
-    counts, recipes, seeds = map(set, zip(*gather_objects(asked, world, "a check"), strict=True))
+    asked = num_images, digest, toml.dumps(recipe), config.seed
+    counts, digests, recipes, seeds = map(
+        set, zip(*gather_objects(asked, world, "a check"), strict=True)
+    )
     if len(counts) > 1:
         raise UserError(
             f"--data: the processes see different images, {min(counts)} and {max(counts)} "
             "(training, validation): give all of them the same files"
+        )
+    if len(digests) > 1:
+        raise UserError(
+            "--data: the processes see as many images, but of other names, classes or sizes: give "
+            "all of them the same files"
         )
     if len(recipes) > 1 or len(seeds) > 1:
         flag = "--seed" if len(seeds) > 1 else "--recipe, --set or --epochs"
@@ -197,7 +217,8 @@ def build_trainer(
         raise UserError(
             "--device cuda: this build of torch cannot use the CUDA device; --device cpu runs"
         )
-    check_same_on_all_ranks(config, recipe, (len(train), len(val)), world)
+    images = images_digest(train, val)
+    check_same_on_all_ranks(config, recipe, (len(train), len(val)), images, world)
     autocast_dtype(recipe.precision, world.device.partition(":")[0])  # refuses before it builds
     torch.manual_seed(config.seed)
     model = build_model(recipe, len(train.classes))
@@ -214,6 +235,7 @@ def build_trainer(
         about={
             "classes": list(train.classes),
             "seed": config.seed,
+            "images": images,
         },
         optimizer_backend=config.optimizer_backend,
         checkpoint_steps=config.checkpoint_steps,
@@ -268,28 +290,32 @@ def whiten(model: nn.Module, backend: str, recipe: Recipe, train: Split, world: 
         model.first.whiten(images for images, _ in loader)
 
 
-def write_plan(
-    folder: Path, plan: Plan, train: Split, val: Split, notes: Sequence[str] = ()
-) -> None:
+def write_plan(config: RunConfig, plan: Plan, train: Split, val: Split) -> None:
     """Write plan.json; the first file of a run, and the mark that a folder holds one."""
     facts = {
-        "data": str(Path(train.files[0].path).parents[0 if train.in_shards else 2]),
+        "data": os.path.abspath(config.data.root),
         "num_val": len(val),
         "num_classes": len(train.classes),
         "left_out": len(train.left_out) + len(val.left_out),
-        "notes": list(notes),
+        "notes": [*config.notes, *data_notes(train, val)],
     }
-    write_object(folder / "plan.json", plan.to_dict() | facts)
+    write_object(config.folder / "plan.json", plan.to_dict() | facts)
+
+
+def described(plan: Plan, train: Split, val: Split) -> str:
+    """Format the plan and the counts of the images."""
+    images = f"{len(train):,} training and {len(val):,} validation images"
+    return f"{plan.describe()}\n  data: {images}, {len(train.classes):,} classes"
 
 
 def dry_run(config: RunConfig) -> str:
-    """Format the plan; no image is looked at, nothing is written."""
+    """Format the plan of the images that training would read; of the run nothing is written."""
     recipe = with_copies(config.recipe, config.data.root)
     world_size = Processes.of(config.launch).world_size
-    train = read_split(config.data.root, "train", config.data.skip_list, check_files=False)
+    train, val = read_data(config.data, say_notes=True)
     check_target(recipe, len(train.classes))
     plan = Plan.of(recipe, world_size, len(train), config.global_batch)
-    return "\n".join([plan.describe(), *config.notes])
+    return "\n".join([described(plan, train, val), *config.notes])
 
 
 def train(
@@ -358,8 +384,8 @@ def _train(
     if config.profile and world.is_main:
         trainer.profiler = StepProfiler(folder / "profile", trainer.device)
     if world.is_main:
-        write_plan(folder, plan, train, val, config.notes)
-    cli.say(world, plan.describe())
+        write_plan(config, plan, train, val)
+    cli.say(world, described(plan, train, val))
     unwritten = trainer.recorder.unwritten
     with cli.stopping_on_signals(trainer) as stopped_by:
         try:
@@ -444,7 +470,7 @@ def _sweep(
     start_from_pretrained(trainer)
     cli.say(world, settings.describe(plan))
     if world.is_main:
-        write_plan(config.folder, plan, train, val)
+        write_plan(config, plan, train, val)
     sweeps: list[Sweep] = []
     with cli.stopping_on_signals(trainer) as stopped_by:
         try:

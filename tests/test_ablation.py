@@ -83,7 +83,10 @@ def test_the_figures_are_those_of_the_seeds(tmp_path: Path) -> None:
         (["--runs", "0"], "--runs: must be at least 1, not 0"),
         (["--only", "whitening"], "--only whitening: recipe digits does not use it"),
         (["--only", "colour"], "--only: invalid choice: 'colour'"),
-        (["--recipe", "digit"], "--recipe digit is none of digits, cifar10, cifar10-speed"),
+        (
+            ["--recipe", "digit"],
+            "--recipe digit is neither a recipe nor a .toml file: did you mean digits?",
+        ),
         (["--set", "max_lr=0"], "recipe field max_lr must be above 0"),
     ],
 )

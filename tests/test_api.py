@@ -64,7 +64,10 @@ assert callable(fastimagenet.train) and callable(fastimagenet.lr_find)
         (lambda: fastimagenet.train(epoch=1), "there is no argument epoch: "),
         (lambda: fastimagenet.train(sede=1), "there is no argument sede: did you mean seed?"),
         (lambda: fastimagenet.train(recipe=3), "recipe must be str or Recipe or None, not 3"),
-        (lambda: fastimagenet.train(recipe="digit"), "--recipe digit is none of digits, "),
+        (
+            lambda: fastimagenet.train(recipe="digit"),
+            "--recipe digit is neither a recipe nor a .toml file: did you mean digits?",
+        ),
         (lambda: fastimagenet.train(epochs=1.5), "epochs must be int or None, not 1.5"),
         (lambda: fastimagenet.train(epochs=0), "--epochs must be at least 1, not 0"),
         (lambda: fastimagenet.train(set={"max_lrr": 1}), "field max_lrr: did you mean max_lr?"),
@@ -85,7 +88,10 @@ assert callable(fastimagenet.train) and callable(fastimagenet.lr_find)
         (lambda: fastimagenet.lr_find(start_lr=0), "--start-lr must be above 0"),
         (lambda: fastimagenet.lr_find(wds="x"), "wds must be float, not 'x'"),
         (lambda: fastimagenet.lr_find(numit=3), "there is no argument numit"),
-        (lambda: fastimagenet.recipe("digitz"), "--recipe digitz is none of digits"),
+        (
+            lambda: fastimagenet.recipe("digitz"),
+            "--recipe digitz is neither a recipe nor a .toml file: did you mean digits?",
+        ),
         (lambda: fastimagenet.Run.open("/nowhere"), "/nowhere/plan.json: no such file"),
     ],
 )

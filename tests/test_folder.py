@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.datasets import digits as digits_module
 from pipelines.datasets.digits import digits_folder
-from pipelines.datasets.split import Split, check_classes, read_split, skip_list_note
+from pipelines.datasets.split import Split, check_classes, notes_of, read_split
 from pipelines.errors import UserError
 
 PIXELS = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
@@ -72,16 +72,107 @@ def test_the_skip_list_takes_paths_of_both_kinds(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "strange"),
-    [("# no names\n", False), ("train/cat/0.png\nx\n", False), ("cat/0.png\n", True)],
+    ("lines", "note"),
+    [
+        ("# no names\n", ""),
+        ("train/cat/0.png\nval/cat/1.png\n", ""),
+        ("cat/0.png\n", " names none of the images that are read; its paths are"),
+        ("train/cat/0.png\ny\nval/x\n", ": 2 names match no image, the first: y; its paths are"),
+        ("val/cat/1.png\ntrain/cat\n", ": 1 name matches no image, the first: train/cat; its"),
+    ],
 )
-def test_a_skip_list_that_names_nothing_is_noted(root: Path, lines: str, strange: bool) -> None:
-    skip_list = root / "skip.txt"
+def test_names_of_a_skip_list_that_match_nothing_are_told(
+    root: Path, lines: str, note: str
+) -> None:
+    skip_list = root.parent / "skip.txt"
     skip_list.write_text(lines)
-    train, val = (read_split(root, split, skip_list) for split in ("train", "val"))
-    note = skip_list_note(skip_list, train, val)
-    assert note.startswith(f"note: --skip-list {skip_list} names none of the im") == strange
-    assert bool(note) == strange
+    found = notes_of(*(read_split(root, split, skip_list) for split in ("train", "val")))
+    assert "".join(found).startswith(f"note: --skip-list {skip_list}{note}" if note else "")
+    assert len(found) == bool(note)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_a_skip_list_from_windows(root: Path, encoding: str, separator: str) -> None:
+    names = ["train/cat/0.png", "train/dog/1 \u00e9.png", "val/dog/0.png"]
+    (root / "train" / "dog" / "1.png").rename(root / names[1])
+    skip_list = root.parent / "skip.txt"
+    text = "\r\n".join(name.replace("/", separator) for name in names)
+    skip_list.write_bytes(text.encode(encoding))
+    train, val = splits = [read_split(root, split, skip_list) for split in ("train", "val")]
+    assert (len(train), len(val), notes_of(*splits)) == (2, 3, [])
+
+
+def test_a_backslash_is_part_of_a_name_that_has_one(root: Path) -> None:
+    (root / "train" / "cat" / "0.png").rename(root / "train" / "cat\\0.png")
+    PIXELS.save(root / "train" / "cat" / "a\\b.png")
+    skip_list = root.parent / "skip.txt"
+    skip_list.write_text("train/cat/a\\b.png\n")
+    assert names(root, read_split(root, "train", skip_list))[0] == "train/cat/1.png"
+
+
+def test_images_below_class_folders_are_read_as_torchvision_reads_them(root: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    for name in ("cat/images/7.png", "cat/images-2/8.png", "cat/b/c/9.png", "dog/images/0.png"):
+        (root / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        PIXELS.save(root / "train" / name)
+    (root / "train" / "dog" / "images" / "up").symlink_to(root / "train" / "dog")
+    (root / "train" / "dog" / "linked").symlink_to(root / "val" / "dog")
+    split = read_split(root, "train")
+    (root / "train" / "dog" / "images" / "up").unlink()  # in which ImageFolder would go round
+    expected = ImageFolder(str(root / "train"))
+    assert [file.path for file in split.files] == [path for path, _ in expected.samples]
+    assert list(split.labels) == expected.targets and list(split.classes) == expected.classes
+    assert len(split) == 10 and notes_of(split) == []
+
+
+def test_what_is_not_read_is_counted(root: Path) -> None:
+    train = root / "train"
+    for name in ("@eaDir/cat", "__MACOSX", ".thumbnails", "cat/@eaDir", "dog/sub/.hidden"):
+        (train / name).mkdir(parents=True)
+        PIXELS.save(train / name / "9.png")
+    for name in ("notes.txt", "cat/labels.CSV", "dog/._0.png", "dog/Thumbs.db"):
+        (train / name).write_text("no image")
+    for name in ("b.png", "a.png"):
+        PIXELS.save(train / name)
+    splits = [read_split(root, split) for split in ("train", "val")]
+    assert len(splits[0]) == 4 and notes_of(*splits) == [
+        f"left out 2 loose files beside the class folders; the first: {train}/a.png",
+        f"passed over 9 files or folders of metadata; the first: {train}/.thumbnails",
+    ]
+
+
+def test_a_folder_with_a_dataset_json_is_no_class(root: Path) -> None:
+    (root / "train" / "160" / "train" / "cat").mkdir(parents=True)
+    (root / "train" / "160" / "dataset.json").write_text("{}")
+    assert read_split(root, "train").classes == ("cat", "dog")
+
+
+def test_what_is_there_instead_is_named(root: Path, tmp_path: Path) -> None:
+    for name in ("0.png", "1.png"):
+        (root / "val" / "cat" / name).rename(root / "val" / f"cat{name}")
+        (root / "val" / "dog" / name).rename(root / "val" / f"dog{name}")
+    for name in ("cat", "dog"):
+        (root / "val" / name).rmdir()
+    with pytest.raises(
+        UserError, match=r"/val has no class folders but 4 loose files, the first c"
+    ):
+        read_split(root, "val")
+    foreign = root / "foreign"
+    foreign.mkdir()
+    for name in ("000.tar", "001.tar", "README.md"):
+        (foreign / name).touch()
+    with pytest.raises(UserError, match=r"foreign holds tar files .*prepare shard DIR DST makes"):
+        read_split(foreign, "train")
+
+
+@pytest.mark.parametrize("other", ["valid", "validation"])
+def test_other_names_of_the_validation_split(root: Path, other: str) -> None:
+    (root / "val").rename(root / other)
+    (root / "test").mkdir()
+    split = read_split(root, "val")
+    assert names(root, split)[0] == f"{other}/cat/0.png" and split.name == other
 
 
 def test_missing_things_are_named(root: Path, tmp_path: Path) -> None:
@@ -89,7 +180,7 @@ def test_missing_things_are_named(root: Path, tmp_path: Path) -> None:
         read_split(root / "nowhere", "train")
     with pytest.raises(UserError, match="has no folder train/"):
         read_split(root / "train", "train")
-    with pytest.raises(UserError, match="has no folder val or test/"):
+    with pytest.raises(UserError, match=r"has no folder val/ \(nor valid, validation, test\)"):
         read_split(root / "train", "val")
     with pytest.raises(UserError, match=r"--skip-list: cannot read .*absent"):
         read_split(root, "train", root / "absent")
@@ -104,7 +195,7 @@ def test_missing_things_are_named(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("notes.txt", b"some text, longer than magic", "is no image"),
+        ("notes.doc", b"some text, longer than magic", "is no image"),
         ("empty.jpg", b"", "is empty"),
         ("sound.webp", b"RIFF\x00\x00\x00\x00WAVEfmt ", "is no image"),
         ("film.gif", b"GIF89a" + bytes(20), "is no image"),
@@ -134,6 +225,9 @@ def test_classes_that_differ_are_named() -> None:
     train, val = (Split([], [], tuple(classes)) for classes in ("abcdef", "aq"))
     check_classes(train, train)
     with pytest.raises(UserError, match=r"only in training: b, c, d and 2 more; .*validation: q"):
+        check_classes(train, val)
+    train, val = (Split([], [], classes) for classes in (("cat", "dog"), ("cats", "dog")))
+    with pytest.raises(UserError, match=r"validation: cats; is cat the same as cats\?\)"):
         check_classes(train, val)
 
 

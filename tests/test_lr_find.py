@@ -279,7 +279,10 @@ def test_nothing_to_suggest_is_said_and_is_no_error(tmp_path: Path, digits: Path
         (["--num-it", "0"], "--num-it must be at least 1"),
         (["--wd", "0.1", "-1"], "--wd must be 0 or more, not -1"),
         (["--momentum", "0.9", "1"], "--momentum must be in [0, 1), not 1"),
-        (["--recipe", "resnet"], "--recipe resnet is none of digits"),
+        (
+            ["--recipe", "resnet"],
+            "--recipe resnet is neither a recipe nor a .toml file: known are digits",
+        ),
         (["--seed", "-1"], "--seed must be from 0 to 9223372036854775807"),
         (["--set", "use_clr_beta=[10, 10, 0.9]"], "use_clr_beta must be (div, pct) or"),
         (["--set", "phases.0.batch_size=400", "--set", "phases.1.batch_size=400"], "smaller than"),

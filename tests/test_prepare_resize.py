@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageCms, JpegImagePlugin
 
 from pipelines.cli import exit_status
+from pipelines.datasets.copies import read_copy
 from pipelines.datasets.images import ImageFile
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
@@ -277,7 +278,7 @@ def test_damaged_files_are_listed_and_the_rest_is_done(
         "cut.jpg": (whole[: len(whole) // 2], "is truncated"),
         "header.jpg": (whole[:20], "is truncated"),
         "empty.jpg": (b"", "is empty"),
-        "notes.txt": (b"words, no image", "is no image (JPEG, PNG"),
+        "notes.doc": (b"words, no image", "is no image (JPEG, PNG"),
         "film.gif": (b"GIF89a" + bytes(20), "is no image that every back end reads (GIF"),
     }
     for name, (content, _) in reasons.items():
@@ -299,6 +300,32 @@ def test_damaged_files_are_listed_and_the_rest_is_done(
     manifest = json.loads((tmp_path / "dst" / "160" / "dataset.json").read_text())
     assert manifest["damaged"] == sorted(f"train/class1/{name}" for name in expected)
     assert manifest["complete"] is True and manifest["images"] == {"train": 12, "val": 6}
+
+
+def test_images_below_class_folders_have_copies_and_what_has_none_is_told(
+    src: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    below = src / "train" / "class0" / "images"
+    below.mkdir()
+    image = next(path for path in (src / "train" / "class0").iterdir() if path.is_file())
+    image.rename(below / image.name)
+    shutil.copy(below / image.name, src / "train" / "loose.jpg")
+    (src / "test").mkdir()
+    shutil.copy(below / image.name, src / "test" / "unlabelled.jpg")
+    status, out, _ = run(capsys, src, tmp_path / "dst", "--short-side", 100)
+    assert status == 0 and "100: 18 images" in out
+    assert (tmp_path / "dst/100/train/class0/images" / image.name).with_suffix(".jpg").is_file()
+    told = f"left out 1 loose file beside the class folders; the first: {src}/train/loose.jpg\n"
+    assert told in out
+    told = "no copies of test/, which training does not read: "
+    assert f"{told}{src}/test has no class folders but 1 loose file, the first unlabelled" in out
+    train = read_split(src, "train")
+    copy = read_copy(tmp_path / "dst", "100", train)
+    stems = [[Path(file.path).stem for file in split.files] for split in (train, copy)]
+    assert stems[0] == stems[1] and len(stems[0]) == 12
+    shutil.rmtree(src / "val")
+    status, _, err = run(capsys, src, tmp_path / "dst", "--short-side", 100)
+    assert status == 2 and err.startswith(f"error: {src}/test has no class folders but 1 loose")
 
 
 def test_a_second_call_makes_what_is_missing_or_older_than_its_source(

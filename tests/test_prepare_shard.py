@@ -19,6 +19,7 @@ import pytest
 from test_prepare_resize import processes_of
 
 from pipelines.cli import exit_status
+from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
 from pipelines.prepare.__main__ import main
 
@@ -114,6 +115,20 @@ def samples(dst: Path, split: str) -> list[tuple[str, bytes, int]]:
 
 def files_of(dst: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in dst.iterdir()}
+
+
+def test_images_below_class_folders_keep_their_paths(src: Path, tmp_path: Path) -> None:
+    """So that two of one name stay apart, and copies are found."""
+    folder = src / "train" / "class one"
+    for number in (1, 2):
+        below = folder / f"part {number}" / "images"
+        below.mkdir(parents=True)
+        shutil.copy(folder / "0.JPEG", below / "same.jpg")
+    assert shard(src, tmp_path / "dst") == 0
+    splits = [read_split(root, "train") for root in (src, tmp_path / "dst")]
+    names = [sorted(n for n in split.names() if n.startswith(b"class one/")) for split in splits]
+    assert names[0] == names[1] and names[0][-1] == b"class one/part 2/images/same.jpg"
+    assert len(names[0]) == 6 and len(splits[1]) == 26
 
 
 def test_shards_hold_every_file_bit_for_bit(

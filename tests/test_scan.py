@@ -387,7 +387,7 @@ def test_folders_that_training_would_stop_at(root: Path) -> None:
     assert scan(root, status=1)["problems"] == ["class cat has no image in val that can be read"]
     shutil.rmtree(root / "val")
     (problem,) = scan(root, status=1)["problems"]
-    assert "has no folder val or test/" in problem
+    assert "has no folder val/ (nor valid, validation, test)" in problem
     with pytest.raises(UserError, match="has no folder"):
         main(["scan", str(root / "train")])
     with pytest.raises(UserError, match="no folder"):

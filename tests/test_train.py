@@ -19,10 +19,15 @@ import pytest
 import tomli_w
 import torch
 
+from fastimagenet import run as runs
+from fastimagenet.config import RunConfig
+from fastimagenet.distributed.world import World
+from fastimagenet.recipes import named_recipe
 from fastimagenet.report.dawnbench import check_entry
 from fastimagenet.report.run import rows_of
 from fastimagenet.training import checkpoint
 from fastimagenet.training.recorder import read_rows
+from pipelines.errors import UserError
 from tests.commands import (
     SMALL,
     TWO,
@@ -30,6 +35,7 @@ from tests.commands import (
     evaluate,
     free_endpoint,
     losses_of,
+    output_of,
     run,
     start,
     start_afresh,
@@ -364,13 +370,17 @@ def test_list_print_and_dry_run(cifar10: Path, tmp_path: Path) -> None:
     assert again == toml
     out, _ = train("--dry-run", "--data", cifar10, *SMALL, "--nproc-per-node", 2)
     assert "500 training images, world size 2" in out
+    assert "  data: 500 training and 200 validation images, 10 classes\n" in out
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.toml"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--recipe", "resnet"], "--recipe resnet is none of digits"),
+        (
+            ["--recipe", "resnet"],
+            "--recipe resnet is neither a recipe nor a .toml file: known are digits",
+        ),
         (["--set", "max_lr=0"], "recipe field max_lr must be above 0"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--nodes", "0"], "--nodes: must be at least 1"),
@@ -420,7 +430,87 @@ def test_wrong_data_is_one_line_that_names_the_path(cifar10: Path, tmp_path: Pat
     (data / "train" / "cat" / "notes.jpg").unlink()
     shutil.rmtree(data / "val" / "dog")
     assert "dog" in error_of("--data", data, *flags)
+    for folder in (*data.glob("train/[!c]*"), *data.glob("val/[!c]*")):
+        shutil.rmtree(folder)
+    one_class = f"error: {data}/train has one class, cat: there is nothing to tell apart"
+    assert error_of("--data", data, *flags).startswith(one_class)
+    _, error = output_of("fastimagenet.lr_find", "--data", data, *flags, status=2)
+    assert error.startswith(one_class) and error.count("\n") == 1
+    _, error = evaluate("none.pt", "--data", data, status=2)
+    assert error.startswith(f"error: {data}/val has one class, cat: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_reads_what_the_run_reads(cifar10: Path, tmp_path: Path) -> None:
+    """Its counts and notes, images below class folders, skipped and bad ones included."""
+    data = tmp_path / "data"
+    shutil.copytree(cifar10, data)
+    below = data / "train" / "cat" / "more"
+    below.mkdir()
+    images = sorted((data / "train" / "cat").glob("*.*"))
+    for image in images[:20]:
+        image.rename(below / image.name)
+    images[20].rename(data / "train" / "loose.png")
+    images[21].write_bytes(images[21].read_bytes()[:200])
+    (data / "val" / "@eaDir").mkdir()
+    skip_list = tmp_path / "skip.txt"
+    skip_list.write_text(f"train/cat/more/{images[0].name}\nno/such.png\n")
+    flags = ("--data", data, *SMALL, "--epochs", 1, "--skip-list", skip_list)
+    bad = f"error: {images[21]} is truncated"
+    assert error_of(*flags, "--dry-run").startswith(bad)
+    flags = (*flags, "--on-bad-image", "skip")
+    plan, notes = train(*flags, "--dry-run")
+    assert "  data: 497 training and 200 validation images, 10 classes\n" in plan
+    out, err = train(*flags, "--output", tmp_path / "run")
+    first_epoch = [line for line in err.splitlines() if not line.startswith("note: --epochs")]
+    assert notes.splitlines() == first_epoch and len(first_epoch) == 4
+    assert plan.partition("\nnote")[0].strip() in out
+    found = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert found["data"] == str(data) and found["notes"][1:] == first_epoch
+    assert (found["num_train"], found["num_val"]) == (497, 200)
+
+
+def test_a_run_is_not_resumed_on_other_images(
+    finished: Path, cifar10: Path, tmp_path: Path
+) -> None:
+    """As many images, some of them swapped between training and validation."""
+    folder, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(finished, folder)
+    shutil.copytree(cifar10, data)
+    flags = ("--data", data, "--output", folder, "--resume", "auto", *SMALL)
+    out, _ = train(*flags)
+    assert "is finished: nothing is left to train" in out, "another place is no other data"
+    one, other = (next((data / split / "cat").iterdir()) for split in ("train", "val"))
+    one.rename(data / "val" / "cat" / one.name)
+    other.rename(data / "train" / "cat" / other.name)
+    assert "of a run with other images, though as many" in error_of(*flags)
+    last = folder / "checkpoints" / "last.pt"
+    state = checkpoint.load(last)
+    del state["images"]  # as releases before this one wrote them
+    checkpoint.save(last, state)
+    assert "nothing is left to train" in train(*flags)[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ((0, (400, 200)), "the processes see different images, (400, 200) and (500, 200)"),
+        ((1, "34"), "the processes see as many images, but of other names, classes or sizes"),
+        ((3, 1), "--seed: the processes differ"),
+    ],
+)
+def test_processes_that_were_asked_for_others_are_told(
+    changed: tuple[int, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gathered(value: tuple[object, ...], *_: object) -> list[tuple[object, ...]]:
+        place, other = changed
+        return [value, (*value[:place], other, *value[place + 1 :])]
+
+    monkeypatch.setattr(runs, "gather_objects", gathered)
+    config = RunConfig(recipe=named_recipe("digits"))
+    with pytest.raises(UserError) as caught:
+        runs.check_same_on_all_ranks(config, config.recipe, (500, 200), "12", World())
+    assert message in str(caught.value)
 
 
 def test_a_corrupt_jpeg_is_named(cifar10: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipelines.cli import Parser, at_least, make_parser, output_file, positive
-from pipelines.datasets.split import Split, left_out_note, read_split
+from pipelines.datasets.split import Split, notes_of, read_split
 from pipelines.environment import processor, versions
 from pipelines.files import Row, write_object, write_text
 from pipelines.formats import NO_BREAK
@@ -83,8 +83,8 @@ def write_result(folder: Path, name: str, result: Row, table: str) -> None:
 
 
 def training_images(root: Path) -> Split:
-    """Read the training images; a line on standard error tells which bad files are left out."""
+    """Read the training images; lines on standard error tell what is left out."""
     split = read_split(root, "train", on_bad_image="skip")
-    if split.left_out:
-        print(left_out_note(split), file=sys.stderr)
+    for note in notes_of(split):
+        print(note, file=sys.stderr)
     return split

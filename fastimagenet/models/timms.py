@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from fastimagenet.recipes.recipe import TIMM
-from pipelines.errors import UserError
+from pipelines.errors import UserError, nearest
 
 
 def make_model(
@@ -42,8 +41,8 @@ def normalisation(model: str) -> dict[str, tuple[float, ...]]:
 def _settings(timm: Any, name: str) -> dict[str, Any]:
     """Return timm's pretrained_cfg of a network. Raises UserError with the nearest name."""
     if name.partition(".")[0] not in timm.list_models():
-        close = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"did you mean {TIMM}{close[0]}?" if close else "see timm.list_models()"
+        close = nearest(name, timm.list_models())
+        hint = f"did you mean {TIMM}{close}?" if close else "see timm.list_models()"
         raise UserError(f"recipe field model = '{TIMM}{name}': timm has no such network; {hint}")
     found = timm.get_pretrained_cfg(name, allow_unregistered=False)
     return {} if found is None else dict(found.to_dict())

@@ -17,11 +17,14 @@ from fastimagenet.recipes.imagenet import (
     imagenet_2018_8,
     imagenet_2018_16,
 )
+from fastimagenet.recipes.photos import photos, photos_scratch
 from fastimagenet.recipes.recipe import Recipe
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
 
 RECIPES: dict[str, Callable[[int], Recipe]] = {
     "digits": digits,
+    "photos": photos,
+    "photos-scratch": photos_scratch,
     "cifar10": cifar10,
     "cifar10-speed": cifar10_speed,
     **superconvergence.RECIPES,
@@ -36,5 +39,6 @@ RECIPES: dict[str, Callable[[int], Recipe]] = {
 def named_recipe(name: str, nodes: int = 1) -> Recipe:
     """Make the recipe of that name in its variant for `nodes` nodes. Raises UserError."""
     if name not in RECIPES:
-        raise UserError(f"--recipe {name} is none of {', '.join(RECIPES)}, nor a .toml file")
+        hint = did_you_mean(name, RECIPES)
+        raise UserError(f"--recipe {name} is neither a recipe nor a .toml file: {hint}")
     return RECIPES[name](nodes)

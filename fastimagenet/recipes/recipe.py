@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from fastimagenet.recipes import schedule
-from pipelines.errors import UserError
+from pipelines.errors import UserError, nearest
 from pipelines.loader import AUTO_AUGMENT, MAGNITUDES, Stage, Transforms
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -200,7 +200,9 @@ class Recipe(Transforms):
             choices["model"] = MODELS
         for field, names in choices.items():
             value = getattr(self, field)
-            require(value in names, field, f"one of {', '.join(names)}", value)
+            near = None if value in names else nearest(value, names)
+            rule = f"one of {', '.join(names)}" + (f" (perhaps {near})" if near else "")
+            require(value in names, field, rule, value)
         require(bool(self.phases), "phases", "at least one phase", self.phases)
         if self.schedule == "piecewise":
             epochs = sum(phase.epochs for phase in self.phases)

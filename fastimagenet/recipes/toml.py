@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastimagenet.recipes.recipe import TIMM, Recipe
-from pipelines.errors import UserError
+from pipelines.errors import UserError, did_you_mean
+from pipelines.files import read_text
 
 
 def dumps(recipe: Recipe) -> str:
@@ -40,7 +40,7 @@ def from_plain(data: Mapping[str, Any]) -> Recipe:
 def load(path: Path) -> Recipe:
     """Read a recipe from a TOML file. Raises UserError naming the file or the field."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"--recipe {path} cannot be read: {reason}") from None
@@ -133,9 +133,7 @@ def _check_name(name: str, known: list[str], where: str) -> None:
     if name in known:
         return
     path = f"{where}.{name}" if where else name
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(known)}"
-    raise UserError(f"unknown recipe field {path}: {hint}")
+    raise UserError(f"unknown recipe field {path}: {did_you_mean(name, known)}")
 
 
 def _build(cls: type, data: Mapping[str, Any], where: str) -> Any:

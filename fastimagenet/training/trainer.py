@@ -522,12 +522,15 @@ class Trainer:
             "num_train": f"{state['num_train']} training images: name the --data and --skip-list "
             "that it began with",
             "seed": f"another seed: --seed {state['seed']}",
+            "images": "other images, though as many (their names, classes or sizes): name the "
+            "--data that it began with, as they were",
         }
         # As a value: releases write a recipe's fields in different orders.
         state["recipe"] = toml.loads(state["recipe"], f"the recipe in {path}")
         own = self.about | {"recipe": self.plan.recipe}
         for name, remedy in remedies.items():
-            if state[name] != own[name]:
+            # Releases before had no digest of the images.
+            if name in state and name in own and state[name] != own[name]:
                 raise UserError(f"--resume: {path} is of a run with {remedy}")
         self.load_state_dict(state)
         # A run that its launcher restarts is still the same one: its clock ran on since the save.

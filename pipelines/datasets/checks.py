@@ -153,6 +153,8 @@ class Header:
     """Pillow's name: JPEG, PNG, WEBP, BMP, TIFF, PPM or JPEG2000."""
     width: int
     height: int
+    size: int
+    """Bytes of the encoded image."""
 
 
 def read_header(part: Part) -> Header:
@@ -178,7 +180,7 @@ def read_header(part: Part) -> Header:
                     check_png(image, stream)
     except OSError as error:
         raise unreadable(error) from error
-    return Header(name, width, height)
+    return Header(name, width, height, part.size)
 
 
 def check_png(image: Image.Image, stream: BinaryIO) -> None:

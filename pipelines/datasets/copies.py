@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from pipelines.datasets.folders import class_names
+from pipelines.datasets.folders import class_names, list_below, tree_stamps
+from pipelines.datasets.index import cached_index
 from pipelines.datasets.known import ORIGINAL
 from pipelines.datasets.manifest import read_manifest
-from pipelines.datasets.split import Split, read_split
+from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 
 MARGIN = 1.25
@@ -37,25 +40,34 @@ def best_copy(copies: Mapping[str, int], image_size: int) -> str:
 
 
 def read_copy(root: Path, name: str, train: Split) -> Split:
-    """Read the copies of all training images, in the same order.
+    """Read the copies of all training images, in the same order: root/name has the same folders.
 
     Raises UserError if some have no copy that can be read.
     """
-    copy = read_split(root / name, "train", on_bad_image="skip")
-    there = {key: index for index, key in enumerate(keys_of(copy))}
-    indices = np.array([there.get(key, -1) for key in keys_of(train)], np.int64)
-    missing = np.flatnonzero(indices < 0)
-    if len(missing):
+    folder = Path(os.path.abspath(root / name))
+    folder = folder / "train" if (folder / "train").is_dir() else folder
+    listing, stamps = partial(list_below, folder), partial(tree_stamps, folder)
+    index = cached_index(f"{folder}\0copies", stamps, listing)
+    images = index.listing.images
+    there = {stem(image): at for at, image in enumerate(images.names_below(str(folder)))}
+    bad = {at for at, _ in index.bad}
+    indices = np.array([there.get(stem(image), -1) for image in train.names()], np.int64)
+    missing = [i for i, at in enumerate(indices.tolist()) if at < 0 or at in bad]
+    if missing:
         raise UserError(
             f"phases.data: {root / name} has no readable copy of {len(missing):,} images, the "
             f"first {train.files[missing[0]]}: run prepare resize again, or --set "
             f"phases.INDEX.data={ORIGINAL}"
         )
-    return replace(copy.take(indices), labels=train.labels, classes=train.classes)
+    return replace(
+        train,
+        files=images.take(indices),
+        shapes=index.shapes[indices],
+        sizes=index.sizes[indices],
+        folder=str(folder),
+    )
 
 
-def keys_of(split: Split) -> Iterator[str]:
-    """Yield what each image has in common with its copies: class, and name without suffix."""
-    for file, label in zip(split.files, np.asarray(split.labels).tolist(), strict=True):
-        name = (file.name or file.path).rpartition("/")[2]
-        yield f"{split.classes[label]}/{name.rpartition('.')[0] or name}"
+def stem(name: bytes) -> bytes:
+    """Return what an image has in common with its copies: its path without the suffix."""
+    return os.path.splitext(name)[0]

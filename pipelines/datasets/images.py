@@ -110,6 +110,18 @@ class Images(Sequence[ImageFile]):
         start = self.name_start[index]
         return os.fsdecode(self.names[start : start + self.name_size[index]].tobytes())
 
+    def names_below(self, folder: str) -> list[bytes]:
+        """List the names of all images as the file system has them: of files their paths from
+        `folder` on, of a shard's images those of its members."""
+        names = self.names.tobytes()
+        starts, sizes = self.name_start.tolist(), self.name_size.tolist()
+        own = [names[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        if self.size is not None:
+            return own
+        below = [os.path.relpath(holder, folder) for holder in self.holders]
+        before = [b"" if path == "." else os.fsencode(f"{path}/") for path in below]
+        return [before[i] + name for i, name in zip(self.holder.tolist(), own, strict=True)]
+
     def take(self, indices: NDArray[np.int64]) -> Images:
         """Select the images at these indices, in this order."""
         return Images(
@@ -177,6 +189,20 @@ def unreadable(error: OSError) -> Damage:
     return Damage("unreadable", f"cannot be read ({error.strerror})")
 
 
+class PassedOver(NamedTuple):
+    """What lies among the images and is not read: how much, and the path that sorts first."""
+
+    loose: int = 0
+    """Files beside the class folders, which torchvision leaves out, too."""
+    first_loose: str = ""
+    metadata: int = 0
+    """Files and folders that systems and programs leave, hidden ones among them."""
+    first_metadata: str = ""
+
+
+NOTHING = PassedOver()
+
+
 @dataclass(frozen=True, eq=False)
 class Listing:
     """The images of a split in the order of its folders or shards."""
@@ -185,3 +211,4 @@ class Listing:
     labels: NDArray[np.int32]
     """(N,): index in `classes` of each image's class."""
     classes: tuple[str, ...]
+    passed_over: PassedOver = NOTHING

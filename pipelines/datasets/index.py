@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines.datasets.checks import check_file
-from pipelines.datasets.images import ImageFile, Images, Listing
+from pipelines.datasets.images import ImageFile, Images, Listing, PassedOver
 from pipelines.errors import Damage
 from pipelines.files import atomic_write, cache_folder
 from pipelines.workers import in_processes, num_cores
 
-VERSION = 2
+VERSION = 3
 CHUNK = 512
 """Images that are checked at a time."""
 MANY = 20_000
@@ -42,9 +42,10 @@ ARRAYS = ("holder", "names", "name_start", "name_size", "start", "size")
 """Arrays of `Images` that are cached."""
 Job = tuple[int, list[ImageFile]]
 """Index of the first image, and consecutive images from there on."""
-Checked = tuple[int, list[tuple[int, int]], list[tuple[int, str]]]
-"""Index of the first image; (height, width) of each, zeros where it is bad; and per bad image its
-index and what is wrong with it, in words that continue a sentence that begins with the path."""
+Checked = tuple[int, list[tuple[int, int, int]], list[tuple[int, str]]]
+"""Index of the first image; (height, width, bytes) of each, zeros where it is bad; and per bad
+image its index and what is wrong with it, in words that continue a sentence that begins with the
+path."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,22 +55,29 @@ class Index:
     listing: Listing
     shapes: NDArray[np.int32]
     """(N, 2): height and width as the headers have them; zeros where an image is bad."""
+    sizes: NDArray[np.int64]
+    """(N,): bytes of the encoded image; 0 where it is bad."""
     bad: list[tuple[int, str]]
     """Indices of the images that a back end cannot read, and why."""
 
 
+def index_folder() -> Path:
+    """Name the folder of all indices, which may be removed at any time."""
+    return cache_folder() / "index"
+
+
 def cached_index(
-    source: Path, stamps: Callable[[], list[int]], make_listing: Callable[[], Listing]
+    source: Path | str, stamps: Callable[[], list[int]], make_listing: Callable[[], Listing]
 ) -> Index:
     """Return the index of `source`, an absolute path, from the cache while `stamps` stay equal.
 
-    `stamps` gives modification times in ns, of all that would change if images came or went. One
-    process of a node makes the index, the others wait for it. Images that were bad are looked at
-    again.
+    `stamps` gives the times in ns at which all that changes with images coming or going has last
+    changed, and how many entries it has. One process of a node makes the index, the others wait for
+    it. Images that were bad are looked at again.
     """
     # Not the real path: an index holds the paths that it was asked for.
     name = hashlib.sha256(os.fsencode(source)).hexdigest()[:20]
-    path = cache_folder() / "index" / f"{name}.npz"
+    path = index_folder() / f"{name}.npz"
     with locked(path):
         now = stamps()
         index = load(path, now)
@@ -103,15 +111,15 @@ def locked(path: Path) -> Iterator[None]:
 def make_index(listing: Listing) -> Index:
     """Check the header and the end of every file."""
     images = listing.images
-    shapes = np.zeros((len(images), 2), np.int32)
+    facts = np.zeros((len(images), 3), np.int64)
     bad = []
     jobs = ((start, list(images[start : start + CHUNK])) for start in range(0, len(images), CHUNK))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on large images and damaged metadata
         for start, found, damaged in check_all(jobs, len(images)):
-            shapes[start : start + len(found)] = found
+            facts[start : start + len(found)] = found
             bad += damaged
-    return Index(listing, shapes, sorted(bad))
+    return Index(listing, facts[:, :2].astype(np.int32), facts[:, 2].copy(), sorted(bad))
 
 
 def check_all(jobs: Iterator[Job], count: int) -> Iterator[Checked]:
@@ -128,28 +136,28 @@ def check_all(jobs: Iterator[Job], count: int) -> Iterator[Checked]:
 
 
 def check_images(job: Job) -> Checked:
-    """Read height and width of each image, or find what is wrong with it."""
+    """Read height, width and size of each image, or find what is wrong with it."""
     start, files = job
-    shapes: list[tuple[int, int]] = []
+    facts: list[tuple[int, int, int]] = []
     bad = []
     for index, file in enumerate(files, start):
         try:
             header = check_file(file)
-            shapes.append((header.height, header.width))
+            facts.append((header.height, header.width, header.size))
         except Damage as damage:
             bad.append((index, damage.text))
-            shapes.append((0, 0))
-    return start, shapes, bad
+            facts.append((0, 0, 0))
+    return start, facts, bad
 
 
 def checked_again(index: Index) -> Index:
     """Check the bad images of an index again: they may have been replaced since."""
-    shapes, bad = index.shapes, []
+    shapes, sizes, bad = index.shapes, index.sizes, []
     for i, _ in index.bad:
-        _, found, damaged = check_images((i, [index.listing.images[i]]))
-        shapes[i] = found[0]
+        _, [(*shape, size)], damaged = check_images((i, [index.listing.images[i]]))
+        shapes[i], sizes[i] = shape, size
         bad += damaged
-    return Index(index.listing, shapes, bad)
+    return Index(index.listing, shapes, sizes, bad)
 
 
 def save(path: Path, index: Index, stamps: list[int]) -> None:
@@ -160,6 +168,7 @@ def save(path: Path, index: Index, stamps: list[int]) -> None:
         "stamps": stamps,
         "classes": listing.classes,
         "holders": images.holders,
+        "passed_over": listing.passed_over,
         "bad": index.bad,
     }
     arrays = {name: getattr(images, name) for name in ARRAYS if getattr(images, name) is not None}
@@ -170,6 +179,7 @@ def save(path: Path, index: Index, stamps: list[int]) -> None:
                 about=np.frombuffer(json.dumps(about).encode(), np.uint8),
                 labels=listing.labels,
                 shapes=index.shapes,
+                sizes=index.sizes,
                 **arrays,
             )
     except OSError as error:
@@ -185,8 +195,9 @@ def load(path: Path, stamps: list[int]) -> Index | None:
                 return None
             kept = {name: arrays[name] for name in ARRAYS if name in arrays}
             images = Images(holders=tuple(about["holders"]), **kept)
-            listing = Listing(images, arrays["labels"], tuple(about["classes"]))
+            passed_over = PassedOver(*about["passed_over"])
+            listing = Listing(images, arrays["labels"], tuple(about["classes"]), passed_over)
             bad = [(i, text) for i, text in about["bad"]]
-            return Index(listing, arrays["shapes"], bad)
+            return Index(listing, arrays["shapes"], arrays["sizes"], bad)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None  # none yet, or damaged: it is made again

@@ -351,10 +351,11 @@ def list_shards(root: Path, split: str) -> Listing:
 
 
 def shard_stamps(root: Path, split: str) -> list[int]:
-    """Return when the manifest and the split's files last changed, in ns."""
+    """Return when the manifest and the split's files last changed, in ns, and their bytes."""
     shards = listed_shards(root, read_manifest(root), split)
     files = [NAME, *(name for shard in shards for name in (shard.file, shard.index))]
-    return [checked_status(root / name).st_mtime_ns for name in files]
+    found = [checked_status(root / name) for name in files]
+    return [n for each in found for n in (each.st_mtime_ns, each.st_ctime_ns, each.st_size)]
 
 
 def listed_shards(root: Path, manifest: Manifest, split: str) -> tuple[Shard, ...]:

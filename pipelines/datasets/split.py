@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.datasets.folders import find_split, folder_stamps, list_folder
-from pipelines.datasets.images import ImageFile, Images, Listing
-from pipelines.datasets.index import Index, cached_index
-from pipelines.datasets.shards import has_shards, list_shards, shard_stamps
-from pipelines.errors import Damage, UserError
+from pipelines.datasets.images import NOTHING, ImageFile, Images, Listing, PassedOver
+from pipelines.datasets.index import Index, cached_index, index_folder
+from pipelines.datasets.shards import has_shards
+from pipelines.datasets.skip_list import SkipList, Skipped, unmatched_note
+from pipelines.datasets.source import Source, find_source
+from pipelines.errors import Damage, UserError, nearest
 
 ON_BAD_IMAGE = ("error", "skip")
 SCAN = "python -m pipelines.prepare scan"
@@ -37,8 +38,15 @@ class Split:
     """What `on_bad_image="skip"` has left out."""
     shapes: NDArray[np.int32] | None = None
     """(N, 2): height and width as the headers have them; None: not looked at."""
-    strange_skip_list: bool = False
-    """Whether a skip list was given that names none of the images."""
+    sizes: NDArray[np.int64] | None = None
+    """(N,): bytes of the encoded images; None: not looked at."""
+    folder: str = "."
+    """That which holds the classes, or the shards."""
+    name: str = "val"
+    """Of the split's own folder, such as "test"."""
+    passed_over: PassedOver = NOTHING
+    skipped: Skipped | None = None
+    """What a skip list had to do with it."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -56,7 +64,27 @@ class Split:
             files=files.take(indices) if isinstance(files, Images) else [files[i] for i in indices],
             labels=np.asarray(self.labels)[indices],
             shapes=None if self.shapes is None else self.shapes[indices],
+            sizes=None if self.sizes is None else self.sizes[indices],
         )
+
+    def names(self) -> list[bytes]:
+        """List the images' paths below `folder`, CLASS/IMAGE; in shards what they were packed as.
+
+        As the file system has them: they need not be UTF-8.
+        """
+        files = self.files
+        if not isinstance(files, Images):
+            return [os.fsencode(os.path.relpath(file.path, self.folder)) for file in files]
+        names = files.names_below(self.folder)
+        return [unquote_to_bytes(name) for name in names] if self.in_shards else names
+
+    def digest(self) -> str:
+        """Hash the names, labels and bytes of all images in their order: 64 hexadecimal digits."""
+        digest = hashlib.sha256(b"\0".join(self.names()))
+        digest.update(np.asarray(self.labels, np.int32).tobytes())
+        if self.sizes is not None:
+            digest.update(self.sizes.tobytes())
+        return digest.hexdigest()
 
 
 def read_split(
@@ -68,67 +96,63 @@ def read_split(
 ) -> Split:
     """List the images of `root/split/CLASS/`, or of the shards in `root`.
 
-    `split` is "train" or "val"; "test" is taken where "val" is missing. Hidden files are left out,
-    links to folders are followed. `skip_list` names files to leave out, see `read_skip_list`.
-    `check_files` looks at the header and the end of each image, and keeps what it finds in the
-    user's cache for as long as folders or shards do not change; `on_bad_image` says what becomes of
-    those that would stop a back end: "error" raises, "skip" leaves them out and names them in
-    `left_out`.
+    `split` is "train" or "val", for which `folders.SPLIT_FOLDERS` has more names. Links to folders
+    are followed; hidden files and metadata are passed over. `skip_list` names files to leave out,
+    see `SkipList.read`. `check_files` looks at the header and the end of each image, and keeps what
+    it finds in the user's cache for as long as folders or shards do not change; `on_bad_image` says
+    what becomes of those that would stop a back end: "error" raises, "skip" leaves them out and
+    names them in `left_out`.
 
     Raises UserError for a missing folder, no classes, an empty class or a bad file.
     """
     assert on_bad_image in ON_BAD_IMAGE, on_bad_image
     root = Path(os.path.abspath(root))
-    skipped = read_skip_list(root, skip_list) if skip_list is not None else frozenset()
-    if has_shards(root):
-        source = root / split
-        stamps, make_listing = partial(shard_stamps, root, split), partial(list_shards, root, split)
-    else:
-        source = find_split(root, split)
-        stamps, make_listing = partial(folder_stamps, source), partial(list_folder, source)
-    index = cached_index(source, stamps, make_listing) if check_files else None
-    listing = make_listing() if index is None else index.listing
-    return chosen(listing, index, source, skipped, on_bad_image)
+    skips = SkipList.read(root, skip_list) if skip_list is not None else None
+    source = find_source(root, split)
+    index = None
+    if check_files:
+        index = cached_index(source.place, source.stamps, source.listing)
+    listing = source.listing() if index is None else index.listing
+    return chosen(listing, index, source, skips, on_bad_image)
 
 
 def chosen(
     listing: Listing,
     index: Index | None,
-    source: Path,
-    skipped: frozenset[str],
+    source: Source,
+    skips: SkipList | None,
     on_bad_image: str,
 ) -> Split:
     """Select the images of a split that are neither skipped nor known to be bad."""
     images = listing.images
-    shapes, bad_indices = (None, []) if index is None else (index.shapes, index.bad)
+    bad_indices = [] if index is None else index.bad
     keep = np.ones(len(images), bool)
-    found = skipped_indices(images, skipped)
-    keep[found] = False
+    skipped = None
+    if skips is not None:
+        found, skipped = skips.find(images, source.elsewhere)
+        keep[found] = False
     bad = [(str(images[i]), text) for i, text in bad_indices if keep[i]]
     if bad and on_bad_image == "error":
-        raise bad_images(source.parent, bad)
+        raise bad_images(source.place.parent, bad)
     there = np.bincount(listing.labels[keep], minlength=len(listing.classes))
     keep[[i for i, _ in bad_indices]] = False
     good = np.bincount(listing.labels[keep], minlength=len(listing.classes))
     for name, any_left, any_good in zip(listing.classes, there, good, strict=True):
         if not any_good:
             what = "images that can be read" if any_left else "images"
-            raise UserError(f"class {name} has no {what} in {source}: add some or remove it")
-    strange = bool(skipped) and not found
-    split = Split(images, listing.labels, listing.classes, tuple(bad), shapes, strange)
-    return split.take(np.flatnonzero(keep))
-
-
-def skipped_indices(images: Images, skipped: frozenset[str]) -> list[int]:
-    """Find the indices of the skipped files."""
-    folders = {os.path.dirname(path) for path in skipped}
-    shards = {path.rpartition(":")[0] for path in skipped}
-    found = []
-    for holder, path in enumerate(images.holders):
-        if path in folders or path in shards:
-            members = np.flatnonzero(images.holder == holder).tolist()
-            found += [i for i in members if str(images[i]) in skipped]
-    return found
+            raise UserError(f"class {name} has no {what} in {source.place}: add some or remove it")
+    return Split(
+        images,
+        listing.labels,
+        listing.classes,
+        left_out=tuple(bad),
+        shapes=None if index is None else index.shapes,
+        sizes=None if index is None else index.sizes,
+        folder=str(source.folder),
+        name=source.split_name,
+        passed_over=listing.passed_over,
+        skipped=skipped,
+    ).take(np.flatnonzero(keep))
 
 
 def bad_images(root: Path, bad: list[Bad]) -> UserError:
@@ -151,12 +175,25 @@ def left_out_note(split: Split) -> str:
     return f"left out {files} of {number + len(split):,}; the first: {path} {reason}"
 
 
-def skip_list_note(skip_list: Path | str | None, *splits: Split) -> str:
-    """Say in one line that a skip list names no image of these splits; otherwise empty."""
-    if not all(split.strange_skip_list for split in splits):
-        return ""
-    rule = "its paths are absolute or relative to the data folder"
-    return f"note: --skip-list {skip_list} names none of the images that are read; {rule}"
+def passed_over_notes(found: PassedOver) -> list[str]:
+    """Say in a line each how many files beside the images are not read."""
+    notes = []
+    if found.loose:
+        files = "1 loose file" if found.loose == 1 else f"{found.loose:,} loose files"
+        what = f"left out {files} beside the class folders"
+        notes.append(f"{what}; the first: {found.first_loose}")
+    if found.metadata:
+        what = "1 file or folder" if found.metadata == 1 else f"{found.metadata:,} files or folders"
+        notes.append(f"passed over {what} of metadata; the first: {found.first_metadata}")
+    return notes
+
+
+def notes_of(*splits: Split) -> list[str]:
+    """Say, in a line each, what of the data folder is not read, and why: for every command."""
+    notes = [unmatched_note([each.skipped for each in splits if each.skipped is not None])]
+    for split in splits:
+        notes += [left_out_note(split), *passed_over_notes(split.passed_over)]
+    return list(dict.fromkeys(filter(None, notes)))
 
 
 def check_classes(train: Split, val: Split) -> None:
@@ -164,21 +201,37 @@ def check_classes(train: Split, val: Split) -> None:
     if train.classes == val.classes:
         return
     parts = []
-    for text, names in (
-        ("only in training", sorted(set(train.classes) - set(val.classes))),
-        ("only in validation", sorted(set(val.classes) - set(train.classes))),
-    ):
+    only_train = sorted(set(train.classes) - set(val.classes))
+    only_val = sorted(set(val.classes) - set(train.classes))
+    for text, names in (("only in training", only_train), ("only in validation", only_val)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             parts.append(f"{text}: {', '.join(names[:3])}{more}")
+    pairs = ((name, nearest(name, only_val)) for name in only_train[:100])
+    alike = next((f"; is {name} the same as {near}?" for name, near in pairs if near), "")
     raise UserError(
-        f"the class folders of training and validation differ ({'; '.join(parts)}): "
+        f"the class folders of training and validation differ ({'; '.join(parts)}{alike}): "
         "both need the same ones"
     )
 
 
+def check_several(split: Split) -> None:
+    """Raise UserError for images of one class, on which any network is right."""
+    if len(split.classes) == 1:
+        where = "the shards in " if split.in_shards else ""
+        raise UserError(
+            f"{where}{split.folder} has one class, {split.classes[0]}: there is nothing to tell "
+            "apart; expected the folders of two classes or more"
+        )
+
+
 def undecodable(file: ImageFile, reason: Exception) -> UserError:
-    """Make the error for a file that looks like an image but cannot be decoded."""
+    """Make the error for a file that looks like an image but cannot be decoded, or is gone."""
+    if not os.path.exists(file.path):
+        return UserError(
+            f"{file} is gone since the images were listed: start again; should that name it again, "
+            f"the index of the files is old: rm -r {shlex.quote(str(index_folder()))} forgets all"
+        )
     text = " ".join(str(reason).split())
     if not isinstance(reason, Damage):
         text = f"cannot be decoded ({text})"
@@ -186,35 +239,3 @@ def undecodable(file: ImageFile, reason: Exception) -> UserError:
         f"{file} {text}: remove it or name it in --skip-list; "
         f"{SCAN} DIR --decode finds all such files"
     )
-
-
-def read_skip_list(root: Path, skip_list: Path | str) -> frozenset[str]:
-    """Read the paths of files to leave out, one a line, absolute or relative to `root`.
-
-    `#` begins a comment. A path that holds a `#`, a line break or the like is a JSON string.
-    """
-    try:
-        lines = Path(skip_list).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--skip-list: cannot read {skip_list}: {error}") from error
-    names = []
-    for number, line in enumerate(lines, start=1):
-        line = line.strip()
-        if not line.startswith('"'):
-            names.append(line.partition("#")[0].strip())
-            continue
-        try:
-            names.append(json.JSONDecoder().raw_decode(line)[0])
-        except ValueError as error:
-            raise UserError(
-                f"--skip-list: line {number} of {skip_list} is no JSON string: {error}"
-            ) from error
-    return frozenset(os.path.normpath(root / name) for name in names if name)
-
-
-def skip_line(name: str) -> str:
-    """Write a path as a line that `read_skip_list` takes."""
-    plain = (
-        name.isprintable() and name.strip() == name and not name.startswith('"') and "#" not in name
-    )
-    return name if plain else json.dumps(name)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pipelines.backends import has_dali
 from pipelines.cli import exit_status, make_parser
-from pipelines.datasets.split import Split, left_out_note, read_split
+from pipelines.datasets.split import Split, notes_of, read_split
 from pipelines.errors import UserError
 from pipelines.prepare.findings import printable
 from pipelines.workers import num_cores
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparisons=comparisons,
         crops=[crop_test(*shape) for shape in typical_shapes(specs[-1].split)],
         num_images={name: len(split) for name, split in whole.items()},
-        notes=[printable(note) for split in whole.values() if (note := left_out_note(split))],
+        notes=[printable(note) for note in notes_of(*whole.values())],
         command=printable(shlex.join(["python", "-m", "pipelines.parity", *argv])),
         device=device,
     )

@@ -36,7 +36,6 @@ NOTES = {
     "thin": "little is left of it after a crop",
     "tiny": "less than 8 pixels high or wide",
     "name": "no UTF-8",
-    "folder": "a folder in a class folder: what it holds is not read",
 }
 """Kinds that every back end reads."""
 
@@ -46,15 +45,25 @@ class Listing:
     """The files of both splits, relative to the data folder."""
 
     names: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    """Folders in class folders."""
     classes: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """Split -> class -> names of its files."""
     problems: list[str] = field(default_factory=list)
     """What is wrong with the folders: training stops at these."""
+    notes: list[str] = field(default_factory=list)
+    """What is there and not read."""
+    training: set[str] = field(default_factory=set)
+    """The files of the training split."""
+
+    def add(self, split: str, classes: dict[str, list[str]]) -> None:
+        """Add a split: class -> names of its files."""
+        self.classes[split] = classes
+        names = [name for files in classes.values() for name in files]
+        self.names += names
+        if split == "train":
+            self.training.update(names)
 
     def split_of(self, name: str) -> str:
-        return "train" if name.startswith("train" + os.sep) else "val"
+        return "train" if name in self.training else "val"
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,6 @@ class Findings:
         for path, file in self.examined.items():
             for kind, text in file.findings:
                 found[kind].append((path, text))
-        found["folder"] += [(path, "is a folder") for path in self.listing.folders]
         return {kind: sorted(files) for kind, files in found.items() if files}
 
     def damaged(self) -> list[tuple[str, str]]:
@@ -108,6 +116,7 @@ class Findings:
             "decoded": self.decoded,
             "counts": {kind: len(files) for kind, files in by_kind.items()},
             "problems": self.listing.problems,
+            "notes": self.listing.notes,
             "findings": [
                 {
                     "path": path,
@@ -149,6 +158,7 @@ def describe(findings: Findings, num_read: int, seconds: float, skip_list: Path 
         for kind, files in found.items():
             lines += kind_lines(kind, kinds[kind], files)
     lines += duplicate_lines(findings)
+    lines += findings.listing.notes
     if problems := findings.listing.problems:
         lines += ["problems, would stop training:", *(f"  {text}" for text in problems)]
     lines.append(advice(findings, skip_list))

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from pipelines.errors import UserError
+from pipelines.files import read_text
 from pipelines.prepare import archives
 
 WNID = re.compile(r"n\d{8}", re.ASCII)
@@ -124,7 +125,7 @@ def read_blacklist(path: Path) -> frozenset[int]:
 def read_lines(path: Path, flag: str) -> list[str]:
     """Read the stripped lines of a file, without the empty ones at its end."""
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+        lines = read_text(path).rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag}: cannot read {path}: {error}") from None
     return [line.strip() for line in lines]

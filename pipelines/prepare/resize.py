@@ -19,21 +19,24 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import os
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
 from pipelines.datasets.checks import check_file, damage
-from pipelines.datasets.folders import class_names, is_folder, visible
+from pipelines.datasets.folders import SPLIT_FOLDERS, find_split, list_folder
 from pipelines.datasets.images import ImageFile, status_of
 from pipelines.datasets.manifest import NAME, read_manifest
 from pipelines.datasets.pixels import ORIENTATION, UPRIGHT, orientation_of, rgb, stored_size
+from pipelines.datasets.split import passed_over_notes
 from pipelines.errors import UserError
 from pipelines.files import Row, atomic_write_in, scratch_folder, write_object
 from pipelines.workers import in_processes, num_cores
@@ -107,7 +110,6 @@ def encode(image: Image.Image, quality: int, metadata: dict[str, bytes]) -> byte
     return file.getvalue()
 
 
-SPLITS = ("train", "val", "test")
 CHUNK = 16
 """Images in a job: Ctrl-C waits until the current jobs end."""
 
@@ -117,7 +119,7 @@ class Copied:
     """The outcome of one image."""
 
     name: str
-    """SPLIT/CLASS/FILE."""
+    """Its path from the source's folder on, SPLIT/CLASS/FILE."""
     num_bytes: int = 0
     copies: tuple[tuple[str, int], ...] = ()
     """Per short side: "written", "verbatim" or "there", and the bytes of the copy."""
@@ -171,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--workers must be at least 1, not {args.workers}")
     resizer = Resizer(args.src, args.dst, tuple(sorted(set(args.short_side))), args.quality)
     resizer.check()
-    names = list_images(args.src)
+    names, notes = list_images(args.src)
     facts = {tree: resizer.facts_of(tree) for tree in resizer.trees}
     tally = Tally()
     started = time.perf_counter()
@@ -188,34 +190,43 @@ def run(args: argparse.Namespace) -> int:
         ends = {"images": dict(tally.splits), "damaged": [name for name, _ in tally.damaged]}
         for tree, fact in facts.items():
             write_object(tree / NAME, fact | {"complete": True} | ends)
-    resizer.report(tally, time.perf_counter() - started)
+    resizer.report(tally, notes, time.perf_counter() - started)
     return 1 if tally.damaged else 0
 
 
-def list_images(src: Path) -> list[str]:
-    """List SPLIT/CLASS/FILE of all images, sorted. UserError if two of a class share a stem."""
-    names = []
-    for split in SPLITS:
-        for folder in class_names(src / split):
-            stems: dict[str, str] = {}
-            for entry in visible(src / split / folder):
-                if is_folder(entry):
-                    continue
-                name = f"{split}/{folder}/{entry.name}"
-                other = stems.setdefault(target_name(name), name)
-                if other != name:
-                    raise UserError(
-                        f"{src}: the copies of {other} and {name} would have the same name: "
-                        "rename one"
-                    )
-            names += sorted(stems.values())
+def list_images(src: Path) -> tuple[list[str], list[str]]:
+    """List SPLIT/CLASS/FILE of all images, sorted, and notes on what is not copied.
+
+    UserError for a split that training would stop at, and if two copies would have the same name.
+    """
+    names: list[str] = []
+    notes: list[str] = []
+    there = [name for each in SPLIT_FOLDERS.values() for name in each if (src / name).is_dir()]
+    read = [find_split(src, split) for split in SPLIT_FOLDERS if {*SPLIT_FOLDERS[split]} & {*there}]
+    for name in there:
+        try:
+            listing = list_folder(src / name)
+        except UserError as error:
+            if src / name in read:
+                raise
+            notes.append(f"no copies of {name}/, which training does not read: {error}")
+            continue
+        names += map(os.fsdecode, listing.images.names_below(str(src)))
+        notes += passed_over_notes(listing.passed_over)
     if not names:
         raise UserError(f"{src} has no images: expected {src}/train/CLASS/IMAGE")
-    return names
+    for _, files in groupby(names, os.path.dirname):
+        stems: dict[str, str] = {}
+        for file in files:
+            if (other := stems.setdefault(target_name(file), file)) != file:
+                raise UserError(
+                    f"{src}: the copies of {other} and {file} would have the same name: rename one"
+                )
+    return names, notes
 
 
 def target_name(name: str) -> str:
-    return str(Path(name).with_suffix(".jpg"))
+    return f"{os.path.splitext(name)[0]}.jpg"
 
 
 def size_if_newer(path: Path, mtime_ns: int) -> int:
@@ -292,12 +303,12 @@ class Resizer:
             copies.append((what, size or len(copy.content)))
         return Copied(name, before.st_size, tuple(copies))
 
-    def report(self, tally: Tally, seconds: float) -> None:
-        """Print a summary, and damaged images on standard error."""
+    def report(self, tally: Tally, notes: list[str], seconds: float) -> None:
+        """Print the notes and a summary, and damaged images on standard error."""
         for name, error in tally.damaged:
             print(f"{self.src / name}: {error}", file=sys.stderr)  # noqa: T201
         images, megabytes = tally.splits.total(), tally.num_bytes / 1e6
-        lines = []
+        lines = [*notes]
         for tree, side in self.trees.items():
             count = {what: tally.copies[side, what] for what in ("written", "verbatim", "there")}
             lines.append(

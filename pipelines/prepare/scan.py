@@ -16,9 +16,10 @@ from typing import Any
 import PIL
 from tqdm import tqdm
 
-from pipelines.datasets.folders import class_names, find_split, is_folder, visible
 from pipelines.datasets.images import status_of
-from pipelines.datasets.split import Split, check_classes, skip_line
+from pipelines.datasets.skip_list import skip_line
+from pipelines.datasets.source import find_source
+from pipelines.datasets.split import Split, check_classes, check_several, passed_over_notes
 from pipelines.errors import UserError
 from pipelines.files import cache_folder, write_object, write_text
 from pipelines.prepare.duplicates import between_splits, equal_files
@@ -99,40 +100,38 @@ def list_folder(root: Path) -> Listing:
     Raises UserError where neither split is there.
     """
     listing = Listing()
+    splits = []
     for split in ("train", "val"):
         try:
-            folder = find_split(root, split)
+            source = find_source(root, split)
         except UserError as error:
             if not root.is_dir() or listing.problems:
                 raise
             listing.problems.append(str(error))
             continue
-        classes = list_classes(root, folder, listing.folders)
-        listing.classes[split] = classes
-        if not classes:
-            listing.problems.append(f"{folder} has no class folders: expected {folder}/CLASS/IMAGE")
-        for name, files in classes.items():
-            listing.names += files
-            if not files:
-                listing.problems.append(f"class folder {folder / name} has no images")
-    if len(listing.classes) == 2 and all(listing.classes.values()):
         try:
-            check_classes(*(Split([], [], tuple(names)) for names in listing.classes.values()))
+            found = source.listing()
         except UserError as error:
             listing.problems.append(str(error))
+            continue
+        names = [os.fsdecode(name) for name in found.images.names_below(str(root))]
+        classes: dict[str, list[str]] = {name: [] for name in found.classes}
+        for name, label in zip(names, found.labels.tolist(), strict=True):
+            classes[found.classes[label]].append(name)
+        for name, files in classes.items():
+            if not files:
+                listing.problems.append(f"class folder {source.folder / name} has no images")
+        listing.add(split, classes)
+        splits.append(Split([], [], found.classes, folder=str(source.folder)))
+        listing.notes += passed_over_notes(found.passed_over)
+    try:
+        for each in splits:
+            check_several(each)
+        if len(splits) == 2:
+            check_classes(*splits)
+    except UserError as error:
+        listing.problems.append(str(error))
     return listing
-
-
-def list_classes(root: Path, folder: Path, folders: list[str]) -> dict[str, list[str]]:
-    """Map each class to its files, both sorted; folders in class folders go to `folders`."""
-    classes = {}
-    for name in class_names(folder):
-        files: list[str] = []
-        for entry in visible(folder / name):
-            where = folders if is_folder(entry) else files
-            where.append(os.path.relpath(entry.path, root))
-        classes[name] = sorted(files)
-    return classes
 
 
 def examine_files(

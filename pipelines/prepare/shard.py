@@ -25,7 +25,7 @@ from pipelines.datasets.folders import SPLIT_FOLDERS, visible
 from pipelines.datasets.images import open_file, unreadable
 from pipelines.datasets.manifest import read_manifest
 from pipelines.datasets.shards import Manifest, Shard
-from pipelines.datasets.split import ON_BAD_IMAGE, Split, check_classes, left_out_note, read_split
+from pipelines.datasets.split import ON_BAD_IMAGE, Split, check_classes, notes_of, read_split
 from pipelines.errors import Damage, UserError
 from pipelines.files import atomic_write_in, scratch_folder
 from pipelines.sampling import Stream
@@ -234,8 +234,9 @@ def plan_split(name: str, split: Split, seed: int, shard_bytes: int) -> Iterator
     """Plan the shards of a split: training images are shuffled, the others keep their order."""
     paths = [file.path for file in split.files]
     sizes, labels = file_sizes(paths), np.asarray(split.labels, np.int32)
-    files = map(os.path.basename, paths)
-    names = shards.member_names(shards.class_folders(split.classes), files, labels.tolist())
+    names = shards.member_names(
+        shards.class_folders(split.classes), names_in_class(split), labels.tolist()
+    )
     order = np.arange(len(split))
     if name == "train":
         order = Stream.SHARD_SHUFFLE.generator(seed).permutation(len(split))
@@ -251,6 +252,13 @@ def plan_split(name: str, split: Split, seed: int, shard_bytes: int) -> Iterator
             sizes=sizes[indices],
             labels=labels[indices],
         )
+
+
+def names_in_class(split: Split) -> Iterator[str]:
+    """Yield the path of each image below its class folder."""
+    labels = np.asarray(split.labels).tolist()
+    for name, label in zip(split.names(), labels, strict=True):
+        yield os.fsdecode(name).removeprefix(f"{split.classes[label]}/")
 
 
 def file_sizes(paths: list[str]) -> NDArray[np.int64]:
@@ -310,7 +318,7 @@ def report(
 ) -> None:
     """Print a summary."""
     written = sum(shard.written for shard in packed.values())
-    lines = [note for note in map(left_out_note, splits.values()) if note]
+    lines = notes_of(*splits.values())
     for name, split in splits.items():
         tars = manifest.splits[name]
         size = sum(tar.bytes for tar in tars) / 1e6
