@@ -58,8 +58,8 @@ def test_the_recipe_without_a_name_is_that_of_the_data(tmp_path: Path) -> None:
     recipe, (note,) = chosen_recipe(None, mine)
     assert recipe.name == "photos" and not recipe.target and recipe.pretrained == "imagenet"
     assert note == (
-        "note: recipe photos for 2 classes that are neither ImageNet's nor CIFAR-10's, fitted to 48 "
-        "training images, most with a short side of 40 px or more: batch 4, 60 epochs at 32 px"
+        "note: recipe photos for 2 classes that are neither ImageNet's nor CIFAR-10's, fitted to "
+        "48 training images, most with a short side of 40 px or more: batch 4, 60 epochs at 32 px"
     )
     assert chosen_recipe("digits", mine) == (chosen_recipe("digits")[0], ())
     assert chosen_recipe("photos-scratch", mine)[0].phases[0].batch_size == 4
@@ -80,7 +80,7 @@ def test_the_flags_of_a_fitted_recipe_ask_for_the_same(tmp_path: Path) -> None:
 def test_a_folder_of_photographs_is_trained_by_its_name_alone(tmp_path: Path) -> None:
     """Without a network, from scratch; unbalanced, and said so."""
     data = folder_of(tmp_path / "mine", ("cat", "dog"), (40, 4))
-    out, err = train(
+    _, err = train(
         *("--data", data, "--recipe", "photos-scratch", "--device", "cpu", "--epochs", 2),
         *("--set", "class_weight_power=1", "--output", tmp_path / "run"),
     )
