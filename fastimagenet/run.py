@@ -325,9 +325,11 @@ def _train(
             results = missing
     if config.profile and world.is_main:
         trainer.profiler = StepProfiler(folder / "profile", trainer.device)
+    cli.say(world, plan.describe())
+    if plan.recipe.compile:  # minutes, in which a signal has nothing to wait for
+        trainer.compile_all_sizes()
     if world.is_main:
         write_plan(folder, plan, train, val, config.notes)
-    cli.say(world, plan.describe())
     unwritten = trainer.recorder.unwritten
     with cli.stopping_on_signals(trainer) as stopped_by:
         try:
@@ -410,6 +412,8 @@ def _sweep(
     command = shlex.join(["python", "-m", "fastimagenet.lr_find", *argv])
     trainer = build_trainer(config, plan, world, train, val, clock)
     cli.say(world, settings.describe(plan))
+    if plan.recipe.compile:
+        trainer.compile_all_sizes(plan.phases[:1])
     if world.is_main:
         write_plan(config.folder, plan, train, val)
     sweeps: list[Sweep] = []

@@ -113,6 +113,22 @@ def any_process(flag: bool, world: World, what: str) -> bool:
     return bool(all_reduce_sum(flags, world, what).item())
 
 
+def any_has_said(word: str, say: bool, world: World) -> bool:
+    """Tell whether this process says `word` now, or any one has said it.
+
+    No collective, since nobody waits: a process may ask as often as it likes.
+    """
+    if world.world_size == 1:
+        return say
+    import torch
+
+    store = torch.distributed.distributed_c10d._get_default_store()
+    with collective(f"the question whether to {word}", world):
+        if say:
+            store.set(f"said/{word}", "")
+        return say or bool(store.check([f"said/{word}"]))
+
+
 def gather_objects(value: Any, world: World, what: str) -> list[Any]:
     """Gather the plain values of all processes, by rank, on each of them."""
     if world.world_size == 1:

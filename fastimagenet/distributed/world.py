@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, replace
 
 from pipelines.errors import UserError
+from pipelines.signals import STOP_SIGNALS
 
 TIMEOUT_SECONDS = 600
 """Default of --timeout, how long a process waits for the others."""
@@ -21,8 +22,8 @@ LAUNCHER = "FASTIMAGENET_LAUNCHER"
 """Environment variable with the process ID of our own launcher."""
 STARTED = "FASTIMAGENET_STARTED"
 """Environment variable with the time at which that was started, in seconds since 1970."""
-STOPPED = (130, 143)
-"""Exit statuses of a process that was asked to stop and has saved."""
+STOPPED = tuple(128 + number for number in STOP_SIGNALS)
+"""Exit statuses of a process that was asked to stop, and had nothing left to save."""
 
 
 @dataclass(frozen=True)
