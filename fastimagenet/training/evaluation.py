@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from fastimagenet.distributed.collectives import all_reduce_sum, any_has_said, broadcast
+from fastimagenet.distributed.collectives import Word, all_reduce_sum, broadcast
 from fastimagenet.distributed.world import World
 from fastimagenet.errors import Stopped
 from fastimagenet.recipes.recipe import TOP, TTA
@@ -98,7 +98,8 @@ def evaluate(
     asked before every batch, is true on one.
     """
     check_tta(tta)
-    device, images, ranked, stop = torch.device(world.device), 0, 0, False
+    device, images, ranked = torch.device(world.device), 0, 0
+    stop, stopped = Word("stop", world), False
     # Kept on the device: a sync in each batch would leave a GPU idle.
     correct = torch.zeros(2, dtype=torch.float64, device=device)
     tta_correct = torch.zeros(2, dtype=torch.float64, device=device)
@@ -109,8 +110,8 @@ def evaluate(
     with eval_mode(model), torch.no_grad():
         for batch, labels in loader:
             # Each process leaves by itself, as they have different numbers of batches.
-            if stopping is not None and any_has_said("stop", stopping(), world):
-                stop = True
+            if stopping is not None and stop.said(stopping()):
+                stopped = True
                 break
             batch = batch.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
@@ -125,11 +126,12 @@ def evaluate(
                 # Softmax first: averaged logits, or their exponentials, let one view outvote all.
                 mean = torch.stack(outputs).float().softmax(dim=-1).mean(dim=0)
                 tta_correct += count_correct(mean, labels)
-        seen = torch.tensor([images, ranked, stop], dtype=torch.float64, device=device)
+        seen = torch.tensor([images, ranked, stopped], dtype=torch.float64, device=device)
         totals = torch.cat([seen[:1], correct, loss_sum, tta_correct, seen[1:]])
         all_reduce_sum(totals, world, "validation counts")  # in float64, exact below 2^53
     *counts, stops = totals.tolist()  # the only wait for the device
     if stops:
+        stop.forget()
         raise Stopped
     return Counts.from_totals(counts, tta)
 

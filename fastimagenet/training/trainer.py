@@ -47,6 +47,9 @@ from pipelines.errors import UserError
 from pipelines.loader import Loader
 
 LOG_EVERY_STEPS = 10
+SAVE_AFTER_SECONDS = 10.0
+"""An evaluation that takes longer begins with a checkpoint of what was trained before it. The end
+of a shorter one saves soon enough: 15 MB take .11 s of a core of an AMD EPYC (2026-11-29)."""
 GRAPH_PASSES = 3
 """torch's CUDA graph trees run a function eagerly, then record it, then replay it."""
 MicroBatches = tuple[tuple[Tensor, Tensor], ...]
@@ -117,9 +120,14 @@ class Trainer:
         """Step and training clock, in seconds, of the last log row."""
         self._began = (0, 0.0)
         """The same where this epoch began, or was resumed."""
+        self._save_at = 0.0
+        """When the state before the evaluation in progress is saved, by time.monotonic."""
         self._rate_before = 0.0
         """Images/s of this epoch before it was resumed."""
         patience_steps = SCALER_PATIENCE_STEPS if self.scaler.is_enabled() else 1
+        self._unsaved: dict[str, Any] | None = None
+        """The state before the evaluation in progress, which changes nothing of it, as long as no
+        checkpoint has been begun."""
         self.losses = LossMonitor(self.device, patience_steps)
         self._ddp = self._distributed(bucket_mb) if world.world_size > 1 else None
         self._train_module = compiled(self._ddp or self.model, recipe, self.device)
@@ -188,19 +196,19 @@ class Trainer:
             if self.step % LOG_EVERY_STEPS == 0 or last:
                 self._log(loss, phase)
             self._stop_if_requested()
-            if last:  # once more before an evaluation, which may take long
-                due = self.plan.evaluates(self.epoch)
-            else:
-                due = self.checkpoint_steps > 0 and self.step % self.checkpoint_steps == 0
-            if due:
+            if last and self.plan.evaluates(self.epoch):
+                self._unsaved = self.state_dict()
+            elif not last and self.checkpoint_steps and self.step % self.checkpoint_steps == 0:
                 self.losses.read(loss, self.plan)  # weights that have diverged are not worth saving
                 self._save()
         self.synchronize()
         images_per_sec = self._images_per_sec()
         try:
             evaluated = self.evaluate_epoch(phase)
-        except Stopped:  # the checkpoint was begun before
+        except Stopped:
+            self._save_unsaved()
             self._stop()
+        self._unsaved = None
         record = self._epoch_record(phase, images_per_sec, evaluated)
         self.records.append(record)
         self.recorder.epoch(record)
@@ -294,6 +302,7 @@ class Trainer:
         if not self.plan.evaluates(self.epoch):
             return {}
         recipe, last = self.plan.recipe, self.epoch + 1 == self.plan.epochs
+        self._save_at = time.monotonic() + SAVE_AFTER_SECONDS
         with self.clock.section("evaluation"):
             counts = self.evaluate(recipe.tta if last else "none")
             if not last and self.stop_at_target and recipe.reached_by(counts.accuracies()):
@@ -318,8 +327,14 @@ class Trainer:
                 world=self.world,
                 autocast_dtype=self.dtype,
                 tta=tta,
-                stopping=lambda: self.stop_requested,
+                stopping=self._stopping,
             )
+
+    def _stopping(self) -> bool:
+        """Tell whether this process was asked to stop; save before a long evaluation goes on."""
+        if time.monotonic() >= self._save_at:
+            self._save_unsaved()
+        return self.stop_requested
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -415,6 +430,13 @@ class Trainer:
             state = self.state_dict()
             if self.writer is not None:
                 self.writer.save(state, names)
+
+    def _save_unsaved(self) -> None:
+        """Begin to save the state before the evaluation, unless that has been done."""
+        state, self._unsaved = self._unsaved, None
+        if state is not None and self.writer is not None:
+            with self.clock.section("checkpoint"):
+                self.writer.save(state)
 
     def _finish_save(self) -> bool:
         """Wait for the checkpoint begun last; False where it could not be written."""

@@ -170,9 +170,9 @@ def copied_files(store: Store, folder: Path, wanted: list[Wanted]) -> Generator[
 
     # Daemons: those of a ThreadPoolExecutor would be waited for when the process ends.
     threads = [Thread(target=work, daemon=True) for _ in range(NUM_PARALLEL)]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         for _ in wanted:
             result = results.get()
             if isinstance(result, BaseException):
@@ -181,7 +181,7 @@ def copied_files(store: Store, folder: Path, wanted: list[Wanted]) -> Generator[
     finally:
         stop.set()
         until = time.monotonic() + LEAVE_SECONDS
-        for thread in threads:
+        for thread in filter(Thread.is_alive, threads):
             thread.join(max(0.0, until - time.monotonic()))
         remove_half_written(folder)
 
