@@ -6,7 +6,6 @@ import argparse
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from fastimagenet.distributed.world import (
     World,
     end_with_launcher,
     report_to_launcher,
+    started_by_us,
 )
 from fastimagenet.errors import NotWritten, PeerLost
 from fastimagenet.machine import keep_freed_memory, share_out_quota, spin_briefly
@@ -28,6 +28,7 @@ from pipelines.backends import BACKENDS
 from pipelines.datasets.remote import is_url, local_copy
 from pipelines.datasets.split import ON_BAD_IMAGE
 from pipelines.errors import UserError
+from pipelines.signals import Interrupted, StopSignals, stop_signals
 
 if TYPE_CHECKING:
     import torch
@@ -218,6 +219,10 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
             if not report_to_launcher(error):
                 print(f"error: {error}", file=sys.stderr)  # noqa: T201
             return 1
+        except Interrupted as interrupted:
+            if started_by_us():  # the launcher has heard it, too, and speaks for all
+                return 128 + interrupted.number
+            raise
         except PeerLost as error:
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
             sys.stdout.flush()
@@ -228,31 +233,19 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
 
 
 @contextmanager
-def stopping_on_signals(trainer: Trainer) -> Iterator[list[int]]:
-    """Have SIGTERM and Ctrl-C ask the trainer to stop; the list gets the signals' numbers.
+def stopping_on_signals(trainer: Trainer) -> Iterator[StopSignals]:
+    """Have a stop signal in the block ask the trainer to stop, which saves first."""
 
-    Outside of the main thread, where Python takes no signals, nothing changes.
-    """
-    numbers: list[int] = []
-
-    def ask_to_stop(number: int, _frame: object) -> None:
+    def ask() -> None:
         trainer.stop_requested = True
-        numbers.append(number)
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, ask_to_stop)
-    try:
-        yield numbers
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with stop_signals(ask) as signals:
+        yield signals
 
 
-def stopped_status(numbers: list[int]) -> int:
+def stopped_status(signals: StopSignals) -> int:
     """Return the exit status of a stopped command; the signal may have gone to another process."""
-    return 128 + (numbers[0] if numbers else signal.SIGTERM)
+    return 128 + (signals.number or signal.SIGTERM)
 
 
 def say(world: World, text: str) -> None:

@@ -12,4 +12,4 @@ class NotWritten(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved its state."""
+    """The run was asked to stop, and what it has trained is saved."""

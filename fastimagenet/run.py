@@ -383,9 +383,11 @@ def _train(
         start_from_pretrained(trainer)
     if config.profile and world.is_main:
         trainer.profiler = StepProfiler(folder / "profile", trainer.device)
+    cli.say(world, described(plan, train, val))
+    if plan.recipe.compile:  # minutes, in which a signal has nothing to wait for
+        trainer.compile_all_sizes()
     if world.is_main:
         write_plan(config, plan, train, val)
-    cli.say(world, described(plan, train, val))
     unwritten = trainer.recorder.unwritten
     with cli.stopping_on_signals(trainer) as stopped_by:
         try:
@@ -469,6 +471,8 @@ def _sweep(
     trainer = build_trainer(config, plan, world, train, val, clock)
     start_from_pretrained(trainer)
     cli.say(world, settings.describe(plan))
+    if plan.recipe.compile:
+        trainer.compile_all_sizes(plan.phases[:1])
     if world.is_main:
         write_plan(config, plan, train, val)
     sweeps: list[Sweep] = []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipelines.errors import UserError
+from pipelines.signals import Interrupted, stop_signals
 
 DISK_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -85,9 +86,19 @@ def output_file(text: str) -> Path:
 
 
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
-    """Run a command; a UserError becomes one line on standard error and status 2."""
+    """Run a command; a UserError becomes one line on standard error and status 2.
+
+    A stop signal becomes one line and 128 + its number. `argv` None: the process's own, which
+    ends with the command.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths need not be UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
+    with stop_signals() as signals:
+        signals.ends_process = argv is None
+        return _exit_status(command, argv)
+
+
+def _exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     try:
         return command(argv)
     except UserError as error:
@@ -100,8 +111,8 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
             raise
         where = error.filename or "the folder to write to"
         message = f"cannot use {where}: {os.strerror(error.errno)}"
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)  # noqa: T201
-        return 130
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)  # noqa: T201
+        return 128 + interrupted.number
     print(f"error: {message}", file=sys.stderr)  # noqa: T201
     return 2

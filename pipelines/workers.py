@@ -14,12 +14,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
 from math import ceil
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from types import ModuleType
 from typing import TypeVar
 
 from pipelines import cgroup
 from pipelines.errors import UserError
+from pipelines.signals import STOP_SIGNALS
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -45,6 +46,7 @@ def in_processes(
     """
     context = multiprocessing.get_context("forkserver")
     pending = iter(jobs)
+    start_server()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     try:
         running: set[Future[Result]] = set()
@@ -86,20 +88,35 @@ def preload_torchvision() -> None:
     To be called before the first is started: after that each imports it, which takes seconds.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
-    # While the server imports, Ctrl-C would end it with a traceback.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    start_server()
+
+
+def start_server() -> None:
+    """Start the server that forks the workers, where it does not run yet.
+
+    It and the workers block the stop signals, which may go to all processes of a group: their
+    parent still needs the batches in flight, and they end when it ends.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
+        resource_tracker.ensure_running()  # unblocks two of them
+        leave_signals_to_parent()
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """Block the stop signals; also where another program has started the server."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
 def start_worker() -> None:
-    """Ignore Ctrl-C, end whenever the parent ends, and silence Pillow's warnings."""
+    """Leave signals to the parent, end when it ends, take one core, silence Pillow's warnings."""
+    leave_signals_to_parent()
     os.environ["OMP_NUM_THREADS"] = "1"  # one core a worker, should it import torch
     if "torch" in sys.modules:  # preloaded
         sys.modules["torch"].set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     threading.Thread(target=end_with_parent, daemon=True).start()
 

@@ -26,6 +26,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from pipelines.signals import STOP_SIGNALS
 from pipelines.workers import PRELOADED, hidden_main
 
 IMPORTED = (
@@ -181,6 +182,7 @@ def become(words: list[str], env: dict[str, str]) -> NoReturn:
 
     os.environ.clear()
     os.environ.update(env)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)

@@ -24,8 +24,8 @@ PARTS = {
         *("report", "lr_finder", "cli", "run"),
     ),
     "pipelines": (
-        *("errors", "files", "formats", "pages", "workers", "cli", "environment", "datasets"),
-        *("loader", "sampling", "augment", "backends", "prepare", "parity"),
+        *("errors", "files", "formats", "pages", "signals", "workers", "cli", "environment"),
+        *("datasets", "loader", "sampling", "augment", "backends", "prepare", "parity"),
     ),
 }
 """Files and folders from the bottom to the top: each imports only what stands before it. Commands

@@ -13,6 +13,7 @@ from torch import multiprocessing, nn
 
 from fastimagenet.distributed.collectives import process_group
 from fastimagenet.distributed.world import World
+from fastimagenet.errors import Stopped
 from fastimagenet.models import build_model
 from fastimagenet.models.speednet import SpeedBlock, SpeedNet
 from fastimagenet.recipes import named_recipe
@@ -121,6 +122,35 @@ def one_process(rank: int, endpoint: str, data: Path, root: Path) -> None:
             whole = make(scenario, world, splits, root / f"{index} whole")
             whole.fit()
             check(scenario, whole, world, splits, root / f"{index} killed")
+            if index == 1:
+                check_stopped(scenario, whole, world, splits, root / "stopped")
+
+
+def check_stopped(
+    scenario: Scenario, whole: Trainer, world: World, splits: tuple[Split, Split], folder: Path
+) -> None:
+    """Only one process is asked to stop, in an evaluation: both leave it, and resume before it."""
+    store = torch.distributed.distributed_c10d._get_default_store()
+    first, asked = make(scenario, world, splits, folder), 0
+
+    def stopping() -> bool:
+        nonlocal asked
+        asked += 1
+        if world.is_main and asked == 2:
+            store.wait(["said/stop"])
+        return not world.is_main
+
+    first._stopping = stopping  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        first.fit()
+    assert asked <= (2 if world.is_main else 1), "of five batches"
+    torch.distributed.barrier()
+    second = make(scenario, world, splits, folder)
+    torch.manual_seed(99)
+    second.load_state_dict(checkpoint.load(folder / "checkpoints" / "last.pt"))
+    assert (second.step, second.epoch) == (whole.plan.phases[0].steps_per_epoch, 0)
+    second.fit()
+    check_ends(second, whole, "stopped")
 
 
 def check(
@@ -149,9 +179,14 @@ def check(
     second.load_state_dict(checkpoint.load(folder / "checkpoints" / "last.pt"))
     assert second.step == killed_at
     second.fit()
-    (weights, figures), (expected, expected_figures) = end_of(second), end_of(whole)
+    check_ends(second, whole, (scenario, killed_at))
+
+
+def check_ends(resumed: Trainer, whole: Trainer, case: object) -> None:
+    """The same weights and figures."""
+    (weights, figures), (expected, expected_figures) = end_of(resumed), end_of(whole)
     for name, value in expected.items():
-        assert torch.equal(weights[name], value), (scenario, killed_at, name)
+        assert torch.equal(weights[name], value), (case, name)
     assert figures == expected_figures
 
 

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -31,6 +30,7 @@ from pipelines.datasets.known import dataset_name
 from pipelines.datasets.split import check_classes, read_split
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object
+from pipelines.signals import stop_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,21 +146,17 @@ class Matrix:
     ) -> int:
         """Train what is not finished, one after the other; returns the exit status.
 
-        SIGTERM, Ctrl-C and a closed terminal make the training save and exit, and end the matrix.
+        A stop signal makes the training save and exit, and ends the matrix.
         So does a training that fails, unless `keep_going`: then it is added to `failed`. `around`
         is entered before each training and left after it.
         """
-        stopped_by: list[int] = []
         child: subprocess.Popen[bytes] | None = None
 
-        def stop(number: int, _frame: object) -> None:
-            stopped_by.append(number)
+        def stop() -> None:
             if child is not None:
                 child.terminate()
 
-        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        before = {number: signal.signal(number, stop) for number in signals}
-        try:
+        with stop_signals(stop) as signals:
             for training in self.trainings:
                 if training.finished:
                     print(f"{training.title}: finished before, in {training.folder}", flush=True)
@@ -170,20 +166,17 @@ class Matrix:
                 with around(training):
                     # In a session of its own: Ctrl-C reaches it by us alone, as SIGTERM.
                     child = subprocess.Popen([sys.executable, *command], start_new_session=True)
-                    if stopped_by:  # before there was a child to stop
+                    if signals.number:  # before there was a child to stop
                         child.terminate()
                     status = child.wait()
-                if stopped_by:
+                if signals.number:
                     print(f"{training.title}: stopped; the same command resumes", flush=True)
-                    return 128 + stopped_by[0]
+                    return 128 + signals.number
                 if status:
                     print(f"{training.title}: ended with status {status}", file=sys.stderr)
                     if not keep_going:
                         return status if status > 0 else 128 - status
                     self.failed.append(training)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
         return 0
 
 

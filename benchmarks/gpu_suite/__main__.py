@@ -25,7 +25,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 from benchmarks.common.measuring import begin, command_parser
 from benchmarks.gpu_suite.parts import PARTS, Part, Setup
@@ -35,6 +34,7 @@ from fastimagenet.distributed.world import Launch
 from pipelines.cli import output_folder
 from pipelines.datasets.folders import find_split
 from pipelines.errors import UserError
+from pipelines.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = tuple(part.name for part in PARTS)
@@ -70,11 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts={},
     )
     print(result.rehearsal or result.hardware, flush=True)
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        shown = run_parts(setup, result, folder, set(args.only) - set(args.skip))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    shown = run_parts(setup, result, folder, set(args.only) - set(args.skip))
     print(f"results: {folder / result.name}.json, .md and .html")
     if result.failed:
         print(f"failed: {', '.join(result.failed)}", file=sys.stderr)
@@ -174,10 +170,10 @@ def run_part(part: Part, setup: Setup, folder: Path, limit: float, hardware: str
 def run(words: list[str], log: Path, limit: float) -> int | None:
     """Run `python WORDS`; returns its exit status, None where it was ended at its limit."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-    unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, [signal.SIGTERM])
+    unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS)
     with log.open("wb") as output:
-        # A SIGTERM in between would leave a child that nobody knows of.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        # One of them in between would leave a child that nobody knows of.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         child = subprocess.Popen(
             [sys.executable, *words],
             cwd=ROOT,
@@ -204,11 +200,6 @@ def end(child: subprocess.Popen[bytes]) -> None:
             child.wait(GRACE_SECONDS)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
-
-
-def leave(number: int, _frame: object) -> NoReturn:
-    """End the suite on SIGTERM, and with it the part that runs."""
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

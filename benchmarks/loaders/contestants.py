@@ -30,12 +30,11 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from pipelines.backends import make_loader
-from pipelines.backends.torchvision import leave_interrupts_to_parent
 from pipelines.datasets.known import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage
-from pipelines.workers import preload_torchvision
+from pipelines.workers import leave_signals_to_parent, preload_torchvision
 
 MIN_SCALE = 0.25
 """Smallest share of an image's area that a crop keeps."""
@@ -144,7 +143,7 @@ def from_workers(dataset: Dataset[Any], count: int, task: Task) -> Generator[Any
         sampler=sampler,
         num_workers=task.threads,
         multiprocessing_context=context,
-        worker_init_fn=leave_interrupts_to_parent,
+        worker_init_fn=leave_signals_to_parent,
     )
     batches = iter(loader)
     try:

@@ -113,6 +113,31 @@ def any_process(flag: bool, world: World, what: str) -> bool:
     return bool(all_reduce_sum(flags, world, what).item())
 
 
+class Word:
+    """A word that any process can say to all others, without waiting for them."""
+
+    def __init__(self, word: str, world: World) -> None:
+        self._key, self._world, self._store = f"said/{word}", world, None
+        if world.world_size > 1:
+            import torch
+
+            self._store = torch.distributed.distributed_c10d._get_default_store()
+
+    def said(self, say: bool) -> bool:
+        """Tell whether this process says it now, or any one has said it. No collective."""
+        if self._store is None:
+            return say
+        with collective(f"asking for {self._key}", self._world):
+            if say:
+                self._store.set(self._key, "")
+            return say or bool(self._store.check([self._key]))
+
+    def forget(self) -> None:
+        """Unsay it; only when no process asks any more."""
+        if self._store is not None and self._world.is_main:
+            self._store.delete_key(self._key)
+
+
 def gather_objects(value: Any, world: World, what: str) -> list[Any]:
     """Gather the plain values of all processes, by rank, on each of them."""
     if world.world_size == 1:

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, replace
 
 from pipelines.errors import UserError
+from pipelines.signals import STOP_SIGNALS
 
 TIMEOUT_SECONDS = 600
 """Default of --timeout, how long a process waits for the others."""
@@ -27,8 +28,8 @@ RUN = "FASTIMAGENET_RUN"
 TIME_FORMAT = "%Y%m%d-%H%M%S"
 TRAINED = "It had trained since its last start."
 """Note of an exception: another start may get further."""
-STOPPED = (130, 143)
-"""Exit statuses of a process that was asked to stop and has saved."""
+STOPPED = tuple(128 + number for number in STOP_SIGNALS)
+"""Exit statuses of a process that was asked to stop, and had nothing left to save."""
 
 
 @dataclass(frozen=True)

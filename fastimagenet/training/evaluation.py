@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from fastimagenet.distributed.collectives import all_reduce_sum, broadcast
+from fastimagenet.distributed.collectives import Word, all_reduce_sum, broadcast
 from fastimagenet.distributed.world import World
+from fastimagenet.errors import Stopped
 from fastimagenet.recipes.recipe import TOP, TTA
 from pipelines.errors import UserError
 
@@ -83,6 +84,7 @@ def evaluate(
     world: World,
     autocast_dtype: torch.dtype | None,
     tta: str = "none",
+    stopping: Callable[[], bool] | None = None,
 ) -> Counts:
     """Count over one pass of the loaders of all processes, on the device of `world`.
 
@@ -92,10 +94,12 @@ def evaluate(
     compared in float32. With `tta` the softmax is averaged over `views`; the plain figures are
     those of the first view, from the same pass. With five classes or fewer there is no top-5; an
     image with a NaN among its logits is wrong in every count. The model's modes are left as they
-    were. Raises UserError for an unknown `tta`.
+    were. Raises UserError for an unknown `tta`, and Stopped on all processes where `stopping`,
+    asked before every batch, is true on one.
     """
     check_tta(tta)
     device, images, ranked = torch.device(world.device), 0, 0
+    stop, stopped = Word("stop", world), False
     # Kept on the device: a sync in each batch would leave a GPU idle.
     correct = torch.zeros(2, dtype=torch.float64, device=device)
     tta_correct = torch.zeros(2, dtype=torch.float64, device=device)
@@ -105,6 +109,10 @@ def evaluate(
     # Not inference_mode: torch.compile makes a second graph for tensors created under it.
     with eval_mode(model), torch.no_grad():
         for batch, labels in loader:
+            # Each process leaves by itself, as they have different numbers of batches.
+            if stopping is not None and stop.said(stopping()):
+                stopped = True
+                break
             batch = batch.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
@@ -118,10 +126,14 @@ def evaluate(
                 # Softmax first: averaged logits, or their exponentials, let one view outvote all.
                 mean = torch.stack(outputs).float().softmax(dim=-1).mean(dim=0)
                 tta_correct += count_correct(mean, labels)
-        seen = torch.tensor([images, ranked], dtype=torch.float64, device=device)
+        seen = torch.tensor([images, ranked, stopped], dtype=torch.float64, device=device)
         totals = torch.cat([seen[:1], correct, loss_sum, tta_correct, seen[1:]])
         all_reduce_sum(totals, world, "validation counts")  # in float64, exact below 2^53
-    return Counts.from_totals(totals.tolist(), tta)  # the only wait for the device
+    *counts, stops = totals.tolist()  # the only wait for the device
+    if stops:
+        stop.forget()
+        raise Stopped
+    return Counts.from_totals(counts, tta)
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:

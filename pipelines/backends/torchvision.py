@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 from collections.abc import Generator, Sequence
 from typing import Any, cast
 
@@ -22,7 +21,7 @@ from pipelines.datasets.split import undecodable
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec
 from pipelines.sampling import Batch, BatchSampler, CropParams, crop_box, to_index
-from pipelines.workers import preload_torchvision
+from pipelines.workers import leave_signals_to_parent, preload_torchvision
 
 
 class TorchvisionLoader(StreamLoader):
@@ -48,7 +47,7 @@ class TorchvisionLoader(StreamLoader):
             num_workers=self.spec.num_threads,
             multiprocessing_context=context if self.spec.num_threads else None,
             pin_memory=self.spec.device != "cpu",
-            worker_init_fn=leave_interrupts_to_parent,
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # else the caller's global generator is drawn from
         )
         batches = iter(loader)
@@ -113,11 +112,6 @@ def shared_floats(pixels: Tensor) -> Tensor:
     """
     nothing = torch.zeros(()).expand(pixels.shape[1:])
     return default_collate([nothing] * len(pixels)).copy_(pixels)
-
-
-def leave_interrupts_to_parent(worker: int) -> None:
-    """Ignore Ctrl-C in a worker, since the parent still needs the batches in flight."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def decode(file: ImageFile) -> Tensor:

@@ -11,11 +11,14 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
 from typing import Any
 
 from tqdm import tqdm
@@ -28,6 +31,8 @@ from pipelines.files import atomic_write, cache_folder
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 NUM_PARALLEL = 4
 """Files that are read at a time."""
+LEAVE_SECONDS = 3.0
+"""How long an interrupted command waits for the copies in flight."""
 CHUNK = 8 << 20
 """Bytes of a file that are asked for and held in memory at a time."""
 INSTALL = "pip install 'fastimagenet[remote]'"
@@ -128,8 +133,7 @@ class Store:
 def copy_files(store: Store, folder: Path, manifest: Manifest) -> None:
     """Copy the shards that `folder` does not have, with their indexes."""
     folder.mkdir(parents=True, exist_ok=True)
-    for half_written in folder.glob(".*"):  # by a process that was killed
-        half_written.unlink()
+    remove_half_written(folder)  # of a process that was killed
     wanted = [file for file in files_of(manifest) if not (folder / file[0]).exists()]
     total, free = sum(size or 0 for _, size, _ in wanted), shutil.disk_usage(folder).free
     if total > free:
@@ -138,14 +142,54 @@ def copy_files(store: Store, folder: Path, manifest: Manifest) -> None:
             f"free for {folder}: free some or set XDG_CACHE_HOME to a folder on a larger disk"
         )
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"fetching {store.url}", disable=None)
-    with bar, ThreadPoolExecutor(NUM_PARALLEL) as pool:
-        copies = [pool.submit(copy_file, store, folder, *file) for file in wanted]
-        try:
-            for copy in copies:
-                bar.update(copy.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with bar, closing(copied_files(store, folder, wanted)) as copied:
+        for size in copied:
+            bar.update(size)
+
+
+def copied_files(store: Store, folder: Path, wanted: list[Wanted]) -> Generator[int]:
+    """Copy the files, NUM_PARALLEL at a time; yield the bytes of each that is done.
+
+    On an error, or when the caller leaves, no copy is waited for longer than seconds: a server
+    that no longer answers holds up nobody. Half-written files are removed.
+    """
+    waiting: SimpleQueue[Wanted] = SimpleQueue()
+    results: SimpleQueue[int | BaseException] = SimpleQueue()
+    for file in wanted:
+        waiting.put(file)
+    stop = Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                results.put(copy_file(store, folder, stop, *waiting.get_nowait()))
+            except Empty:
+                return
+            except BaseException as error:
+                results.put(error)
+
+    # Daemons: those of a ThreadPoolExecutor would be waited for when the process ends.
+    threads = [Thread(target=work, daemon=True) for _ in range(NUM_PARALLEL)]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in wanted:
+            result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        stop.set()
+        until = time.monotonic() + LEAVE_SECONDS
+        for thread in filter(Thread.is_alive, threads):
+            thread.join(max(0.0, until - time.monotonic()))
+        remove_half_written(folder)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what an interrupted copy has left; to be called under the folder's lock."""
+    for path in folder.glob(".*"):
+        path.unlink(missing_ok=True)
 
 
 def files_of(manifest: Manifest) -> Iterator[Wanted]:
@@ -155,12 +199,19 @@ def files_of(manifest: Manifest) -> Iterator[Wanted]:
         yield shard.index, None, shard.index_sha256
 
 
-def copy_file(store: Store, folder: Path, name: str, size: int | None, sha256: str) -> int:
-    """Copy a file if it is what the manifest says; returns its bytes, 0 for an index."""
+def copy_file(
+    store: Store, folder: Path, stop: Event, name: str, size: int | None, sha256: str
+) -> int:
+    """Copy a file if it is what the manifest says; returns its bytes, 0 for an index.
+
+    Raises CancelledError once `stop` is set.
+    """
     digest = hashlib.sha256()
     with atomic_write(folder / name) as temporary:
         with temporary.open("wb") as target:
             for data in store.read(name, MAX_BYTES if size is None else size):
+                if stop.is_set():
+                    raise CancelledError
                 digest.update(data)
                 target.write(data)
         if digest.hexdigest() != sha256:
