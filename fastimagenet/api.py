@@ -59,9 +59,9 @@ def train(
     from fastimagenet import run
     from fastimagenet.report.run import Run
 
-    config = _config(data, recipe, output, epochs, set, options).with_output()
-    run.train(config)
-    return Run.open(config.folder)
+    _, folder = run.train(_config(data, recipe, output, epochs, set, options))
+    assert folder is not None, "of several nodes, it was asked for"
+    return Run.open(folder)
 
 
 def loader(
@@ -141,9 +141,9 @@ def lr_find(
         linear=linear,
         stop_dv=stop_dv,
     )
-    config = _config(data, recipe, output, None, set, options).with_output("lr_find-")
-    run.sweep(config, settings)
-    return Sweeps.open(config.folder)
+    _, folder = run.sweep(_config(data, recipe, output, None, set, options), settings)
+    assert folder is not None, "of several nodes, it was asked for"
+    return Sweeps.open(folder)
 
 
 def _config(
@@ -165,6 +165,8 @@ def _config(
         parts[part][name] = _checked(name, value, hints[part][name])
     folder = _checked("data", data, Path | None)
     launch = Launch(**parts[Launch])
+    if launch.nodes > 1 and launch.rdzv_endpoint and output is None:
+        raise UserError("output: with rdzv_endpoint, name the folder that the nodes share")
     if not isinstance(recipe, Recipe):
         recipe = chosen_recipe(
             _checked("recipe", recipe, str | Recipe | None), folder, launch.nodes

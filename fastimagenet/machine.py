@@ -1,4 +1,4 @@
-"""What a command sets for its process before torch is imported: memory and threads."""
+"""What a command sets for its process before torch is imported: memory, threads, messages."""
 
 from __future__ import annotations
 
@@ -51,3 +51,13 @@ def share_out_quota() -> None:
     """
     if ASKED_THREADS is None and cpu_quota() is not None:
         os.environ["OMP_NUM_THREADS"] = str(num_cores())
+
+
+def silence_torch() -> None:
+    """Have the C++ of torch and gloo keep to themselves what they say of connections.
+
+    They warn of every process that ends before another one, with stack traces, and what matters
+    comes as an exception. Does nothing where the user has set a level; has to come before torch is
+    imported.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")

@@ -9,6 +9,7 @@ import ctypes
 import math
 import os
 import re
+import secrets
 import signal
 import time
 from dataclasses import dataclass, replace
@@ -21,6 +22,11 @@ LAUNCHER = "FASTIMAGENET_LAUNCHER"
 """Environment variable with the process ID of our own launcher."""
 STARTED = "FASTIMAGENET_STARTED"
 """Environment variable with the time at which that was started, in seconds since 1970."""
+RUN = "FASTIMAGENET_RUN"
+"""Environment variable with what our launchers have agreed to call the run: TIME-RANDOM."""
+TIME_FORMAT = "%Y%m%d-%H%M%S"
+TRAINED = "It had trained since its last start."
+"""Note of an exception: another start may get further."""
 STOPPED = (130, 143)
 """Exit statuses of a process that was asked to stop and has saved."""
 
@@ -120,38 +126,92 @@ def gpu_count() -> int:
 def launched_world(launch: Launch) -> World | None:
     """Read the World that torchrun, srun or our own launcher set; None if none has started us.
 
-    Raises UserError where what was launched differs from what `launch` asks for, and where a
-    variable of the launcher is missing or no number.
+    Raises UserError where what was launched differs from what `launch` asks for, where a variable
+    of the launcher is missing or impossible, and for a launcher that is not known.
     """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size = _number("RANK"), _number("WORLD_SIZE", least=1)
-        local_rank = _number("LOCAL_RANK", "0")
-        local_size = _number("LOCAL_WORLD_SIZE", "1", least=1)
+    by_srun = "SLURM_STEP_ID" in env and _number("SLURM_STEP_NUM_TASKS", "1", least=1) > 1
+    if "RANK" in env or ("WORLD_SIZE" in env and not by_srun):
+        size = _number("WORLD_SIZE", least=1)
+        rank = _index("RANK", "WORLD_SIZE", size)
         nodes = _number("GROUP_WORLD_SIZE", str(launch.nodes), least=1)
-        starter = f"torchrun --nnodes {launch.nodes}"
-        if "LOCAL_WORLD_SIZE" in env and launch.nproc_per_node not in (None, local_size):
-            raise UserError(
-                f"--nproc-per-node {launch.nproc_per_node}, but {local_size} process(es) of this "
-                f"node were launched: start it with torchrun --nproc-per-node "
-                f"{launch.nproc_per_node} or say --nproc-per-node {local_size}"
-            )
-    elif "SLURM_PROCID" in env and _number("SLURM_NTASKS", "1", least=1) > 1:
-        rank, size = _number("SLURM_PROCID"), _number("SLURM_NTASKS", least=1)
+        even = str(max(1, size // nodes))
+        local_size = _number("LOCAL_WORLD_SIZE", even, least=1)
+        local_rank = _index("LOCAL_RANK", "LOCAL_WORLD_SIZE", local_size, str(rank % local_size))
+        if size > 1:
+            master()
+        starter, node_flag, flag = "torchrun", "--nnodes", "--nproc-per-node"
+        # torchrun's nodes may have different numbers of processes.
+        uneven = "LOCAL_WORLD_SIZE" not in env and nodes * local_size != size
+    elif by_srun:
+        size = _number("SLURM_STEP_NUM_TASKS", least=1)
+        rank = _index("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", size)
         local_rank = _number("SLURM_LOCALID")
-        nodes = _number("SLURM_NNODES", least=1)
-        local_size = size // nodes
-        starter = f"srun --nodes {launch.nodes}"
-        env.setdefault("MASTER_ADDR", _first_host(_variable("SLURM_JOB_NODELIST")))
-        env.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID") % 20000))
+        nodes = _number("SLURM_STEP_NUM_NODES", least=1)
+        local_size = max(1, size // nodes)
+        env.setdefault("MASTER_ADDR", _first_host(_variable("SLURM_STEP_NODELIST")))
+        env.setdefault("MASTER_PORT", str(_port_of_step()))
+        master()
+        starter, node_flag, flag = "srun", "--nodes", "--ntasks-per-node"
+        uneven = nodes * local_size != size
     else:
+        _refuse_mpirun()
         return None
     if not (launch.min_nodes or launch.nodes) <= nodes <= launch.nodes:
         raise UserError(
-            f"--nodes {launch.nodes}, but {nodes} node(s) were launched: "
-            f"start it with {starter} or say --nodes {nodes}"
+            f"--nodes {launch.nodes}, but {nodes} node(s) were launched: start it with "
+            f"{starter} {node_flag} {launch.nodes} or say --nodes {nodes}"
+        )
+    asked = launch.nproc_per_node
+    if asked is not None and (asked != local_size or uneven):
+        there = f"{size} on {nodes} node(s)" if uneven else f"{local_size} process(es) of this node"
+        remedy = "leave it out" if uneven else f"say --nproc-per-node {local_size}"
+        raise UserError(
+            f"--nproc-per-node {asked}, but {there} were launched: "
+            f"start it with {starter} {flag} {asked} or {remedy}"
+        )
+    if launch.rdzv_endpoint and not started_by_us():
+        raise UserError(
+            f"--rdzv-endpoint {launch.rdzv_endpoint}: what {starter} has launched "
+            "meets at MASTER_ADDR and MASTER_PORT: leave it out"
         )
     return World(rank, local_rank, size, local_size, _device(launch.resolved().device, local_rank))
+
+
+def _refuse_mpirun() -> None:
+    """Raise UserError if this is one of several processes of a launcher that is not known here."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if (count := _number(name, "1", least=1)) > 1:
+            raise UserError(
+                f"mpirun has started {count} processes ({name}), each of which would train alone: "
+                f"start one per node, with --nproc-per-node, or use torchrun or srun"
+            )
+
+
+def _port_of_step() -> int:
+    """Return the port where the processes of a SLURM step meet.
+
+    Steps that run at once on a node, of one job or of two, have different ones, all below those
+    that the system gives to connections (from 32768).
+    """
+    return 20000 + (_number("SLURM_JOB_ID") + 997 * _number("SLURM_STEP_ID")) % 12000
+
+
+def master() -> tuple[str, int]:
+    """Return host and port where the processes meet. Raises UserError naming the variable."""
+    return _variable("MASTER_ADDR"), _number("MASTER_PORT", least=1, most=65535)
+
+
+def step_of_job() -> str:
+    """Name the SLURM step that has started this process; "" for another launcher."""
+    if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ:
+        return ""
+    return f"job {_number('SLURM_JOB_ID')}, step {_number('SLURM_STEP_ID')}"
+
+
+def agent_has_store() -> bool:
+    """Tell whether torch's agent, not rank 0, hosts the store where the processes meet."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _variable(name: str, default: str | None = None) -> str:
@@ -161,12 +221,24 @@ def _variable(name: str, default: str | None = None) -> str:
     return text
 
 
-def _number(name: str, default: str | None = None, least: int = 0) -> int:
+def _number(name: str, default: str | None = None, least: int = 0, most: int | None = None) -> int:
     text = _variable(name, default)
-    if not text.isdecimal() or int(text) < least:
-        rule = f"a whole number of at least {least}, as torchrun and srun set it"
+    if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        rule = f"a whole number {limits}, as torchrun and srun set it"
         raise UserError(f"environment variable {name} must be {rule}, not {text!r}")
     return int(text)
+
+
+def _index(name: str, of: str, size: int, default: str | None = None) -> int:
+    """Read the variable `name`, an index of the `size` processes that the variable `of` counts."""
+    index = _number(name, default)
+    if index >= size:
+        raise UserError(
+            f"environment variable {name} is {index}, but {of} is {size}: "
+            f"it goes from 0 to {size - 1}, as torchrun and srun set it"
+        )
+    return index
 
 
 def _device(kind: str, local_rank: int) -> str:
@@ -193,7 +265,23 @@ def started_by_us() -> bool:
 
 def restarted() -> bool:
     """Tell whether torch's elastic agent has restarted this process."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _number("TORCHELASTIC_RESTART_COUNT", "0") > 0
+
+
+def new_run_id() -> str:
+    """Name a run, by the time and at random."""
+    return f"{time.strftime(TIME_FORMAT)}-{secrets.token_hex(4)}"
+
+
+def run_id() -> str | None:
+    """Return what our launchers call the run; None in a process that they have not started."""
+    return os.environ.get(RUN) if started_by_us() else None
+
+
+def run_time() -> str:
+    """Return when the run began, the same in all processes of our launchers, else the time now."""
+    name = run_id()
+    return time.strftime(TIME_FORMAT) if name is None else name.rpartition("-")[0]
 
 
 def launched_before(moment: float) -> bool:
