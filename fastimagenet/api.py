@@ -58,9 +58,9 @@ def train(
     from fastimagenet import run
     from fastimagenet.report.run import Run
 
-    config = _config(data, recipe, output, epochs, set, options).with_output()
-    run.train(config)
-    return Run.open(config.folder)
+    _, folder = run.train(_config(data, recipe, output, epochs, set, options))
+    assert folder is not None, "of several nodes, it was asked for"
+    return Run.open(folder)
 
 
 def loader(
@@ -140,9 +140,9 @@ def lr_find(
         linear=linear,
         stop_dv=stop_dv,
     )
-    config = _config(data, recipe, output, None, set, options).with_output("lr_find-")
-    run.sweep(config, settings)
-    return Sweeps.open(config.folder)
+    _, folder = run.sweep(_config(data, recipe, output, None, set, options), settings)
+    assert folder is not None, "of several nodes, it was asked for"
+    return Sweeps.open(folder)
 
 
 def _config(
@@ -166,6 +166,8 @@ def _config(
     launch = Launch(**parts[Launch])
     data_config = DataConfig(folder=folder, **parts[DataConfig])
     chosen: tuple[str, ...] = ()
+    if launch.nodes > 1 and launch.rdzv_endpoint and output is None:
+        raise UserError("output: with rdzv_endpoint, name the folder that the nodes share")
     if not isinstance(recipe, Recipe):
         name = _checked("recipe", recipe, str | Recipe | None)
         recipe, chosen = chosen_recipe(name, data_config, launch)

@@ -21,7 +21,7 @@ from fastimagenet.distributed.world import (
     started_by_us,
 )
 from fastimagenet.errors import NotWritten, PeerLost
-from fastimagenet.machine import keep_freed_memory, share_out_quota, spin_briefly
+from fastimagenet.machine import keep_freed_memory, share_out_quota, silence_torch, spin_briefly
 from fastimagenet.recipes.recipe import PRECISIONS
 from pipelines import cli
 from pipelines.backends import BACKENDS
@@ -201,13 +201,14 @@ def one_device(device: str) -> torch.device:
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     """Run a command as `pipelines.cli` does; status 1 if files or another process are missing.
 
-    In a process of our own launcher the line is left to it.
+    In a process of our own launcher the line, or the traceback, is left to it.
     """
 
     def told(argv: Sequence[str] | None) -> int:
         end_with_launcher()
         keep_freed_memory()
         spin_briefly()
+        silence_torch()
         share_out_quota()
         try:
             return command(argv)
@@ -228,6 +229,13 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)  # threads that still wait for the others would hold up the end
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            known = cli.disk_error(error)
+            if not report_to_launcher(known or error):
+                raise
+            return 2 if known else 1
 
     return cli.exit_status(told, argv)
 

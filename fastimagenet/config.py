@@ -6,7 +6,6 @@ Nothing below the commands sees argparse. A field is named as its flag is.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastimagenet.distributed.world import Launch
+from fastimagenet.distributed.world import Launch, run_time
 from fastimagenet.recipes import RECIPES, named_recipe, toml
 from fastimagenet.recipes.photos import FITTED, fitted
 from fastimagenet.recipes.recipe import Recipe
@@ -150,8 +149,7 @@ class RunConfig:
             return self
         if self.resume is not None:
             return replace(self, output=Path(self.resume).resolve().parent.parent)
-        name = f"{prefix}{self.recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return replace(self, output=Path("runs") / name)
+        return replace(self, output=Path("runs") / f"{prefix}{self.recipe.name}-{run_time()}")
 
     @property
     def resumes_here(self) -> bool:

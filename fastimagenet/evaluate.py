@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cli.say(world, json.dumps(result) if args.json else describe(result))
         return 0
 
-    return processes.run("fastimagenet.evaluate", argv, work)
+    return processes.run("fastimagenet.evaluate", argv, work, name=str(args.checkpoint))
 
 
 def checkpoint_at(path: Path) -> Path:

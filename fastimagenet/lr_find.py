@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop_dv=not args.no_stop_dv,
         recipe_out=args.recipe_out,
     )
-    return run.sweep(cli.run_config(args), settings, argv, clock)
+    status, _ = run.sweep(cli.run_config(args), settings, argv, clock)
+    return status
 
 
 if __name__ == "__main__":

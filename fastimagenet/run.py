@@ -23,7 +23,8 @@ from fastimagenet import cli
 from fastimagenet.config import DataConfig, RunConfig
 from fastimagenet.distributed.collectives import gather_objects
 from fastimagenet.distributed.processes import Processes
-from fastimagenet.distributed.world import World, restarted, started_by_us
+from fastimagenet.distributed.world import TRAINED, World, run_id
+from fastimagenet.folder import RunFolder
 from fastimagenet.lr_finder.sweep import Sweep, SweepConfig, check_validation
 from fastimagenet.recipes import toml
 from fastimagenet.recipes.plan import Plan
@@ -108,25 +109,6 @@ def with_copies(recipe: Recipe, root: Path) -> Recipe:
             )
         phases.append(replace(phase, data=data))
     return replace(recipe, phases=tuple(phases))
-
-
-def check_output(folder: Path, resuming: bool = False) -> None:
-    """Raise UserError if the folder cannot take this run, which, resumed, may find itself there."""
-    from fastimagenet.training.checkpoint import LAST
-
-    results = [name for name in ("summary.json", "lr_find.json") if (folder / name).exists()]
-    if results and not (folder / "checkpoints" / LAST).exists():
-        raise UserError(
-            f"--output {folder} holds another run's {results[0]} and no checkpoint to resume from: "
-            "name another folder"
-        )
-    if not resuming and (folder / "plan.json").exists():
-        raise UserError(
-            f"--output {folder} holds another run: name another folder, "
-            "or resume a stopped training by train --resume auto"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file: name a folder")
 
 
 def images_digest(train: Split, val: Split) -> str:
@@ -298,6 +280,7 @@ def write_plan(config: RunConfig, plan: Plan, train: Split, val: Split) -> None:
         "num_classes": len(train.classes),
         "left_out": len(train.left_out) + len(val.left_out),
         "notes": [*config.notes, *data_notes(train, val)],
+        "run": run_id(),
     }
     write_object(config.folder / "plan.json", plan.to_dict() | facts)
 
@@ -320,11 +303,12 @@ def dry_run(config: RunConfig) -> str:
 
 def train(
     config: RunConfig, argv: Sequence[str] | None = None, clock: Stopwatch | None = None
-) -> int:
+) -> tuple[int, Path | None]:
     """Train, in as many processes as the config asks for, and leave the files of the run.
 
     `argv`: the flags as they were typed, which are those of the processes that are started.
-    Returns 0, or 128 + the signal's number for a run that was stopped and has saved its state.
+    Returns the exit status, 0 or 128 + the signal's number for a run that was stopped and has saved
+    its state, and the folder; None where processes started on several nodes have chosen it.
     Raises UserError for the user's mistakes and NotWritten for files that are missing.
     """
     clock = clock or Stopwatch()
@@ -335,18 +319,16 @@ def train(
     train, val = read_data(config.data, processes.is_first)
     check_target(recipe, len(train.classes))
     plan = Plan.of(recipe, processes.world_size, len(train), config.global_batch)
-    if config.output is None:
-        config = config.with_output()
-        argv = None if argv is None else [*argv, "--output", str(config.folder)]
     argv = config.flags() if argv is None else argv
-    if processes.is_first:
-        check_output(config.folder, config.resumes_here)
-    work = partial(_train, config, plan, train=train, val=val, clock=clock, argv=argv)
-    return processes.run("fastimagenet.train", argv, work, sum(clock.read().values()))
+    with RunFolder(config) as folder:
+        argv = [*argv, *folder.take_for(processes)]
+        work = partial(_train, folder, plan, train=train, val=val, clock=clock, argv=argv)
+        seconds, name = sum(clock.read().values()), str(config.output or "")
+        return processes.run("fastimagenet.train", argv, work, seconds, name), folder.path
 
 
 def _train(
-    config: RunConfig,
+    run_folder: RunFolder,
     plan: Plan,
     world: World,
     *,
@@ -361,16 +343,15 @@ def _train(
     from fastimagenet.training.profiling import StepProfiler
 
     results = list(RESULTS)
-    # Named after the time, it may have another name on another node.
-    folder = gather_objects(config.folder, world, "the choice of the folder")[0]
-    config = replace(config, output=folder)
+    config = run_folder.shared(world)
+    folder = config.folder
     recorder = Recorder(folder, plan.total_steps) if world.is_main else None
     trainer = build_trainer(
         config, plan, world, train, val, clock, recorder=recorder, folder=folder
     )
     trainer.stop_at_target = config.stop_at_target
-    # What our launcher has started again resumes from what it has left itself.
-    flag = "auto" if restarted() or (config.resume is None and started_by_us()) else config.resume
+    # What was started again resumes from what it has left itself.
+    flag = "auto" if run_folder.is_own else config.resume
     if flag is not None:
         trainer.resume(flag, elastic=bool(config.launch.min_nodes))
         missing = gather_objects(missing_results(folder), world, "a check")[0]
@@ -389,6 +370,7 @@ def _train(
     if world.is_main:
         write_plan(config, plan, train, val)
     unwritten = trainer.recorder.unwritten
+    begun = trainer.step
     with cli.stopping_on_signals(trainer) as stopped_by:
         try:
             trainer.fit()
@@ -398,6 +380,10 @@ def _train(
             flags = f"--output {shlex.quote(str(folder))} --resume auto"
             cli.say(world, f"stopped at step {trainer.step}; resume with {flags}")
             return cli.stopped_status(stopped_by)
+        except Exception as error:
+            if trainer.step > begun:
+                error.add_note(TRAINED)
+            raise
         unwritten.share(world)
         if world.is_main:
             command = shlex.join(["python", "-m", "fastimagenet.train", *argv])
@@ -418,29 +404,29 @@ def sweep(
     settings: SweepConfig,
     argv: Sequence[str] | None = None,
     clock: Stopwatch | None = None,
-) -> int:
+) -> tuple[int, Path | None]:
     """Sweep the learning rate, in as many processes as the config asks for, and write the results.
 
     `argv`: the flags as they were typed, for the processes that are started.
-    Returns 0, or 128 + the signal's number if it was stopped.
+    Returns the exit status, 0 or 128 + the signal's number if it was stopped, and the folder as
+    `train` does.
     Raises UserError for the user's mistakes and NotWritten for files that are missing.
     """
     clock = clock or Stopwatch()
     recipe = with_copies(config.recipe, config.data.root)
     processes = Processes.of(config.launch)
-    if config.output is None:
-        config = config.with_output("lr_find-")
-        argv = None if argv is None else [*argv, "--output", str(config.folder)]
     argv = [*config.flags(), *settings.flags()] if argv is None else argv
     if processes.is_first:
-        check_output(config.folder)
         settings.check_recipe_out()
     train, val = read_data(config.data, processes.is_first)
     plan = Plan.of(recipe, processes.world_size, len(train), config.global_batch)
     check_validation(plan, len(val))
     val = shuffled(val, config.seed)
-    work = partial(_sweep, config, settings, plan, train=train, val=val, clock=clock, argv=argv)
-    return processes.run("fastimagenet.lr_find", argv, work)
+    with RunFolder(config, "lr_find-") as folder:
+        argv = [*argv, *folder.take_for(processes)]
+        work = partial(_sweep, folder, settings, plan, train=train, val=val, clock=clock, argv=argv)
+        name = str(config.output or "")
+        return processes.run("fastimagenet.lr_find", argv, work, name=name), folder.path
 
 
 def shuffled(split: Split, seed: int) -> Split:
@@ -452,7 +438,7 @@ def shuffled(split: Split, seed: int) -> Split:
 
 
 def _sweep(
-    config: RunConfig,
+    run_folder: RunFolder,
     settings: SweepConfig,
     plan: Plan,
     world: World,
@@ -466,6 +452,7 @@ def _sweep(
     from fastimagenet.lr_finder.finder import sweep_all
     from fastimagenet.lr_finder.results import write_results
 
+    config = run_folder.shared(world)
     started = time.strftime("%Y-%m-%dT%H:%M:%S")
     command = shlex.join(["python", "-m", "fastimagenet.lr_find", *argv])
     trainer = build_trainer(config, plan, world, train, val, clock)

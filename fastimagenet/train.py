@@ -116,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         print(run.dry_run(config))  # noqa: T201
         return 0
-    return run.train(config, argv, clock)
+    status, _ = run.train(config, argv, clock)
+    return status
 
 
 if __name__ == "__main__":

@@ -85,6 +85,15 @@ def output_file(text: str) -> Path:
     return path
 
 
+def disk_error(error: Exception) -> UserError | None:
+    """Return what the user is told of an error of the disk; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
+        return None
+    return UserError(
+        f"cannot use {error.filename or 'the folder to write to'}: {os.strerror(error.errno)}"
+    )
+
+
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     """Run a command; a UserError becomes one line on standard error and status 2.
 
@@ -107,10 +116,10 @@ def _exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        known = disk_error(error)
+        if known is None:
             raise
-        where = error.filename or "the folder to write to"
-        message = f"cannot use {where}: {os.strerror(error.errno)}"
+        message = str(known)
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)  # noqa: T201
         return 128 + interrupted.number

@@ -21,7 +21,7 @@ OURS = set(LAYERS) | {"tests"}
 PARTS = {
     "fastimagenet": (
         *("errors", "machine", "recipes", "models", "distributed", "config", "training"),
-        *("report", "lr_finder", "cli", "run"),
+        *("report", "lr_finder", "cli", "folder", "run"),
     ),
     "pipelines": (
         *("errors", "files", "formats", "pages", "signals", "workers", "cli", "environment"),

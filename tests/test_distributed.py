@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 
@@ -16,19 +17,31 @@ from fastimagenet.distributed.world import (
     launched_before,
     launched_world,
     seconds_since_launch,
+    step_of_job,
 )
 from pipelines.errors import UserError
 
 LAUNCHERS = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT"),
+    *("MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+    *(f"SLURM_{name}" for name in ("PROCID", "LOCALID", "NTASKS", "NNODES", "JOB_ID")),
+    *(f"SLURM_STEP_{name}" for name in ("ID", "NUM_TASKS", "NUM_NODES", "NODELIST")),
 )
+MET = "MASTER_ADDR=node0 MASTER_PORT=29500"
+STEP = "SLURM_JOB_ID=77 SLURM_STEP_ID=0 SLURM_PROCID=1 SLURM_LOCALID=0 SLURM_STEP_NUM_TASKS=2"
+SRUN = f"{STEP} SLURM_STEP_NUM_NODES=2 SLURM_STEP_NODELIST=gpu[03-04]"
 
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # to be as it was after the test, whatever that sets
+        monkeypatch.delenv(name)
+
+
+def have(monkeypatch: pytest.MonkeyPatch, variables: str) -> None:
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("=", 1))
 
 
 def test_flags_settle_device_and_processes() -> None:
@@ -67,9 +80,9 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_torchruns_environment_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched_world(Launch(1, 2, "cpu")) is None
-    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "GROUP_WORLD_SIZE": "2"}
-    for name, value in (torchrun | {"LOCAL_WORLD_SIZE": "2"}).items():
-        monkeypatch.setenv(name, value)
+    have(
+        monkeypatch, f"RANK=3 WORLD_SIZE=4 LOCAL_RANK=1 GROUP_WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 {MET}"
+    )
     monkeypatch.setattr("fastimagenet.distributed.world.gpu_count", lambda: 2)
     assert launched_world(Launch(2, None, "cuda")) == World(3, 1, 4, 2, "cuda:1")
     monkeypatch.setattr("fastimagenet.distributed.world.gpu_count", lambda: 1)
@@ -80,9 +93,7 @@ def test_torchruns_environment_is_recognised(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_torchruns_processes_are_those_of_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    for name, value in torchrun.items():
-        monkeypatch.setenv(name, value)
+    have(monkeypatch, f"RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2 {MET}")
     assert launched_world(Launch(1, 2, "cpu")) == launched_world(Launch(1, None, "cpu"))
     with pytest.raises(UserError, match=r"--nproc-per-node 4, but 2 process.*torchrun --nproc-per"):
         launched_world(Launch(1, 4, "cpu"))
@@ -94,22 +105,105 @@ def test_torchruns_processes_are_those_of_the_flag(monkeypatch: pytest.MonkeyPat
         ("RANK=x WORLD_SIZE=2", "variable RANK must be a whole number of at least 0, .* not 'x'"),
         ("RANK=0 WORLD_SIZE=0", "variable WORLD_SIZE must be a whole number of at least 1"),
         ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=-1", "variable LOCAL_RANK must be"),
-        ("SLURM_PROCID=0 SLURM_NTASKS=two", "variable SLURM_NTASKS must be"),
-        ("SLURM_PROCID=0 SLURM_NTASKS=2", "variable SLURM_LOCALID is missing"),
-        ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_LOCALID=0", "variable SLURM_NNODES is missing"),
+        ("RANK=0", "variable WORLD_SIZE is missing"),
+        ("WORLD_SIZE=2", "variable RANK is missing"),
+        ("RANK=2 WORLD_SIZE=2", "variable RANK is 2, but WORLD_SIZE is 2: it goes from 0 to 1"),
         (
-            "SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_LOCALID=0 SLURM_NNODES=1",
-            "variable SLURM_JOB_NODELIST is missing",
+            "RANK=1 WORLD_SIZE=4 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2",
+            "variable LOCAL_RANK is 2, but LOCAL_WORLD_SIZE is 2",
         ),
+        ("RANK=0 WORLD_SIZE=2", "variable MASTER_ADDR is missing"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=node0", "variable MASTER_PORT is missing"),
+        (
+            "RANK=0 WORLD_SIZE=2 MASTER_ADDR=node0 MASTER_PORT=abc",
+            "variable MASTER_PORT must be a whole number from 1 to 65535, .* not 'abc'",
+        ),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=node0 MASTER_PORT=65536", "MASTER_PORT must be"),
+        ("SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=two", "variable SLURM_STEP_NUM_TASKS must be"),
+        (STEP.replace("SLURM_LOCALID=0", ""), "variable SLURM_LOCALID is missing"),
+        (STEP.replace("PROCID=1", "PROCID=2"), "variable SLURM_PROCID is 2, but SLURM_STEP_NUM_"),
+        (STEP, "variable SLURM_STEP_NUM_NODES is missing"),
+        (f"{STEP} SLURM_STEP_NUM_NODES=1", "variable SLURM_STEP_NODELIST is missing"),
+        (f"{SRUN} MASTER_PORT=abc", "variable MASTER_PORT must be"),
+        ("OMPI_COMM_WORLD_SIZE=2", "mpirun has started 2 processes .* torchrun or srun"),
+        ("PMI_SIZE=4", "mpirun has started 4 processes"),
     ],
 )
 def test_a_launchers_variables_are_named(
     variables: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for variable in variables.split():
-        monkeypatch.setenv(*variable.split("="))
+    have(monkeypatch, variables)
     with pytest.raises(UserError, match=message):
         launched_world(Launch(1, 1, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "launch", "message"),
+    [
+        (SRUN, Launch(3, None, "cpu"), "--nodes 3, but 2 .* start it with srun --nodes 3 or say"),
+        (
+            SRUN,
+            Launch(2, 4, "cpu"),
+            r"--nproc-per-node 4, but 1 .* srun --ntasks-per-node 4 or",
+        ),
+        (
+            SRUN.replace("NUM_TASKS=2", "NUM_TASKS=3"),
+            Launch(2, 1, "cpu"),
+            r"--nproc-per-node 1, but 3 on 2 node\(s\) were launched: .* or leave it out",
+        ),
+        (SRUN, Launch(2, 1, "cpu", "a:1"), "--rdzv-endpoint a:1: what srun has .*: leave it out"),
+        (f"RANK=0 WORLD_SIZE=4 {MET}", Launch(1, 2, "cpu"), "--nproc-per-node 2, but 4 process"),
+        (f"RANK=0 WORLD_SIZE=3 {MET}", Launch(2, 1, "cpu"), "--nproc-per-node 1, but 3 on 2 node"),
+        (
+            f"RANK=0 WORLD_SIZE=2 {MET}",
+            Launch(1, 2, "cpu", "a:1"),
+            "--rdzv-endpoint a:1: what torc",
+        ),
+    ],
+)
+def test_a_flag_that_contradicts_the_launcher_is_refused(
+    variables: str, launch: Launch, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have(monkeypatch, variables)
+    with pytest.raises(UserError, match=message):
+        launched_world(launch)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        "SLURM_JOB_ID=77 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=4 SLURM_NNODES=1",  # sbatch
+        "SLURM_JOB_ID=77 SLURM_NTASKS=4 SLURM_STEP_ID=4294967290 SLURM_STEP_NUM_TASKS=1 PMI_SIZE=1",
+    ],
+)
+def test_a_batch_script_or_an_interactive_shell_is_no_launch(
+    variables: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have(monkeypatch, variables)
+    assert launched_world(Launch(1, 2, "cpu")) is None
+
+
+def test_variables_by_hand_are_of_as_many_processes_as_the_flags_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    have(monkeypatch, f"RANK=3 WORLD_SIZE=4 {MET}")
+    assert launched_world(Launch(1, None, "cpu")) == World(3, 3, 4, 4, "cpu")
+    assert launched_world(Launch(2, 2, "cpu")) == World(3, 1, 4, 2, "cpu")
+
+
+def test_steps_of_a_job_meet_at_ports_and_by_names_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    met = set()
+    for job in ("77", "78"):
+        for step in range(8):
+            have(monkeypatch, f"{SRUN} SLURM_JOB_ID={job} SLURM_STEP_ID={step}")
+            monkeypatch.delenv("MASTER_PORT", raising=False)
+            launched_world(Launch(2, 1, "cpu"))
+            assert 20000 <= int(os.environ["MASTER_PORT"]) < 32000  # those above may be taken
+            assert step_of_job() == f"job {job}, step {step}"
+            met.add(os.environ["MASTER_PORT"])
+    assert len(met) == 16
 
 
 @pytest.mark.parametrize(
@@ -127,15 +221,11 @@ def test_a_launchers_variables_are_named(
 def test_sruns_environment_is_recognised(
     monkeypatch: pytest.MonkeyPatch, nodes: str, first: str
 ) -> None:
-    srun = {"PROCID": "1", "NTASKS": "2", "LOCALID": "0", "NNODES": "2", "JOB_ID": "77"}
-    for name, value in (srun | {"JOB_NODELIST": nodes}).items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
+    """The first node is that of the step, which need not have all of the job."""
+    have(monkeypatch, f"{SRUN} SLURM_JOB_NODELIST=other WORLD_SIZE=2")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", nodes)
     assert launched_world(Launch(2, 1, "cpu")) == World(1, 0, 2, 1, "cpu")
-    import os
-
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "20077")
-    with pytest.raises(UserError, match="--nodes 3, but 2"):
-        launched_world(Launch(3, 1, "cpu"))
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,12 @@ from benchmarks.common.plots import time_bars
 from benchmarks.plan.prediction import MIN_STEPS, Candidate, candidates, with_fitting_batch
 from fastimagenet import cli
 from fastimagenet.distributed.world import World
+from fastimagenet.folder import check_output
 from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.figures import new_figure, with_legend, write_files
-from fastimagenet.run import check_output, read_data, with_copies
+from fastimagenet.run import read_data, with_copies
 from fastimagenet.training.clock import Stopwatch
 from pipelines.cli import Parser, at_least, output_folder, positive
 from pipelines.datasets.known import dataset_name

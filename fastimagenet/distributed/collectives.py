@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from fastimagenet.distributed.world import TIMEOUT_SECONDS, World
+from fastimagenet.distributed.meeting import meet
+from fastimagenet.distributed.world import TIMEOUT_SECONDS, World, agent_has_store
 from fastimagenet.errors import PeerLost
 
 if TYPE_CHECKING:
@@ -60,10 +61,14 @@ def silent_ranks(world: World) -> str:
 
 
 @contextmanager
-def process_group(world: World, timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[None]:
+def process_group(
+    world: World, timeout_seconds: float = TIMEOUT_SECONDS, run: str = ""
+) -> Iterator[None]:
     """Join the process group and leave it at the end; does nothing for a single process.
 
-    In between, waiting longer than the timeout for another process raises PeerLost.
+    In between, waiting longer than the timeout for another process raises PeerLost. `run`: a name
+    that all processes of a run have and others may not, so that runs which meet do not mix; then
+    and where a port is taken it raises UserError.
     """
     import torch
 
@@ -74,9 +79,10 @@ def process_group(world: World, timeout_seconds: float = TIMEOUT_SECONDS) -> Ite
         return
     backend = "gloo" if world.device == "cpu" else "nccl"
     timeout = timedelta(seconds=timeout_seconds)
+    store = None if agent_has_store() else meet(world, timeout_seconds, run)
     with collective("the start", world):
         torch.distributed.init_process_group(
-            backend, rank=world.rank, world_size=world.world_size, timeout=timeout
+            backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout
         )
     yield
     # Not after an error: NCCL's teardown waits for the others, who wait in a collective.

@@ -9,25 +9,41 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
+from torch.distributed import Store
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
+    RendezvousConnectionError,
     RendezvousError,
+    RendezvousHandler,
     RendezvousParameters,
-    registry,
 )
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
-from fastimagenet.distributed.world import LAUNCHER, STARTED, STOPPED, Launch
+from fastimagenet.distributed.meeting import RUN_KEY, listens, within
+from fastimagenet.distributed.world import (
+    LAUNCHER,
+    RUN,
+    STARTED,
+    STOPPED,
+    TRAINED,
+    Launch,
+    new_run_id,
+)
 from fastimagenet.errors import NotWritten
-from fastimagenet.machine import ASKED_THREADS
 from pipelines.errors import UserError
 from pipelines.workers import num_cores
 
@@ -39,14 +55,22 @@ SHUTDOWN_TIMEOUT_SECONDS = 600
 """Time to save after SIGTERM: a process may be in the middle of an evaluation."""
 STOP_TIMEOUT_SECONDS = 30
 """Time to end before a restart, in which nothing is saved."""
+HEARD = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+"""Signals at which the processes are asked to save and stop."""
+FINAL = (2, 141, *STOPPED)
+"""Exit statuses after which another start would not help: the user's mistake, a reader of the
+output that has left, and a stop."""
 SIOCGIFADDR = 0x8915
 """ioctl for an interface's address, from <linux/sockios.h>."""
 
 
-def run_processes(launch: Launch, module: str, argv: list[str], seconds_before: float = 0.0) -> int:
+def run_processes(
+    launch: Launch, module: str, argv: list[str], seconds_before: float = 0.0, name: str = ""
+) -> int:
     """Start `python -m module argv` in every process of this node and wait for the run's end.
 
-    `seconds_before`: seconds since the command was typed, which count as the run's.
+    `seconds_before`: seconds since the command was typed, which count as the run's. `name`: what
+    tells this run from others, the same on every node.
     Returns the exit status of the first process that failed, otherwise 0. Raises UserError or
     NotWritten where a process did, and UserError where the other nodes cannot be met.
     """
@@ -56,8 +80,7 @@ def run_processes(launch: Launch, module: str, argv: list[str], seconds_before: 
             "(or start it under torchrun or srun)"
         )
     before = dict(os.environ)
-    threads = ASKED_THREADS or str(max(1, num_cores() // launch.processes))
-    os.environ["OMP_NUM_THREADS"] = threads
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // launch.processes)))
     # The same packages as here, whatever the working directory has.
     ours = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join([ours, *filter(None, [before.get("PYTHONPATH")])])
@@ -67,19 +90,60 @@ def run_processes(launch: Launch, module: str, argv: list[str], seconds_before: 
     # A new store at each restart: a shared one would still hold the dead processes' addresses.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
-        return run_agent(launch, module, argv)
+        with heard_signals(), error_folder() as folder:
+            return run_agent(launch, module, argv, name, folder)
     finally:  # what this process starts later does not belong to this run
         os.environ.clear()
         os.environ.update(before)
 
 
-def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
+@contextmanager
+def heard_signals() -> Iterator[None]:
+    """Have torch's agent hear the stop signals but those that are ignored, as under nohup.
+
+    Restores the handlers that it replaces.
+    """
+    heard = {name: signal.getsignal(getattr(signal, name)) for name in HEARD}
+    heard = {name: handler for name, handler in heard.items() if handler != signal.SIG_IGN}
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(heard)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for name, handler in heard.items():
+                if handler is not None:  # None: not Python's
+                    signal.signal(getattr(signal, name), handler)
+
+
+def ignore_signals() -> None:
+    """Ignore further stop signals: the processes are saving."""
+    if threading.current_thread() is threading.main_thread():
+        for name in HEARD:
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@contextmanager
+def error_folder() -> Iterator[str]:
+    """Make a temporary folder where the processes leave their errors. Raises UserError."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="fastimagenet-")
+    except OSError as error:
+        raise UserError(
+            f"no folder for temporary files can be written to ({error}): set TMPDIR"
+        ) from None
+    with folder as path:
+        yield path
+
+
+def run_agent(launch: Launch, module: str, argv: list[str], name: str, folder: str) -> int:
     """Meet the other nodes and run the agent of this one; otherwise as `run_processes`."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for logger in logging.root.manager.loggerDict:  # each has a level of its own
+        if logger.startswith("torch.distributed.elastic"):
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
     agent: Agent | None = None
     try:
         meeting = rendezvous(launch)
-        handler = registry.get_rendezvous_handler(meeting)
+        handler = joined(launch, meeting, name)
         spec = WorkerSpec(
             role="",
             local_world_size=launch.processes,
@@ -90,24 +154,20 @@ def run_agent(launch: Launch, module: str, argv: list[str]) -> int:
             monitor_interval=0.1,
             local_addr=meeting.local_addr,
         )
-        agent = Agent(spec, DefaultLogsSpecs())
+        agent = Agent(spec, DefaultLogsSpecs(log_dir=folder))
         agent.elastic = launch.min_nodes > 0
         result = agent.run()
         handler.shutdown()
     except SignalException as error:
-        if agent is not None:
-            agent.check_saved()
-        return 128 + int(error.sigval)
+        status = 0 if agent is None else agent.last_status()
+        return 128 + int(error.sigval) if status in (0, *STOPPED) else status
     except RendezvousClosedError:
         raise UserError("the run has ended on another node, which says why") from None
     except RendezvousError as error:
         if agent is not None and agent.started:  # the node that hosts the store ended first
-            agent.check_saved()
+            agent.last_status()
             raise UserError("the run has ended on another node, which says why") from None
-        raise UserError(
-            f"--rdzv-endpoint {launch.rdzv_endpoint}: the {launch.nodes} nodes did not meet within "
-            f"{RENDEZVOUS_TIMEOUT_SECONDS} s ({error}); type the same command on every node"
-        ) from None
+        raise not_met(launch, RENDEZVOUS_TIMEOUT_SECONDS, str(error)) from None
     return 0 if result is None else status_of(result)
 
 
@@ -130,26 +190,79 @@ def rendezvous(launch: Launch) -> RendezvousParameters:
     )
 
 
+def joined(launch: Launch, meeting: RendezvousParameters, name: str) -> RendezvousHandler:
+    """Reach the place where the nodes meet, and agree with the others what the run is called.
+
+    Raises UserError where none answers within the timeout, and where what answers is not this run.
+    """
+    until = time.monotonic() + launch.timeout_seconds
+    endpoint = f"--rdzv-endpoint {launch.rdzv_endpoint}"
+    while True:
+        try:
+            backend, store = within(until - time.monotonic(), partial(create_backend, meeting))
+            own = f"{name}\n{new_run_id()}"
+            agreed = within(until - time.monotonic(), partial(agree, store, own))
+            break
+        except TimeoutError:
+            host, _, port = (launch.rdzv_endpoint or "localhost:0").rpartition(":")
+            if listens(host.strip("[]"), int(port)):
+                raise UserError(
+                    f"{endpoint}: port {port} is in use: what answers there is no run of "
+                    "fastimagenet: name another port, the same on every node"
+                ) from None
+            raise not_met(launch, launch.timeout_seconds, "nobody listens there") from None
+        except RendezvousConnectionError as error:
+            if "EADDRINUSE" in str(error.__cause__):
+                raise UserError(
+                    f"{endpoint}: the port is in use: name another one, the same on every node"
+                ) from None
+            time.sleep(min(1.0, max(0.0, until - time.monotonic())))
+    other, _, run = agreed.partition("\n")
+    if other != name:
+        raise UserError(
+            f"{endpoint}: another run meets there, {other}, and this is {name}: type the same "
+            "command on every node, or name another port"
+        )
+    os.environ[RUN] = run
+    return create_handler(store, backend, meeting)
+
+
+def agree(store: Store, own: str) -> str:
+    """Return what the first node that asked has called the run."""
+    return str(store.compare_set(RUN_KEY, "", own).decode())
+
+
+def not_met(launch: Launch, seconds: float, reason: str) -> UserError:
+    """Return the error of nodes that have not met."""
+    return UserError(
+        f"--rdzv-endpoint {launch.rdzv_endpoint}: the {launch.nodes} nodes did not meet within "
+        f"{seconds:g} s ({reason}); type the same command on every node"
+    )
+
+
 class Agent(LocalElasticAgent):
-    """An elastic agent that says why it restarts, and does not restart what ended on purpose."""
+    """An elastic agent that says why it restarts, and restarts only where that can help."""
 
     elastic = False
     """Whether the run continues when nodes leave."""
+    told = ""
+    """The error that was printed last."""
 
     @property
     def started(self) -> bool:
         """Whether the nodes have met and processes were started."""
         return self._pcontext is not None
 
-    def check_saved(self) -> None:
-        """Raise what one of the processes, which have ended, has reported."""
-        if self.started:
-            status_of(super()._monitor_workers(self._worker_group))
+    def last_status(self) -> int:
+        """Return the status of the processes, which have ended, or raise what one has reported."""
+        return status_of(super()._monitor_workers(self._worker_group)) if self.started else 0
 
     # torch 2.11 has no argument for the time, and the default of later versions is shorter.
+    # SIGTERM whatever was heard: it is what all processes of a rank know.
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 0) -> None:
-        self._close(death_sig, SHUTDOWN_TIMEOUT_SECONDS)
-        super()._shutdown(death_sig)
+        ignore_signals()
+        self._close(signal.SIGTERM, SHUTDOWN_TIMEOUT_SECONDS)
+        super()._shutdown(signal.SIGTERM)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         self._close(signal.SIGTERM, STOP_TIMEOUT_SECONDS)
@@ -162,25 +275,47 @@ class Agent(LocalElasticAgent):
     # The agent calls this several times a second.
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
-        failures = list(result.failures.values())
+        failures = sorted(result.failures.values(), key=lambda failure: failure.timestamp)
         if self.elastic and failures and all(f.exitcode in STOPPED for f in failures):
             self._remaining_restarts += 1  # a node leaves: not a fault
-        elif any(said_by(failure) or failure.exitcode in STOPPED for failure in failures):
-            self._remaining_restarts = 0
-        elif failures and self._remaining_restarts:
-            maximum = worker_group.spec.max_restarts
-            first = min(failures, key=lambda failure: failure.timestamp)
-            rank = worker_group.workers[first.local_rank].global_rank
-            restart = maximum - self._remaining_restarts + 1
-            text = f"note: rank {rank} {cause(first)}; restart {restart} of {maximum}"
-            print(f"{text}, from the last checkpoint", file=sys.stderr, flush=True)  # noqa: T201
+        elif failures:
+            known, self.told = self.told, next(filter(None, map(defect_of, failures)), "")
+            if self.told and self.told != known:
+                print(self.told, file=sys.stderr, flush=True)  # noqa: T201
+            if any(f.exitcode in FINAL or said_by(f) for f in failures) or (
+                self.told and (self.told == known or TRAINED not in self.told)
+            ):
+                self._remaining_restarts = 0
+            elif self._remaining_restarts:
+                self._tell_restart(worker_group, failures[0])
         return result
+
+    def _tell_restart(self, worker_group: WorkerGroup, first: ProcessFailure) -> None:
+        maximum = worker_group.spec.max_restarts
+        rank = worker_group.workers[first.local_rank].global_rank
+        restart = maximum - self._remaining_restarts + 1
+        text = f"note: rank {rank} {cause(first)}; restart {restart} of {maximum}"
+        print(f"{text}, from the last checkpoint", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def report_of(failure: ProcessFailure) -> tuple[str, str, str]:
+    """Return what the process left with `report_to_launcher`: class, text and traceback."""
+    message = failure.error_file_data["message"]
+    if not isinstance(message, dict):
+        return "", "", ""  # it died otherwise
+    name, _, text = str(message["message"]).partition(": ")
+    return name, text, str(message["extraInfo"]["py_callstack"]).rstrip()
 
 
 def said_by(failure: ProcessFailure) -> str:
-    """Return what the process left with `report_to_launcher`; "" if it died otherwise."""
-    message = failure.error_file_data["message"]
-    return str(message["message"]).partition(": ")[2] if isinstance(message, dict) else ""
+    """Return the line for the user that the process left; "" if it died otherwise."""
+    name, text, _ = report_of(failure)
+    return text if name in (UserError.__name__, NotWritten.__name__) else ""
+
+
+def defect_of(failure: ProcessFailure) -> str:
+    """Return the traceback of any other exception that has ended the process, or ""."""
+    return "" if said_by(failure) else report_of(failure)[2]
 
 
 def cause(failure: ProcessFailure) -> str:

@@ -141,7 +141,7 @@ def launched_world(launch: Launch) -> World | None:
         local_rank = _index("LOCAL_RANK", "LOCAL_WORLD_SIZE", local_size, str(rank % local_size))
         if size > 1:
             master()
-        starter = "torchrun --nnodes {} --nproc-per-node {}"
+        starter, node_flag, flag = "torchrun", "--nnodes", "--nproc-per-node"
         # torchrun's nodes may have different numbers of processes.
         uneven = "LOCAL_WORLD_SIZE" not in env and nodes * local_size != size
     elif by_srun:
@@ -153,7 +153,7 @@ def launched_world(launch: Launch) -> World | None:
         env.setdefault("MASTER_ADDR", _first_host(_variable("SLURM_STEP_NODELIST")))
         env.setdefault("MASTER_PORT", str(_port_of_step()))
         master()
-        starter = "srun --nodes {} --ntasks-per-node {}"
+        starter, node_flag, flag = "srun", "--nodes", "--ntasks-per-node"
         uneven = nodes * local_size != size
     else:
         _refuse_mpirun()
@@ -161,7 +161,7 @@ def launched_world(launch: Launch) -> World | None:
     if not (launch.min_nodes or launch.nodes) <= nodes <= launch.nodes:
         raise UserError(
             f"--nodes {launch.nodes}, but {nodes} node(s) were launched: start it with "
-            f"{starter.partition(' {} ')[0]} {launch.nodes} or say --nodes {nodes}"
+            f"{starter} {node_flag} {launch.nodes} or say --nodes {nodes}"
         )
     asked = launch.nproc_per_node
     if asked is not None and (asked != local_size or uneven):
@@ -169,12 +169,12 @@ def launched_world(launch: Launch) -> World | None:
         remedy = "leave it out" if uneven else f"say --nproc-per-node {local_size}"
         raise UserError(
             f"--nproc-per-node {asked}, but {there} were launched: "
-            f"start it with {starter.format(nodes, asked)} or {remedy}"
+            f"start it with {starter} {flag} {asked} or {remedy}"
         )
     if launch.rdzv_endpoint and not started_by_us():
         raise UserError(
-            f"--rdzv-endpoint {launch.rdzv_endpoint}: what {starter.partition(' ')[0]} has "
-            "launched meets at MASTER_ADDR and MASTER_PORT: leave it out"
+            f"--rdzv-endpoint {launch.rdzv_endpoint}: what {starter} has launched "
+            "meets at MASTER_ADDR and MASTER_PORT: leave it out"
         )
     return World(rank, local_rank, size, local_size, _device(launch.resolved().device, local_rank))
 
@@ -277,6 +277,12 @@ def new_run_id() -> str:
 def run_id() -> str | None:
     """Return what our launchers call the run; None in a process that they have not started."""
     return os.environ.get(RUN) if started_by_us() else None
+
+
+def run_time() -> str:
+    """Return when the run began, the same in all processes of our launchers, else the time now."""
+    name = run_id()
+    return time.strftime(TIME_FORMAT) if name is None else name.rpartition("-")[0]
 
 
 def launched_before(moment: float) -> bool:
