@@ -11,6 +11,7 @@ from pipelines.errors import UserError, did_you_mean
 
 COMMANDS = {
     "train": ("fastimagenet.train", "train an image classifier"),
+    "batches": ("fastimagenet.batches", "show the images as the network gets them"),
     "evaluate": ("fastimagenet.evaluate", "count the exact accuracy of a checkpoint"),
     "lr_find": ("fastimagenet.lr_find", "find learning rate, weight decay and momentum"),
     "report": ("fastimagenet.report", "write the report page of a run again"),

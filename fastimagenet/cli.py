@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """Add --data and where and how to compute: the same for train, evaluate and lr_find."""
+    add_data_flags(parser)
+    add_compute_flags(parser)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --data and what becomes of its files."""
     add = parser.add_argument
     add(
         "--data",
@@ -53,12 +59,12 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="what to do with files that cannot be read: stop at the start (default) or skip them",
     )
-    add(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="loader back end; auto: dali if installed, else torchvision",
-    )
+
+
+def add_compute_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --backend, --device, --precision, and the processes."""
+    add = parser.add_argument
+    add_backend_flag(parser)
     add_device_flag(parser)
     add("--precision", choices=PRECISIONS, help="override the recipe's precision")
     add(
@@ -85,6 +91,16 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         "--rdzv-endpoint",
         metavar="HOST:PORT",
         help="where nodes meet, the same on every node",
+    )
+
+
+def add_backend_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --backend."""
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="loader back end; auto: dali if installed, else torchvision",
     )
 
 
@@ -120,6 +136,20 @@ def add_run_flags(
 
     `folder` is --output's type: of several processes, not all need to be able to write there.
     """
+    add_recipe_flags(parser)
+    add = parser.add_argument
+    add(
+        "--global-batch",
+        type=int,
+        metavar="N",
+        help="images per update in the first phase, other phases in proportion: fewer processes "
+        "accumulate the gradients of several micro-batches",
+    )
+    add("--output", type=folder, metavar="DIR", help=f"default: {output}")
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --recipe, --set and --seed."""
     add = parser.add_argument
     add("--recipe", metavar="NAME|FILE.toml", help="default: that of the data, else photos")
     add(
@@ -130,15 +160,7 @@ def add_run_flags(
         help="change a recipe field, such as max_lr=1.2, phases.0.image_size=96 or, in all phases, "
         "phases.*.batch_size=16; repeatable",
     )
-    add(
-        "--global-batch",
-        type=int,
-        metavar="N",
-        help="images per update in the first phase, other phases in proportion: fewer processes "
-        "accumulate the gradients of several micro-batches",
-    )
     add("--seed", type=int, default=0)
-    add("--output", type=folder, metavar="DIR", help=f"default: {output}")
 
 
 def launch_of(args: argparse.Namespace, *, elastic: bool = False) -> Launch:
@@ -176,8 +198,8 @@ def run_config(args: argparse.Namespace, *, elastic: bool = False, **more: Any) 
     Raises UserError naming the flag or the recipe's field.
     """
     data, launch = data_config(args), launch_of(args, elastic=elastic)
-    recipe, chosen = chosen_recipe(args.recipe, data, launch)
     settings = [*args.set, *([f"precision={args.precision}"] if args.precision else [])]
+    recipe, chosen = chosen_recipe(args.recipe, data, launch)
     recipe, notes = changed_recipe(recipe, settings, getattr(args, "epochs", None))
     fields: dict[str, Any] = {
         "notes": (*chosen, *notes),

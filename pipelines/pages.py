@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipelines.formats import duration, number, percent
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def render(template: Path, **values: Any) -> str:
@@ -24,3 +29,10 @@ def render(template: Path, **values: Any) -> str:
     )
     templates.filters |= {"percent": percent, "duration": duration, "number": number}
     return templates.get_template(template.name).render(values)
+
+
+def inline(image: Image.Image) -> str:
+    """Return the image, as a PNG, as the address of an `<img>`."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -65,7 +65,8 @@ def test_a_run_with_its_weights_absent_is_told_and_one_without_runs(
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    flags = [*SMALL, "--data", cifar10, "--set", f"model={NAME}"]
+    phases = "phases=[{epochs = 1, image_size = 16, batch_size = 100}]"
+    flags = [*SMALL, "--data", cifar10, "--set", f"model={NAME}", "--set", phases]
     told = error_of(*flags, "--set", "pretrained=imagenet", "--output", tmp_path / "a")
     assert "pretrained: timm has no weights for timm:resnet10t here and cannot fetch any" in told
     told = error_of(*flags, "--set", "pretrained=a1_in1k", "--output", tmp_path / "b")

@@ -7,9 +7,9 @@ from math import ceil, log2
 
 from fastimagenet.recipes.recipe import Phase, Recipe
 
-_SIZES = (128, 176)
-"""Training; the evaluations are a quarter larger, about where a network trained on random crops
-sees objects as large as in training (Touvron et al. 2019, arXiv:1906.06423)."""
+_SIZES = ((128, 160), (176, 224))
+"""Of training and evaluation, which is a quarter larger: about where a network trained on random
+crops sees objects as large as in training (Touvron et al. 2019, arXiv:1906.06423)."""
 
 
 def photos(nodes: int = 1) -> Recipe:
@@ -56,8 +56,14 @@ def photos_scratch(nodes: int = 1) -> Recipe:
 
 def _phases(*epochs: int) -> tuple[Phase, ...]:
     return tuple(
-        Phase(epochs=count, image_size=size, batch_size=32, min_scale=0.35, eval_size=size * 5 // 4)
-        for count, size in zip(epochs, _SIZES, strict=True)
+        Phase(
+            epochs=count,
+            image_size=size,
+            batch_size=32,
+            min_scale=0.35,
+            eval_size=eval_size,
+        )
+        for count, (size, eval_size) in zip(epochs, _SIZES, strict=True)
     )
 
 

@@ -69,7 +69,7 @@ def _normalisation(model: object) -> dict[str, Any]:
     """Return mean and std of a network of timm's, which are those of its weights; {} for ours."""
     if not isinstance(model, str) or not model.startswith(TIMM):
         return {}
-    from fastimagenet.models.timms import normalisation
+    from fastimagenet.recipes.timms import normalisation
 
     return normalisation(model)
 

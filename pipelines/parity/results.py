@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -13,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from markupsafe import Markup
-from PIL import Image, ImageChops
+from PIL import ImageChops
 
+from pipelines import pages
 from pipelines.environment import processor, versions
 from pipelines.files import atomic_write, write_object, write_text
-from pipelines.pages import render
 from pipelines.parity.compare import NUM_CROPS, SIGNIFICANCE, Comparison, CropTest, Example
 from pipelines.prepare.findings import printable, shown
 
@@ -130,7 +128,7 @@ class Results:
     def page(self) -> str:
         """The page of the figures and the images that differ most."""
         facts = self.facts()
-        return render(
+        return pages.render(
             Path(__file__).with_name("parity.html.jinja"),
             results=self,
             facts=(facts | facts.pop("versions")).items(),
@@ -210,15 +208,8 @@ def example(found: Example) -> dict[str, Any]:
         "mean": found.mean,
         "max": found.max,
         "pictures": {
-            "torchvision": inline(found.reference),
-            "DALI": inline(found.ours),
-            f"difference x {AMPLIFIED}": inline(bright),
+            "torchvision": pages.inline(found.reference),
+            "DALI": pages.inline(found.ours),
+            f"difference x {AMPLIFIED}": pages.inline(bright),
         },
     }
-
-
-def inline(image: Image.Image) -> str:
-    """A PNG as the address of an `<img>`."""
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
