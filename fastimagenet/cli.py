@@ -52,6 +52,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="what to do with files that cannot be read: stop at the start (default) or skip them",
     )
+    cli.add_rule_flags(parser)
     add(
         "--backend",
         choices=BACKENDS,
@@ -165,6 +166,8 @@ def data_config(args: argparse.Namespace) -> DataConfig:
         folder=args.data,
         skip_list=args.skip_list,
         on_bad_image=args.on_bad_image,
+        val_fraction=args.val_fraction,
+        labels=args.labels,
         backend=args.backend,
     )
 

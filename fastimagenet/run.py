@@ -55,7 +55,7 @@ def read_data(data: DataConfig, say_notes: bool) -> tuple[Split, Split]:
     """
     start_workers(data.backend)
     train, val = (
-        read_split(data.root, split, data.skip_list, on_bad_image=data.on_bad_image)
+        read_split(data.root, split, data.skip_list, on_bad_image=data.on_bad_image, rule=data.rule)
         for split in ("train", "val")
     )
     check_classes(train, val)
@@ -222,6 +222,7 @@ def build_trainer(
             "classes": list(train.classes),
             "seed": config.seed,
             "images": images,
+            "rule": config.data.rule.to_plain(),
         },
         optimizer_backend=config.optimizer_backend,
         checkpoint_steps=config.checkpoint_steps,
