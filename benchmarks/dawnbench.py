@@ -35,7 +35,17 @@ from pipelines.files import Row, read_object, write_object
 from pipelines.formats import duration, percent
 
 PASSED_ON = (
-    *("data", "recipe", "skip_list", "on_bad_image", "backend", "device", "precision"),
+    *(
+        "data",
+        "recipe",
+        "skip_list",
+        "on_bad_image",
+        "val_fraction",
+        "labels",
+        "backend",
+        "device",
+        "precision",
+    ),
     *("nproc_per_node", "timeout", "global_batch", "epochs"),
     *("author", "author_email", "hardware", "cost_per_hour"),
 )
@@ -100,7 +110,7 @@ def variant(args: argparse.Namespace, config: RunConfig, recipe: Recipe) -> Vari
     """Return what every seed trains. Raises UserError where data or target cannot be taken."""
     data = config.data
     skips = data.on_bad_image == "skip"
-    split = read_split(data.root, "train", data.skip_list, skips, on_bad_image=data.on_bad_image)
+    split = read_split(data.root, "train", data.skip_list, skips, data.on_bad_image, data.rule)
     if dataset_name(split.classes) == "CIFAR10" and recipe.target.startswith("top5"):
         raise UserError("--target: the entries of CIFAR-10 hold top-1 only; name top1=VALUE")
     flags = ["--stop-at-target"] if args.stop_at_target else []

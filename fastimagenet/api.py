@@ -69,6 +69,8 @@ def loader(
     *,
     image_size: int,
     batch_size: int,
+    val_fraction: float | None = None,
+    labels: str | Path | None = None,
     backend: str = "auto",
     device: str = "cpu",
     seed: int = 0,
@@ -79,6 +81,7 @@ def loader(
 
     data: an image folder or shards; None reads the embedded digits.
     split: "train" is shuffled and augmented, "val" reads every image once.
+    val_fraction, labels: how images are divided that are in no folders train/ and val/.
     device: "cpu" or "cuda:INDEX", where the batches end up. num_threads: None takes all cores.
     transforms: fields of `pipelines.loader.Transforms`, such as mirror=False or mixup=0.2.
 
@@ -93,8 +96,13 @@ def loader(
     hints = get_type_hints(Transforms)
     for name in transforms:
         _known(name, hints)
+    read = DataConfig(
+        folder=_checked("data", data, Path | None),
+        val_fraction=_checked("val_fraction", val_fraction, float | None),
+        labels=_checked("labels", labels, Path | None),
+    )
     spec = LoaderSpec(
-        split=read_split(DataConfig(folder=_checked("data", data, Path | None)).root, split),
+        split=read_split(read.root, split, rule=read.rule),
         stages=(Stage(epochs=1, image_size=image_size, batch_size=batch_size),),
         training=split == "train",
         device=_checked("device", device, str),

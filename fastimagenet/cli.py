@@ -59,6 +59,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="what to do with files that cannot be read: stop at the start (default) or skip them",
     )
+    cli.add_rule_flags(parser)
 
 
 def add_compute_flags(parser: argparse.ArgumentParser) -> None:
@@ -188,6 +189,8 @@ def data_config(args: argparse.Namespace) -> DataConfig:
         folder=args.data,
         skip_list=args.skip_list,
         on_bad_image=args.on_bad_image,
+        val_fraction=args.val_fraction,
+        labels=args.labels,
         backend=args.backend,
     )
 

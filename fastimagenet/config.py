@@ -20,6 +20,7 @@ from fastimagenet.recipes.recipe import Recipe
 from pipelines.backends import BACKENDS
 from pipelines.cli import check_seed
 from pipelines.datasets.known import dataset_name
+from pipelines.datasets.rule import SplitRule
 from pipelines.datasets.split import ON_BAD_IMAGE, Split, read_split
 from pipelines.errors import UserError
 
@@ -42,12 +43,22 @@ class DataConfig:
     """File with the paths of images to leave out."""
     on_bad_image: str = "error"
     """What becomes of files that cannot be read: "error" or "skip"."""
+    val_fraction: float | None = None
+    """Share of each class that validates, where `folder` has no images for that."""
+    labels: Path | None = None
+    """CSV file with the images and their classes."""
     backend: str = "auto"
     """One of `pipelines.backends.BACKENDS`."""
 
     def __post_init__(self) -> None:
         check_choice("--on-bad-image", self.on_bad_image, ON_BAD_IMAGE)
         check_choice("--backend", self.backend, BACKENDS)
+        SplitRule(val_fraction=self.val_fraction, labels=self.labels)  # refuses wrong ones
+
+    @property
+    def rule(self) -> SplitRule:
+        """How images that are in no folders of splits are divided. Raises UserError."""
+        return SplitRule(val_fraction=self.val_fraction, labels=self.labels)
 
     @property
     def root(self) -> Path:
@@ -61,7 +72,7 @@ class DataConfig:
     def read(self, split: str, check_files: bool = True) -> Split:
         """Read "train" or "val" as `read_split` does, which says what is raised."""
         return read_split(
-            self.root, split, self.skip_list, check_files, on_bad_image=self.on_bad_image
+            self.root, split, self.skip_list, check_files, self.on_bad_image, self.rule
         )
 
     @property

@@ -218,6 +218,7 @@ def build_trainer(
             "classes": list(train.classes),
             "seed": config.seed,
             "images": images,
+            "rule": config.data.rule.to_plain(),
         },
         optimizer_backend=config.optimizer_backend,
         checkpoint_steps=config.checkpoint_steps,

@@ -481,8 +481,9 @@ def test_a_run_is_not_resumed_on_other_images(
     out, _ = train(*flags)
     assert "is finished: nothing is left to train" in out, "another place is no other data"
     one, other = (next((data / split / "cat").iterdir()) for split in ("train", "val"))
-    one.rename(data / "val" / "cat" / one.name)
-    other.rename(data / "train" / "cat" / other.name)
+    one.rename(tmp_path / "one")
+    other.rename(one)
+    (tmp_path / "one").rename(other)
     assert "of a run with other images, though as many" in error_of(*flags)
     last = folder / "checkpoints" / "last.pt"
     state = checkpoint.load(last)

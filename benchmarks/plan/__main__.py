@@ -36,7 +36,17 @@ from pipelines.errors import UserError
 from pipelines.files import Row, read_object, write_object, write_text
 from pipelines.formats import NO_BREAK, duration, percent, time_unit
 
-PASSED_ON = ("data", "skip_list", "on_bad_image", "backend", "device", "seed", "timeout")
+PASSED_ON = (
+    "data",
+    "skip_list",
+    "on_bad_image",
+    "val_fraction",
+    "labels",
+    "backend",
+    "device",
+    "seed",
+    "timeout",
+)
 """Flags that train has with the same defaults."""
 
 

@@ -14,6 +14,7 @@ from pipelines.datasets.folders import class_names, list_below, tree_stamps
 from pipelines.datasets.index import cached_index
 from pipelines.datasets.known import ORIGINAL
 from pipelines.datasets.manifest import read_manifest
+from pipelines.datasets.rule import stem
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 
@@ -44,8 +45,11 @@ def read_copy(root: Path, name: str, train: Split) -> Split:
 
     Raises UserError if some have no copy that can be read.
     """
-    folder = Path(os.path.abspath(root / name))
-    folder = folder / "train" if (folder / "train").is_dir() else folder
+    root = Path(os.path.abspath(root))
+    below = "train" if train.in_shards else os.path.relpath(train.folder, root)
+    folder = Path(os.path.normpath(root / name / below))
+    if not folder.is_dir():
+        raise UserError(f"phases.data: {root / name} has no folder {below}/: run prepare resize")
     listing, stamps = partial(list_below, folder), partial(tree_stamps, folder)
     index = cached_index(f"{folder}\0copies", stamps, listing)
     images = index.listing.images
@@ -66,8 +70,3 @@ def read_copy(root: Path, name: str, train: Split) -> Split:
         sizes=index.sizes[indices],
         folder=str(folder),
     )
-
-
-def stem(name: bytes) -> bytes:
-    """Return what an image has in common with its copies: its path without the suffix."""
-    return os.path.splitext(name)[0]

@@ -55,7 +55,15 @@ def no_split(root: Path, split: str) -> UserError:
         )
     first, *others = SPLIT_FOLDERS[split]
     names = f"{first}/" + (f" (nor {', '.join(others)})" if others else "")
-    return UserError(f"{root} has no folder {names}: expected {first}/CLASS/IMAGE")
+    text = f"{root} has no folder {names}: expected {first}/CLASS/IMAGE"
+    if split == "val" and (root / "train").is_dir():
+        text += ", or --val-fraction 0.2 takes a share of train/"
+    elif split == "train" and {*found.folders}.isdisjoint(SPLIT_FOLDERS["val"]):
+        if found.folders:
+            text += f", or --val-fraction 0.2 reads {root}/CLASS/IMAGE"
+        elif found.images:
+            text += ", or --labels FILE.csv says what class each image is of"
+    return UserError(text)
 
 
 SHARD = "python -m pipelines.prepare shard"
@@ -99,7 +107,9 @@ class Branch:
 def look(path: str) -> Branch:
     """List a folder."""
     status = os.stat(path)
-    images, folders, metadata = [], [], []
+    images: list[str] = []
+    folders: list[str] = []
+    metadata: list[str] = []
     with os.scandir(path) as entries:
         for entry in entries:
             name = entry.name
@@ -181,6 +191,9 @@ def no_classes(top: Branch) -> UserError:
     if top.images:
         files = "1 loose file" if len(top.images) == 1 else f"{len(top.images):,} loose files"
         text += f" but {files}, the first {top.images[0]}"
+        return UserError(
+            f"{text}: expected {top.path}/CLASS/IMAGE, or --labels FILE.csv with the class of each"
+        )
     return UserError(f"{text}: expected {top.path}/CLASS/IMAGE")
 
 

@@ -185,6 +185,11 @@ def status_of(path: Path) -> os.stat_result | None:
         return None
 
 
+def changed_ns(status: os.stat_result) -> int:
+    """Return when a file last changed, in ns: its content, or what lies under its name."""
+    return max(status.st_mtime_ns, status.st_ctime_ns)
+
+
 def unreadable(error: OSError) -> Damage:
     return Damage("unreadable", f"cannot be read ({error.strerror})")
 

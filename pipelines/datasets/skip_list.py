@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -68,11 +69,11 @@ class SkipList:
             ),
         )
 
-    def find(self, images: Images, elsewhere: str) -> tuple[list[int], Skipped]:
+    def find(self, images: Images, elsewhere: Callable[[str], bool]) -> tuple[list[int], Skipped]:
         """Find the indices of the images that are named.
 
-        `elsewhere`: what the paths of another split begin with, or "". A backslash is part of a
-        name if a file has that name.
+        `elsewhere` tells whether a path is of another split. A backslash is part of a name if a
+        file has that name.
         """
         paths = {entry.path for entry in self.entries}
         found = indices_of(images, paths)
@@ -81,7 +82,7 @@ class SkipList:
         unmatched = tuple(
             entry.text
             for entry in left
-            if entry.turned not in turned and not (elsewhere and entry.turned.startswith(elsewhere))
+            if entry.turned not in turned and not elsewhere(entry.turned)
         )
         indices = [*found.values(), *turned.values()]
         return indices, Skipped(self.file, len(self.entries), unmatched)

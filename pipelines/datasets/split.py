@@ -13,13 +13,15 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.datasets.images import NOTHING, ImageFile, Images, Listing, PassedOver
+from pipelines.datasets.images import ImageFile, Images, Listing, PassedOver
 from pipelines.datasets.index import Index, cached_index, index_folder
+from pipelines.datasets.rule import SplitRule
 from pipelines.datasets.shards import has_shards
 from pipelines.datasets.skip_list import SkipList, Skipped, unmatched_note
 from pipelines.datasets.source import Source, find_source
 from pipelines.errors import Damage, UserError, nearest
 
+BY_FOLDERS = SplitRule()
 ON_BAD_IMAGE = ("error", "skip")
 SCAN = "python -m pipelines.prepare scan"
 Bad = tuple[str, str]
@@ -44,7 +46,8 @@ class Split:
     """That which holds the classes, or the shards."""
     name: str = "val"
     """Of the split's own folder, such as "test"."""
-    passed_over: PassedOver = NOTHING
+    notes: tuple[str, ...] = ()
+    """Lines on what of the folder is not read."""
     skipped: Skipped | None = None
     """What a skip list had to do with it."""
 
@@ -93,8 +96,9 @@ def read_split(
     skip_list: Path | str | None = None,
     check_files: bool = True,
     on_bad_image: str = "error",
+    rule: SplitRule = BY_FOLDERS,
 ) -> Split:
-    """List the images of `root/split/CLASS/`, or of the shards in `root`.
+    """List the images of `root/split/CLASS/`, or of the shards in `root`, or after a `rule`.
 
     `split` is "train" or "val", for which `folders.SPLIT_FOLDERS` has more names. Links to folders
     are followed; hidden files and metadata are passed over. `skip_list` names files to leave out,
@@ -108,60 +112,61 @@ def read_split(
     assert on_bad_image in ON_BAD_IMAGE, on_bad_image
     root = Path(os.path.abspath(root))
     skips = SkipList.read(root, skip_list) if skip_list is not None else None
-    source = find_source(root, split)
+    source = find_source(root, split, rule)
     index = None
     if check_files:
-        index = cached_index(source.place, source.stamps, source.listing)
+        index = cached_index(source.key, source.stamps, source.listing)
     listing = source.listing() if index is None else index.listing
-    return chosen(listing, index, source, skips, on_bad_image)
+    keep, note = source.select(listing)
+    skipped = None
+    if skips is not None:
+        found, skipped = skips.find(listing.images, source.elsewhere)
+        keep[found] = False
+    bad = [] if index is None else [(i, text) for i, text in index.bad if keep[i]]
+    if bad and on_bad_image == "error":
+        raise bad_images(root, rule, [(str(listing.images[i]), text) for i, text in bad])
+    notes = (*source.notes, note, *passed_over_notes(listing.passed_over))
+    return replace(
+        chosen(listing, index, source, keep, bad),
+        folder=str(source.folder),
+        name=source.name,
+        notes=tuple(filter(None, notes)),
+        skipped=skipped,
+    )
 
 
 def chosen(
     listing: Listing,
     index: Index | None,
     source: Source,
-    skips: SkipList | None,
-    on_bad_image: str,
+    keep: NDArray[np.bool_],
+    bad: list[tuple[int, str]],
 ) -> Split:
-    """Select the images of a split that are neither skipped nor known to be bad."""
-    images = listing.images
-    bad_indices = [] if index is None else index.bad
-    keep = np.ones(len(images), bool)
-    skipped = None
-    if skips is not None:
-        found, skipped = skips.find(images, source.elsewhere)
-        keep[found] = False
-    bad = [(str(images[i]), text) for i, text in bad_indices if keep[i]]
-    if bad and on_bad_image == "error":
-        raise bad_images(source.place.parent, bad)
+    """Select the images to `keep` but for the bad ones. UserError for a class that has none."""
     there = np.bincount(listing.labels[keep], minlength=len(listing.classes))
-    keep[[i for i, _ in bad_indices]] = False
+    keep[[i for i, _ in bad]] = False
     good = np.bincount(listing.labels[keep], minlength=len(listing.classes))
     for name, any_left, any_good in zip(listing.classes, there, good, strict=True):
         if not any_good:
             what = "images that can be read" if any_left else "images"
             raise UserError(f"class {name} has no {what} in {source.place}: add some or remove it")
     return Split(
-        images,
+        listing.images,
         listing.labels,
         listing.classes,
-        left_out=tuple(bad),
+        left_out=tuple((str(listing.images[i]), text) for i, text in bad),
         shapes=None if index is None else index.shapes,
         sizes=None if index is None else index.sizes,
-        folder=str(source.folder),
-        name=source.split_name,
-        passed_over=listing.passed_over,
-        skipped=skipped,
     ).take(np.flatnonzero(keep))
 
 
-def bad_images(root: Path, bad: list[Bad]) -> UserError:
+def bad_images(root: Path, rule: SplitRule, bad: list[Bad]) -> UserError:
     """Make the error that names the first bad file and says what to type."""
     path, reason = bad[0]
     others = f", and {len(bad) - 1:,} more files are bad" if len(bad) > 1 else ""
     advice = "--on-bad-image skip leaves such files out, or name them in --skip-list FILE"
     if not has_shards(root):
-        advice += f", which {SCAN} {shlex.quote(str(root))} --skip-list FILE writes"
+        advice += f", which {SCAN} {shlex.quote(str(root))}{rule.flags()} --skip-list FILE writes"
     return UserError(f"{path} {reason}{others}: {advice}")
 
 
@@ -192,7 +197,7 @@ def notes_of(*splits: Split) -> list[str]:
     """Say, in a line each, what of the data folder is not read, and why: for every command."""
     notes = [unmatched_note([each.skipped for each in splits if each.skipped is not None])]
     for split in splits:
-        notes += [left_out_note(split), *passed_over_notes(split.passed_over)]
+        notes += [left_out_note(split), *split.notes]
     return list(dict.fromkeys(filter(None, notes)))
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.backends import has_dali
-from pipelines.cli import exit_status, make_parser
+from pipelines.cli import add_rule_flags, exit_status, make_parser
+from pipelines.datasets.rule import SplitRule
 from pipelines.datasets.split import Split, notes_of, read_split
 from pipelines.errors import UserError
 from pipelines.prepare.findings import printable
@@ -32,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     root = Path(os.path.abspath(args.folder))
+    rule = SplitRule(val_fraction=args.val_fraction, labels=args.labels)
     whole = {
-        name: read_split(root, name, args.skip_list, on_bad_image="skip")
+        name: read_split(root, name, args.skip_list, on_bad_image="skip", rule=rule)
         for name in ("val", "train")
     }
     device = find_device(args.device)
@@ -75,6 +77,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where DALI decodes")
     add("--threads", type=int, default=num_cores(), metavar="K", help="default: one a core")
     add("--skip-list", type=Path, metavar="FILE", help="files to leave out, one a line")
+    add_rule_flags(parser)
     args = parser.parse_args(argv)
     for flag, number in (
         *(("--image-size", size) for size in args.image_size),

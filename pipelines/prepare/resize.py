@@ -31,9 +31,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from pipelines.cli import add_labels_flag
 from pipelines.datasets.checks import check_file, damage
-from pipelines.datasets.folders import SPLIT_FOLDERS, find_split, list_folder
-from pipelines.datasets.images import ImageFile, status_of
+from pipelines.datasets.folders import SPLIT_FOLDERS, class_names, find_split, list_folder
+from pipelines.datasets.images import ImageFile, changed_ns, status_of
+from pipelines.datasets.labels import read_table
 from pipelines.datasets.manifest import NAME, read_manifest
 from pipelines.datasets.pixels import ORIENTATION, UPRIGHT, orientation_of, rgb, stored_size
 from pipelines.datasets.split import passed_over_notes
@@ -110,6 +112,7 @@ def encode(image: Image.Image, quality: int, metadata: dict[str, bytes]) -> byte
     return file.getvalue()
 
 
+ALL_SPLITS = frozenset(name for each in SPLIT_FOLDERS.values() for name in each)
 CHUNK = 16
 """Images in a job: Ctrl-C waits until the current jobs end."""
 
@@ -132,7 +135,7 @@ class Tally:
 
     num_bytes: int = 0
     splits: Counter[str] = field(default_factory=Counter)
-    """Split -> images that have their copies."""
+    """Split's folder, or "all" without one -> images that have their copies."""
     copies: Counter[tuple[int, str]] = field(default_factory=Counter)
     """(short side, "written", "verbatim", "there" or "bytes") -> how many."""
     written: int = 0
@@ -144,7 +147,8 @@ class Tally:
             self.damaged.append((image.name, image.error))
             return
         self.num_bytes += image.num_bytes
-        self.splits[image.name.partition("/")[0]] += 1
+        first = image.name.partition("/")[0]
+        self.splits[first if first in ALL_SPLITS else "all"] += 1
         self.written += any(what != "there" for what, _ in image.copies)
         for side, (what, num_bytes) in zip(sides, image.copies, strict=True):
             self.copies[side, what] += 1
@@ -163,6 +167,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="pixels; smaller images are not enlarged",
     )
+    add_labels_flag(parser)
     add("--quality", type=int, default=90, metavar="Q", help="of the JPEGs, 1 to 95; default 90")
     add("--workers", type=int, default=num_cores(), metavar="K", help="processes; default: a core")
 
@@ -173,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--workers must be at least 1, not {args.workers}")
     resizer = Resizer(args.src, args.dst, tuple(sorted(set(args.short_side))), args.quality)
     resizer.check()
-    names, notes = list_images(args.src)
+    names, notes = list_images(args.src, args.labels)
     facts = {tree: resizer.facts_of(tree) for tree in resizer.trees}
     tally = Tally()
     started = time.perf_counter()
@@ -194,27 +199,34 @@ def run(args: argparse.Namespace) -> int:
     return 1 if tally.damaged else 0
 
 
-def list_images(src: Path) -> tuple[list[str], list[str]]:
-    """List SPLIT/CLASS/FILE of all images, sorted, and notes on what is not copied.
+def list_images(src: Path, labels: Path | None) -> tuple[list[str], list[str]]:
+    """List the paths of all images in `src`, sorted, and notes on what is not copied.
 
+    They are in folders of splits, or else in class folders, or those that `labels` names.
     UserError for a split that training would stop at, and if two copies would have the same name.
     """
     names: list[str] = []
     notes: list[str] = []
-    there = [name for each in SPLIT_FOLDERS.values() for name in each if (src / name).is_dir()]
-    read = [find_split(src, split) for split in SPLIT_FOLDERS if {*SPLIT_FOLDERS[split]} & {*there}]
-    for name in there:
+    splits = [name for each in SPLIT_FOLDERS.values() for name in each if (src / name).is_dir()]
+    if labels is not None:
+        table = read_table(Path(os.path.abspath(src)), labels)
+        names += sorted((os.path.relpath(row.path, src) for row in table.rows), key=os.path.split)
+        splits = []
+    elif src.is_dir() and "train" not in splits and {*class_names(src)} - {*splits}:
+        splits = ["."]
+    read = [next((name for name in each if name in splits), ".") for each in SPLIT_FOLDERS.values()]
+    for name in splits:
         try:
             listing = list_folder(src / name)
         except UserError as error:
-            if src / name in read:
+            if name in read:
                 raise
             notes.append(f"no copies of {name}/, which training does not read: {error}")
             continue
         names += map(os.fsdecode, listing.images.names_below(str(src)))
         notes += passed_over_notes(listing.passed_over)
     if not names:
-        raise UserError(f"{src} has no images: expected {src}/train/CLASS/IMAGE")
+        find_split(src, "train")  # which says what is there instead
     for _, files in groupby(names, os.path.dirname):
         stems: dict[str, str] = {}
         for file in files:
@@ -229,10 +241,10 @@ def target_name(name: str) -> str:
     return f"{os.path.splitext(name)[0]}.jpg"
 
 
-def size_if_newer(path: Path, mtime_ns: int) -> int:
+def size_if_newer(path: Path, time_ns: int) -> int:
     """Return the bytes of a file that is not older than this; otherwise 0."""
     found = status_of(path)
-    return found.st_size if found is not None and found.st_mtime_ns >= mtime_ns else 0
+    return found.st_size if found is not None and found.st_mtime_ns >= time_ns else 0
 
 
 @dataclass(frozen=True)
@@ -262,6 +274,9 @@ class Resizer:
                 raise UserError(f"{folder} is a file: DST must be a folder, or new")
             if folder != self.dst and folder.resolve() == self.src.resolve():
                 raise UserError(f"{folder} is {self.src} itself: name another DST")
+        for folder in self.trees:
+            if folder.is_dir() and os.listdir(folder) and not (folder / NAME).exists():
+                raise UserError(f"{folder} is there and holds no copies: name another DST")
 
     def facts_of(self, tree: Path) -> Row:
         """Describe a tree for its dataset.json. UserError if it was made with another quality."""
@@ -286,7 +301,7 @@ class Resizer:
         except OSError as error:
             return Copied(name, error=damage(error).text)
         targets = [tree / target_name(name) for tree in self.trees]
-        there = [size_if_newer(target, before.st_mtime_ns) for target in targets]
+        there = [size_if_newer(target, changed_ns(before)) for target in targets]
         if all(there):
             return Copied(name, before.st_size, tuple(("there", size) for size in there))
         try:

@@ -13,13 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL
 from tqdm import tqdm
 
+from pipelines.cli import add_rule_flags
 from pipelines.datasets.images import status_of
+from pipelines.datasets.rule import SplitRule
 from pipelines.datasets.skip_list import skip_line
 from pipelines.datasets.source import find_source
-from pipelines.datasets.split import Split, check_classes, check_several, passed_over_notes
+from pipelines.datasets.split import (
+    BY_FOLDERS,
+    Split,
+    check_classes,
+    check_several,
+    passed_over_notes,
+)
 from pipelines.errors import UserError
 from pipelines.files import cache_folder, write_object, write_text
 from pipelines.prepare.duplicates import between_splits, equal_files
@@ -40,13 +49,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=num_cores(), metavar="K", help="processes; default: a core")
     add("--report", type=Path, metavar="FILE", help="write all findings as JSON")
     add("--skip-list", type=Path, metavar="FILE", help="write the damaged files for training")
+    add_rule_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Scan; returns 1 where something would stop training. UserError names the flag or folder."""
     check_flags(args.workers, args.report, args.skip_list)
     root = Path(os.path.abspath(args.folder))
-    listing = list_folder(root)
+    listing = list_folder(root, SplitRule(val_fraction=args.val_fraction, labels=args.labels))
     cache = ScanCache(root)
     started = time.perf_counter()
     files = {
@@ -94,7 +104,7 @@ def check_flags(workers: int, report: Path | None, skip_list: Path | None) -> No
             )
 
 
-def list_folder(root: Path) -> Listing:
+def list_folder(root: Path, rule: SplitRule = BY_FOLDERS) -> Listing:
     """List the files of both splits, and what is wrong with the folders.
 
     Raises UserError where neither split is there.
@@ -103,7 +113,7 @@ def list_folder(root: Path) -> Listing:
     splits = []
     for split in ("train", "val"):
         try:
-            source = find_source(root, split)
+            source = find_source(root, split, rule)
         except UserError as error:
             if not root.is_dir() or listing.problems:
                 raise
@@ -111,19 +121,21 @@ def list_folder(root: Path) -> Listing:
             continue
         try:
             found = source.listing()
+            chosen, note = source.select(found)
         except UserError as error:
             listing.problems.append(str(error))
             continue
-        names = [os.fsdecode(name) for name in found.images.names_below(str(root))]
         classes: dict[str, list[str]] = {name: [] for name in found.classes}
-        for name, label in zip(names, found.labels.tolist(), strict=True):
-            classes[found.classes[label]].append(name)
+        names, labels = found.images.names_below(str(root)), found.labels.tolist()
+        for i in np.flatnonzero(chosen).tolist():
+            classes[found.classes[labels[i]]].append(os.fsdecode(names[i]))
         for name, files in classes.items():
             if not files:
                 listing.problems.append(f"class folder {source.folder / name} has no images")
         listing.add(split, classes)
         splits.append(Split([], [], found.classes, folder=str(source.folder)))
-        listing.notes += passed_over_notes(found.passed_over)
+        listing.notes += [*source.notes, note, *passed_over_notes(found.passed_over)]
+    listing.notes = list(dict.fromkeys(filter(None, listing.notes)))
     try:
         for each in splits:
             check_several(each)

@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipelines.cli import check_seed
+from pipelines.cli import add_rule_flags, check_seed
 from pipelines.datasets import shards
-from pipelines.datasets.folders import SPLIT_FOLDERS, visible
-from pipelines.datasets.images import open_file, unreadable
+from pipelines.datasets.folders import SPLIT_FOLDERS, find_split, visible
+from pipelines.datasets.images import changed_ns, open_file, unreadable
 from pipelines.datasets.manifest import read_manifest
+from pipelines.datasets.rule import SplitRule
 from pipelines.datasets.shards import Manifest, Shard
 from pipelines.datasets.split import ON_BAD_IMAGE, Split, check_classes, notes_of, read_split
 from pipelines.errors import Damage, UserError
@@ -89,7 +90,7 @@ def checksum_if_whole(path: Path, plan: Plan) -> str | None:
         status = path.stat()
         if path.with_name(shards.index_name(plan.file)).read_bytes() != plan.index():
             return None
-        newest = max(os.stat(image).st_mtime_ns for image in plan.paths)
+        newest = max(map(changed_ns, map(os.stat, plan.paths)))
     except FileNotFoundError:
         return None
     if status.st_size != shards.layout(plan.sizes)[2] or status.st_mtime_ns < newest:
@@ -152,6 +153,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, metavar="N", help="of the training images' order; default 0")
     add("--skip-list", type=Path, metavar="FILE", help="names images to leave out, one a line")
+    add_rule_flags(parser)
     add("--on-bad-image", choices=ON_BAD_IMAGE, default="error", help="default: error")
     add("--workers", type=int, default=num_cores(), metavar="K", help="processes; default: a core")
 
@@ -161,7 +163,8 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     check_flags(args)
     earlier = earlier_manifest(args.dst, args.seed, args.shard_size)
-    splits = read_splits(args.src, args.skip_list, args.on_bad_image)
+    rule = SplitRule(val_fraction=args.val_fraction, labels=args.labels)
+    splits = read_splits(args.src, args.skip_list, args.on_bad_image, rule)
     plans = {
         name: list(plan_split(name, split, args.seed, args.shard_size << 20))
         for name, split in splits.items()
@@ -217,14 +220,16 @@ def earlier_manifest(dst: Path, seed: int, shard_size: int) -> Manifest | None:
     return found
 
 
-def read_splits(src: Path, skip_list: Path | None, on_bad_image: str) -> dict[str, Split]:
-    """Read the splits that `src` has: "train", "val" or both."""
+def read_splits(
+    src: Path, skip_list: Path | None, on_bad_image: str, rule: SplitRule
+) -> dict[str, Split]:
+    """Read the splits that `src` has: "train", "val" or both, as by a rule."""
     splits = {}
     for name, folders in SPLIT_FOLDERS.items():
-        if any((src / folder).is_dir() for folder in folders):
-            splits[name] = read_split(src, name, skip_list, on_bad_image=on_bad_image)
+        if rule.given or any((src / folder).is_dir() for folder in folders):
+            splits[name] = read_split(src, name, skip_list, on_bad_image=on_bad_image, rule=rule)
     if not splits:
-        raise UserError(f"{src} has no images: expected {src}/train/CLASS/IMAGE")
+        find_split(src, "train")  # which says what is there instead
     if len(splits) == 2:
         check_classes(splits["train"], splits["val"])
     return splits
