@@ -28,6 +28,7 @@ from pipelines.backends import BACKENDS
 from pipelines.datasets.remote import is_url, local_copy
 from pipelines.datasets.split import ON_BAD_IMAGE
 from pipelines.errors import UserError
+from pipelines.limits import named_limits
 from pipelines.signals import Interrupted, StopSignals, stop_signals
 
 if TYPE_CHECKING:
@@ -236,7 +237,8 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
         silence_torch()
         share_out_quota()
         try:
-            return command(argv)
+            with named_limits():
+                return command(argv)
         except UserError as error:
             if report_to_launcher(error):
                 return 2
@@ -257,10 +259,9 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
         except BrokenPipeError:
             raise
         except Exception as error:
-            known = cli.disk_error(error)
-            if not report_to_launcher(known or error):
+            if not report_to_launcher(error):
                 raise
-            return 2 if known else 1
+            return 1
 
     return cli.exit_status(told, argv)
 

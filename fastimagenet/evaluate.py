@@ -212,12 +212,7 @@ def evaluate_checkpoint(
         ]
         return facts, counts
     except (MemoryError, RuntimeError) as error:
-        # Of numpy, of torch on a CPU, of torch on a GPU.
-        if (
-            isinstance(error, MemoryError)
-            or "allocate memory" in str(error)
-            or is_out_of_memory(error)
-        ):
+        if is_out_of_memory(error):
             raise UserError(
                 f"--image-size {stage.image_size}: a batch of {stage.batch_size} such images does "
                 "not fit into memory; give a smaller one"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import io
 import math
 import os
@@ -14,13 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipelines.errors import UserError
+from pipelines.limits import named_limits
 from pipelines.signals import Interrupted, stop_signals
-
-DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT),
-)
-"""Errors that the user can correct; any other OSError is a defect."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,15 +101,6 @@ def output_file(text: str) -> Path:
     return path
 
 
-def disk_error(error: Exception) -> UserError | None:
-    """Return what the user is told of an error of the disk; None for any other error."""
-    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
-        return None
-    return UserError(
-        f"cannot use {error.filename or 'the folder to write to'}: {os.strerror(error.errno)}"
-    )
-
-
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     """Run a command; a UserError becomes one line on standard error and status 2.
 
@@ -131,17 +116,13 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
 
 def _exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     try:
-        return command(argv)
+        with named_limits():
+            return command(argv)
     except UserError as error:
         message = " ".join(str(error).split())
     except BrokenPipeError:  # as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        known = disk_error(error)
-        if known is None:
-            raise
-        message = str(known)
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)  # noqa: T201
         return 128 + interrupted.number

@@ -16,8 +16,26 @@ from pipelines.errors import UserError
 
 
 def cache_folder() -> Path:
-    """Name the user's cache folder, which may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastimagenet"
+    """Name the user's cache folder, which may not exist yet. UserError where the user has none."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastimagenet"
+    except RuntimeError:  # neither HOME nor an entry of the user
+        raise UserError(
+            "this user has no home folder for the cache: set XDG_CACHE_HOME to a folder that can "
+            "be written to"
+        ) from None
+
+
+@contextmanager
+def writing_to_cache() -> Iterator[None]:
+    """Turn the errors of the disk in the block into one that says where else a cache can be."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.filename or cache_folder()}: {error.strerror}"
+        raise UserError(
+            f"the cache cannot be written to ({reason}): set XDG_CACHE_HOME to another folder"
+        ) from None
 
 
 @contextmanager

@@ -24,7 +24,17 @@ PARTS = {
         *("report", "lr_finder", "cli", "folder", "run"),
     ),
     "pipelines": (
-        *("errors", "files", "formats", "pages", "signals", "workers", "cli", "environment"),
+        *(
+            "errors",
+            "files",
+            "formats",
+            "pages",
+            "limits",
+            "signals",
+            "workers",
+            "cli",
+            "environment",
+        ),
         *("datasets", "loader", "sampling", "augment", "backends", "prepare", "parity"),
     ),
 }

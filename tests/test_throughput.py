@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from test_trainer import make_trainer
+from test_trainer import RECIPE, SPLIT, make_trainer
 
-from benchmarks.common.rates import ByteCounter, PhaseRates, step_costs
+from benchmarks.common.rates import ByteCounter, PhaseRates, step_costs, synthetic_batch
 from benchmarks.common.statistics import estimate
 from benchmarks.throughput import main, phase_result
+from fastimagenet.distributed.world import World
+from fastimagenet.recipes.plan import Plan
 from pipelines.errors import UserError
 from pipelines.files import read_object
 
@@ -41,6 +45,14 @@ def test_every_phase_of_a_recipe_is_measured(
     text = (tmp_path / "table.md").read_text()
     assert "| 16 px x 64 |" in text and "Ceilings measured here" in text
     assert result["hardware"] and result["versions"]["torch"] and result["command"]
+
+
+def test_a_batch_of_noise_needs_no_copies_of_the_images() -> None:
+    phases = tuple(replace(phase, data="80") for phase in RECIPE.phases)
+    plan = Plan.of(replace(RECIPE, phases=phases), 1, len(SPLIT))
+    trainer: Any = SimpleNamespace(plan=plan, dtype=None, world=World())
+    images, labels = synthetic_batch(trainer, SPLIT, seed=0)
+    assert images.shape == (16, 3, 8, 8) and len(labels) == 16
 
 
 def test_shares_and_stall_by_hand() -> None:

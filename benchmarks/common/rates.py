@@ -27,6 +27,7 @@ from fastimagenet.run import build_trainer, with_copies
 from fastimagenet.training.clock import Stopwatch
 from fastimagenet.training.loaders import open_loader
 from fastimagenet.training.trainer import Trainer
+from pipelines.datasets.known import ORIGINAL
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 from pipelines.loader import Loader
@@ -228,7 +229,8 @@ def endless(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
 def synthetic_batch(trainer: Trainer, train: Split, seed: int) -> tuple[Tensor, Tensor]:
     """Make noise and labels on the device, in the shapes and types of the recipe's batches."""
     plan, half = trainer.plan, trainer.dtype is not None
-    stages, world = plan.phases, trainer.world
+    # No file is read: nor of a copy of the data.
+    stages, world = tuple(replace(p, data=ORIGINAL) for p in plan.phases), trainer.world
     with closing(
         open_loader(
             "synthetic", plan.recipe, train, stages, world, training=True, half=half, seed=seed

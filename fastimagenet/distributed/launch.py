@@ -45,6 +45,7 @@ from fastimagenet.distributed.world import (
 )
 from fastimagenet.errors import NotWritten
 from pipelines.errors import UserError
+from pipelines.signals import STOP_SIGNALS
 from pipelines.workers import num_cores
 
 RENDEZVOUS_TIMEOUT_SECONDS = 300
@@ -55,7 +56,7 @@ SHUTDOWN_TIMEOUT_SECONDS = 600
 """Time to save after SIGTERM: a process may be in the middle of an evaluation."""
 STOP_TIMEOUT_SECONDS = 30
 """Time to end before a restart, in which nothing is saved."""
-HEARD = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+HEARD = tuple(number.name for number in STOP_SIGNALS)
 """Signals at which the processes are asked to save and stop."""
 FINAL = (2, 141, *STOPPED)
 """Exit statuses after which another start would not help: the user's mistake, a reader of the

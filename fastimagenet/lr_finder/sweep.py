@@ -345,10 +345,12 @@ def check_validation(plan: Plan, num_val: int) -> None:
     batch_size = smallest.batch_size
     if num_val < batch_size * plan.world_size:
         processes = f" on each of {plan.world_size} processes" if plan.world_size > 1 else ""
+        fits = f"--set phases.{smallest.index}.batch_size={num_val // plan.world_size} or less"
+        if num_val < 2 * plan.world_size:
+            fits = "take fewer processes" if plan.world_size > 1 else "there are too few"
         raise UserError(
             f"a validation set of {num_val} images is smaller than one batch of "
-            f"{batch_size}{processes}: --set phases.{smallest.index}.batch_size="
-            f"{max(1, num_val // plan.world_size)} or less"
+            f"{batch_size}{processes}: {fits}"
         )
 
 

@@ -61,7 +61,7 @@ class Plan:
             if not steps_per_epoch:
                 # What fits every phase: their batches would be refused one by one.
                 fits = f"--set phases.*.batch_size={num_train // num_shards} or less"
-                if num_train < num_shards:
+                if num_train < 2 * num_shards:  # BN takes no single image, or not of any size
                     fits = "take fewer processes" if world_size > 1 else "there are too few"
                 raise UserError(
                     f"recipe field phases.{index}.batch_size = {phase.batch_size} x {num_shards} "

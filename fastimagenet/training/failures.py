@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastimagenet.errors import PeerLost
 from fastimagenet.recipes.plan import Plan, PlannedPhase
 from pipelines.errors import UserError
+from pipelines.limits import first_line
 
 SCALER_PATIENCE_STEPS = 16
 """Non-finite losses in a row from which the fp16 loss scaler, halved at each, may recover."""
@@ -49,28 +52,86 @@ class LossMonitor:
         return float(value)
 
 
-OUT_OF_MEMORY = ("out of memory", "unable to find an engine")
-"""Words of torch errors. With cudnn.benchmark it tries every algorithm, takes lack of memory as a
-reason to try the next one, and says in the end that none would run."""
+OUT_OF_MEMORY = ("out of memory", "unable to find an engine", "allocate memory")
+"""Words of torch errors, on a GPU and a CPU. With cudnn.benchmark it tries every algorithm, takes
+lack of memory as a reason to try the next one, and says in the end that none would run."""
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether the error says that the GPU is out of memory."""
-    return any(words in str(error) for words in OUT_OF_MEMORY)
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether the error says that the device is out of memory."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @contextmanager
 def out_of_memory_advice(phase: PlannedPhase, image_size: int) -> Iterator[None]:
-    """Turn the GPU's out-of-memory error in the block into one that says what to set.
+    """Turn an out-of-memory error in the block into one that says what to set.
 
     The block works on batches of `phase`, at `image_size` pixels.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        smaller = f"batch_size={phase.batch_size // 2}"
+        if phase.batch_size == 1:
+            smaller = f"image_size={image_size // 2}"
         raise UserError(
-            f"the GPU is out of memory with batch_size {phase.batch_size} at {image_size} px: "
-            f"--set phases.{phase.index}.batch_size={max(1, phase.batch_size // 2)}"
+            f"the device is out of memory with batch_size {phase.batch_size} at {image_size} px: "
+            f"--set phases.{phase.index}.{smaller}"
         ) from None
+
+
+def check_single_images(model: nn.Module, phases: Iterable[PlannedPhase]) -> None:
+    """Raise UserError where BN would normalise a single value: of a batch of one image, and where
+    the network has come down to one pixel."""
+    for phase in phases:
+        if phase.batch_size > 1:
+            continue
+        # Without memory and arithmetic: torch looks at the shapes.
+        trial, size = copy.deepcopy(model).to("meta").train(), phase.image_size
+        try:
+            trial(torch.empty(1, 3, size, size, device="meta"))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"recipe field phases.{phase.index}.batch_size = 1: at {size} px batch "
+                "normalisation has a single value per channel: "
+                f"--set phases.{phase.index}.batch_size=2 or more"
+            ) from None
+
+
+@contextmanager
+def compile_advice() -> Iterator[None]:
+    """Turn whatever keeps torch from compiling in the block into one line: no compiler, a folder
+    from which nothing may run, no name for the cache's folder."""
+    try:
+        yield
+    except (UserError, PeerLost):
+        raise
+    except Exception as error:
+        causes = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        reasons = [reason for each in causes for words, reason in COMPILE if words in str(each)]
+        of_torch = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if not reasons and not of_torch:
+            raise
+        reason = reasons[0] if reasons else first_line(error)
+        raise UserError(
+            f"recipe field compile = true: {reason}; --set compile=false runs without"
+        ) from error
+
+
+TEMPORARY = "set TORCHINDUCTOR_CACHE_DIR to a folder in which programs may be written and run"
+COMPILE = (
+    ("compiler", "torch finds no C++ compiler: install g++, or name one in CXX"),
+    ("failed to map segment", f"what was compiled may not be run from its folder: {TEMPORARY}"),
+    ("Permission denied", f"the folder for what is compiled cannot be used: {TEMPORARY}"),
+    ("Read-only file system", f"the folder for what is compiled cannot be used: {TEMPORARY}"),
+    ("No space left", f"the folder for what is compiled is full: {TEMPORARY}"),
+    ("getpwuid", f"this user has no name, which the folder for what is compiled has: {TEMPORARY}"),
+    ("No usable temporary directory", f"there is no temporary folder: {TEMPORARY}"),
+)
+"""Words of errors while torch compiles, and what is said in their place."""

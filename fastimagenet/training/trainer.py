@@ -33,7 +33,13 @@ from fastimagenet.training.checkpoint import CheckpointWriter
 from fastimagenet.training.clock import Stopwatch, train_seconds
 from fastimagenet.training.ddp import CommunicationTimer, synchronised
 from fastimagenet.training.evaluation import Counts, autocast_dtype, evaluate
-from fastimagenet.training.failures import SCALER_PATIENCE_STEPS, LossMonitor, out_of_memory_advice
+from fastimagenet.training.failures import (
+    SCALER_PATIENCE_STEPS,
+    LossMonitor,
+    check_single_images,
+    compile_advice,
+    out_of_memory_advice,
+)
 from fastimagenet.training.optimizer import forget_frozen, make_optimizer, set_rates
 from fastimagenet.training.profiling import StepProfiler
 from fastimagenet.training.recorder import (
@@ -100,6 +106,7 @@ class Trainer:
         self.device = torch.device(world.device)
         self.dtype = autocast_dtype(recipe.precision, self.device.type)
         self.class_weights = None if class_weights is None else class_weights.to(self.device)
+        check_single_images(model, plan.phases)
         if recipe.sync_bn:
             model = synchronised(model, self.device)
         self.model = model.to(self.device).to(memory_format=torch.channels_last)
@@ -305,7 +312,7 @@ class Trainer:
                 # Labels of either kind will do, since the loss is not compiled.
                 labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
                 for _ in range(passes):
-                    with out_of_memory_advice(phase, size):
+                    with compile_advice(), out_of_memory_advice(phase, size):
                         self.forward_backward(images, labels)
                     self.optimizer.zero_grad(set_to_none=True)
             self.model.load_state_dict(before)

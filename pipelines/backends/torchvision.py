@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Generator, Sequence
+from math import ceil
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,7 @@ from pipelines.datasets.images import ImageFile
 from pipelines.datasets.pixels import rgb
 from pipelines.datasets.split import undecodable
 from pipelines.errors import UserError
+from pipelines.limits import SHARED_MEMORY
 from pipelines.loader import LoaderSpec
 from pipelines.sampling import Batch, BatchSampler, CropParams, crop_box, to_index
 from pipelines.workers import leave_signals_to_parent, preload_torchvision
@@ -34,6 +37,7 @@ class TorchvisionLoader(StreamLoader):
     def __init__(self, spec: LoaderSpec) -> None:
         super().__init__(spec)
         assert not spec.half, "float16 is for GPUs"
+        check_shared_memory(spec)
         self.sampler = BatchSampler(spec)
 
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
@@ -101,6 +105,27 @@ class BatchReader(Dataset[tuple[Tensor, Tensor]]):
             edges = [edge.item() for edge in box]
             image = functional.resized_crop(image, *edges, [size, size], antialias=True)
         return functional.horizontal_flip(image) if crops.mirror[index] else image
+
+
+def check_shared_memory(spec: LoaderSpec) -> None:
+    """Raise UserError unless the batches on their way from the workers fit: a worker that finds no
+    room would be killed."""
+    largest = max(spec.stages, key=lambda stage: stage.batch_size * stage.image_size**2)
+    batch = 4 * 3 * largest.batch_size * largest.image_size**2
+    # Each worker has two ahead; two more are with the caller.
+    needed = (2 * spec.num_threads + 2) * batch if spec.num_threads else 0
+    try:
+        size = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return  # the workers will say it
+    free = size.f_bavail * size.f_frsize
+    if needed > free:
+        raise UserError(
+            f"--backend torchvision with {spec.num_threads} workers and batches of "
+            f"{largest.batch_size} at {largest.image_size} px needs {needed / 2**20:,.0f} MiB of "
+            f"shared memory, and {SHARED_MEMORY} has {free / 2**20:,.0f} MiB free: docker run "
+            f"--shm-size={ceil(needed / 2**30)}g for each process of the node, or --backend dali"
+        )
 
 
 def shared_floats(pixels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.errors import UserError
-from pipelines.files import cache_folder
+from pipelines.files import cache_folder, writing_to_cache
 
 VERSION = 1
 VAL_EVERY = 5
@@ -27,6 +27,13 @@ def digits_folder() -> Path:
     folder = cache / f"digits-{VERSION}"
     if folder.is_dir():
         return folder
+    with writing_to_cache():
+        make_digits(cache, folder)
+    return folder
+
+
+def make_digits(cache: Path, folder: Path) -> None:
+    """Write the digits to a folder in the cache, whole or not at all."""
     cache.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=cache))
     try:
@@ -39,7 +46,6 @@ def digits_folder() -> Path:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def write_digits(folder: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import Damage
+from pipelines.limits import system_limit
 
 
 class ImageFile(NamedTuple):
@@ -191,6 +192,10 @@ def changed_ns(status: os.stat_result) -> int:
 
 
 def unreadable(error: OSError) -> Damage:
+    """Return what is wrong with the file. Raises `error` where the system lacks something else,
+    such as open files: the image is as good as any other."""
+    if system_limit(error):
+        raise error
     return Damage("unreadable", f"cannot be read ({error.strerror})")
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from pipelines.datasets.checks import check_file
 from pipelines.datasets.images import ImageFile, Images, Listing, PassedOver
-from pipelines.errors import Damage
+from pipelines.errors import Damage, UserError
 from pipelines.files import atomic_write, cache_folder
 from pipelines.workers import in_processes, num_cores
 
@@ -77,7 +77,10 @@ def cached_index(
     """
     # Not the real path: an index holds the paths that it was asked for.
     name = hashlib.sha256(os.fsencode(source)).hexdigest()[:20]
-    path = index_folder() / f"{name}.npz"
+    try:
+        path = index_folder() / f"{name}.npz"
+    except UserError:  # a user without a home
+        return make_index(make_listing())
     with locked(path):
         now = stamps()
         index = load(path, now)

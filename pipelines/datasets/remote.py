@@ -26,7 +26,7 @@ from tqdm import tqdm
 from pipelines.datasets.index import locked
 from pipelines.datasets.shards import MAX_BYTES, NAME, Manifest, parse_manifest
 from pipelines.errors import UserError
-from pipelines.files import atomic_write, cache_folder
+from pipelines.files import atomic_write, cache_folder, writing_to_cache
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 NUM_PARALLEL = 4
@@ -65,7 +65,7 @@ def local_copy(url: str) -> Path:
         raise UserError(f"{store.url} is not complete: upload it when prepare shard has finished")
     digest = hashlib.sha256(data).hexdigest()
     folder = cache_folder() / "shards" / digest[:20]
-    with locked(folder):
+    with locked(folder), writing_to_cache():
         if not (folder / NAME).exists():
             copy_files(store, folder, manifest)
             with atomic_write(folder / NAME) as temporary:

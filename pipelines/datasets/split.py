@@ -20,6 +20,7 @@ from pipelines.datasets.shards import has_shards
 from pipelines.datasets.skip_list import SkipList, Skipped, unmatched_note
 from pipelines.datasets.source import Source, find_source
 from pipelines.errors import Damage, UserError, nearest
+from pipelines.limits import system_limit
 
 BY_FOLDERS = SplitRule()
 ON_BAD_IMAGE = ("error", "skip")
@@ -232,6 +233,8 @@ def check_several(split: Split) -> None:
 
 def undecodable(file: ImageFile, reason: Exception) -> UserError:
     """Make the error for a file that looks like an image but cannot be decoded, or is gone."""
+    if isinstance(reason, OSError) and (limit := system_limit(reason)):
+        return limit
     if not os.path.exists(file.path):
         return UserError(
             f"{file} is gone since the images were listed: start again; should that name it again, "
