@@ -13,6 +13,7 @@ from pipelines.errors import UserError
 COMMANDS = {
     "train": ("fastimagenet.train", "train an image classifier"),
     "evaluate": ("fastimagenet.evaluate", "count the exact accuracy of a checkpoint"),
+    "predict": ("fastimagenet.predict", "name the classes of images"),
     "lr_find": ("fastimagenet.lr_find", "find learning rate, weight decay and momentum"),
     "report": ("fastimagenet.report", "write the report page of a run again"),
     "prepare": ("pipelines.prepare", "unpack, scan, resize and shard data sets"),

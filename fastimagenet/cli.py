@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """Add --data and where and how to compute: the same for train, evaluate and lr_find."""
+    add_data_flags(parser)
+    add_compute_flags(parser)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --data and what becomes of its files."""
     add = parser.add_argument
     add(
         "--data",
@@ -52,6 +58,11 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="what to do with files that cannot be read: stop at the start (default) or skip them",
     )
+
+
+def add_compute_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --backend, --device, --precision, and the processes."""
+    add = parser.add_argument
     add(
         "--backend",
         choices=BACKENDS,

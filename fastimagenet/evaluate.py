@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 from fastimagenet import cli
 from fastimagenet.distributed.processes import Processes
 from fastimagenet.distributed.world import World
-from fastimagenet.recipes import toml
-from fastimagenet.recipes.recipe import TTA, Recipe
+from fastimagenet.recipes.recipe import TTA
+from fastimagenet.report.run import checkpoint_at, data_of_run
 from pipelines.backends import start_workers
 from pipelines.cli import Parser, make_parser
 from pipelines.datasets.folders import SPLIT_FOLDERS
 from pipelines.datasets.split import Split, left_out_note, read_split, skip_list_note
 from pipelines.errors import UserError
-from pipelines.files import read_object
-from pipelines.loader import Stage
 
 if TYPE_CHECKING:
     from fastimagenet.training.evaluation import Counts
@@ -107,30 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return processes.run("fastimagenet.evaluate", argv, work)
 
 
-def checkpoint_at(path: Path) -> Path:
-    """Return the checkpoint, which is best.pt of a run's folder. Raises UserError without one."""
-    if not path.is_dir():
-        return path
-    for folder in (path / "checkpoints", path):
-        if (folder / "best.pt").exists():
-            return folder / "best.pt"
-    raise UserError(f"{path} holds no checkpoints/best.pt: name a checkpoint, or a run's folder")
-
-
-def data_of_run(checkpoint: Path) -> Path | None:
-    """Return the folder of the data that the checkpoint's run read; None where nothing tells.
-
-    Raises UserError where they are no longer there.
-    """
-    plan = checkpoint.absolute().parent.parent / "plan.json"
-    if not plan.exists() or not (found := read_object(plan).get("data")):
-        return None
-    folder = Path(found)
-    if not folder.is_dir():
-        raise UserError(f"--data: the data of the run, {folder}, are not there: name them")
-    return folder
-
-
 def split_name(val: Split) -> str:
     """Name the folder that the validation images are in, such as "test"."""
     folders = [] if val.in_shards else Path(val.files[0].path).parts[::-1]
@@ -156,38 +130,34 @@ def evaluate_checkpoint(
     """
     import torch
 
-    from fastimagenet.training import checkpoint
+    from fastimagenet.classifier import load
     from fastimagenet.training.evaluation import autocast_dtype, evaluate
     from fastimagenet.training.failures import is_out_of_memory
     from fastimagenet.training.loaders import open_loader
 
-    state = checkpoint.load(path, "recipe", "classes", "model", "ema", "epoch")
-    recipe = toml.loads(state["recipe"], f"the recipe in {path}")
-    if tuple(state["classes"]) != val.classes:
-        pairs = zip_longest(state["classes"], val.classes, fillvalue="none")
+    network = load(path)
+    if network.classes != val.classes:
+        pairs = zip_longest(network.classes, val.classes, fillvalue="none")
         known, there = next((a, b) for a, b in pairs if a != b)
         raise UserError(
-            f"{path} knows {len(state['classes'])} classes, --data has "
+            f"{path} knows {len(network.classes)} classes, --data has "
             f"{len(val.classes)}, and the first that differ are {known} and {there}: name the data "
             "that it was trained on"
         )
+    recipe = network.recipe
     dtype = autocast_dtype(precision or recipe.precision, world.device.partition(":")[0])
-    last = recipe.phases[-1]
-    stage = Stage(
-        epochs=1,
-        image_size=image_size or last.eval_size or last.image_size,
-        batch_size=min(phase.batch_size for phase in recipe.phases),
-    )
+    stage = network.stage
+    if image_size is not None:
+        stage = replace(stage, image_size=image_size)
     stages = (stage, replace(stage, rect=True)) if rect else (stage,)
     facts = {
         "checkpoint": str(path),
-        "epoch": state["epoch"],
+        "epoch": network.epoch,
         "epochs": recipe.epochs,
         "split": split_name(val),
         "image_size": stage.image_size,
     }
-    model = trained_model(recipe, state, len(val.classes))
-    model = model.to(world.device, memory_format=torch.channels_last)
+    model = network.model.to(world.device).to(memory_format=torch.channels_last)
     loader = open_loader(
         backend, recipe, val, stages, world, training=False, half=dtype is not None
     )
@@ -210,23 +180,6 @@ def evaluate_checkpoint(
         raise
     finally:
         loader.close()
-
-
-def trained_model(recipe: Recipe, state: dict[str, Any], num_classes: int) -> Any:
-    """Build the network with its trained weights, averaged where the recipe averages them."""
-    from fastimagenet.models import build_model
-
-    model = build_model(recipe, num_classes)
-    weights = state["model"]
-    if state["ema"] is not None:
-        prefix = "module."
-        weights = {
-            name.removeprefix(prefix): value
-            for name, value in state["ema"].items()
-            if name.startswith(prefix)
-        }
-    model.load_state_dict(weights)
-    return model
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -41,6 +41,30 @@ def planned(row: Row) -> Plan:
     return Plan.of(recipe, world_size, row["num_train"], first_batch)
 
 
+def checkpoint_at(path: Path) -> Path:
+    """Return the checkpoint, which is best.pt of a run's folder. Raises UserError without one."""
+    if not path.is_dir():
+        return path
+    for folder in (path / "checkpoints", path):
+        if (folder / "best.pt").exists():
+            return folder / "best.pt"
+    raise UserError(f"{path} holds no checkpoints/best.pt: name a checkpoint, or a run's folder")
+
+
+def data_of_run(checkpoint: Path) -> Path | None:
+    """Return the folder of the data that the checkpoint's run read; None where nothing tells.
+
+    Raises UserError where they are no longer there.
+    """
+    plan = checkpoint.absolute().parent.parent / "plan.json"
+    if not plan.exists() or not (found := read_object(plan).get("data")):
+        return None
+    folder = Path(found)
+    if not folder.is_dir():
+        raise UserError(f"--data: the data of the run, {folder}, are not there: name them")
+    return folder
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a run has left in its folder."""

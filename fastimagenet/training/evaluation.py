@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -83,6 +84,7 @@ def evaluate(
     world: World,
     autocast_dtype: torch.dtype | None,
     tta: str = "none",
+    consumer: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Counts:
     """Count over one pass of the loaders of all processes, on the device of `world`.
 
@@ -92,7 +94,8 @@ def evaluate(
     compared in float32. With `tta` the softmax is averaged over `views`; the plain figures are
     those of the first view, from the same pass. With five classes or fewer there is no top-5; an
     image with a NaN among its logits is wrong in every count. The model's modes are left as they
-    were. Raises UserError for an unknown `tta`.
+    were. `consumer` gets the plain logits (B, C) float32 and labels of each batch, on the device.
+    Raises UserError for an unknown `tta`.
     """
     check_tta(tta)
     device, images, ranked = torch.device(world.device), 0, 0
@@ -102,26 +105,59 @@ def evaluate(
     loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
     # Every process has statistics of its own; the first one's are saved, and so evaluated.
     broadcast(model.buffers(), world, "the BN statistics")
-    # Not inference_mode: torch.compile makes a second graph for tensors created under it.
-    with eval_mode(model), torch.no_grad():
-        for batch, labels in loader:
-            batch = batch.to(device, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
-            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                outputs = [model(view) for view in views(batch, tta)]
-            logits = outputs[0].float()
+    with eval_mode(model):
+        for logits, mean, labels in scores(model, loader, device, autocast_dtype, tta):
             images += len(labels)
             ranked += len(labels) if logits.shape[1] > TOP else 0
             correct += count_correct(logits, labels)
             loss_sum += cross_entropy(logits, labels, reduction="none").double().sum()
-            if tta != "none":
-                # Softmax first: averaged logits, or their exponentials, let one view outvote all.
-                mean = torch.stack(outputs).float().softmax(dim=-1).mean(dim=0)
+            if mean is not None:
                 tta_correct += count_correct(mean, labels)
+            if consumer is not None:
+                consumer(logits, labels)
         seen = torch.tensor([images, ranked], dtype=torch.float64, device=device)
         totals = torch.cat([seen[:1], correct, loss_sum, tta_correct, seen[1:]])
         all_reduce_sum(totals, world, "validation counts")  # in float64, exact below 2^53
     return Counts.from_totals(totals.tolist(), tta)  # the only wait for the device
+
+
+@torch.no_grad()  # not inference_mode: torch.compile makes a second graph for its tensors
+def scores(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    tta: str,
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Run a network, which is in evaluation mode, on batches of images and labels.
+
+    Yields for each the logits (B, C) float32 of the images as they are, the softmax averaged over
+    `views`, None without TTA, and the labels, all on the device.
+    """
+    for images, labels in batches:
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            outputs = [model(view) for view in views(images, tta)]
+        mean = None
+        if tta != "none":
+            # Softmax first: averaged logits, or their exponentials, let one view outvote all.
+            mean = torch.stack(outputs).float().softmax(dim=-1).mean(dim=0)
+        yield outputs[0].float(), mean, labels
+
+
+def best_classes(scores: Tensor, count: int) -> Tensor:
+    """Choose the classes with the highest scores (B, C): (B, count) int64, the best first.
+
+    Of equal scores the first ones are those that `count_correct` counts. In a row with a NaN all
+    are -1: no class is predicted there.
+    """
+    top = min(TOP, scores.shape[1])
+    best = scores.topk(top, dim=1).indices
+    if count > top:
+        others = scores.scatter(1, best, -math.inf).topk(count - top, dim=1).indices
+        best = torch.cat([best, others], dim=1)
+    return best[:, :count].masked_fill(scores.isnan().any(dim=1, keepdim=True), -1)
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:

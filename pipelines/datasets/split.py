@@ -177,15 +177,26 @@ def check_classes(train: Split, val: Split) -> None:
     )
 
 
-def undecodable(file: ImageFile, reason: Exception) -> UserError:
+class BadImage(UserError):
+    """A file that looks like an image but cannot be decoded."""
+
+    def __init__(self, file: ImageFile, reason: str) -> None:
+        super().__init__(file, reason)
+        self.file = file
+        self.reason = reason
+        """What is wrong, in words that continue a sentence that begins with the file's name."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.file} {self.reason}: remove it or name it in --skip-list; "
+            f"{SCAN} DIR --decode finds all such files"
+        )
+
+
+def undecodable(file: ImageFile, reason: Exception) -> BadImage:
     """Make the error for a file that looks like an image but cannot be decoded."""
     text = " ".join(str(reason).split())
-    if not isinstance(reason, Damage):
-        text = f"cannot be decoded ({text})"
-    return UserError(
-        f"{file} {text}: remove it or name it in --skip-list; "
-        f"{SCAN} DIR --decode finds all such files"
-    )
+    return BadImage(file, text if isinstance(reason, Damage) else f"cannot be decoded ({text})")
 
 
 def read_skip_list(root: Path, skip_list: Path | str) -> frozenset[str]:
