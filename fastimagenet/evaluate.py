@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -17,12 +17,14 @@ from fastimagenet.distributed.world import World
 from fastimagenet.recipes.recipe import TTA
 from fastimagenet.report.run import checkpoint_at, data_of_run
 from pipelines.backends import start_workers
-from pipelines.cli import Parser, make_parser
+from pipelines.cli import Parser, make_parser, output_folder
 from pipelines.datasets.folders import SPLIT_FOLDERS
 from pipelines.datasets.split import Split, left_out_note, read_split, skip_list_note
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastimagenet.training.evaluation import Counts
 
 MAX_IMAGE_SIZE = 65535
@@ -58,6 +60,13 @@ def parser() -> Parser:
         action="store_true",
         help="evaluate also on rectangles of the images' own aspect ratios",
     )
+    result.add_argument(
+        "--details",
+        type=output_folder,
+        metavar="DIR",
+        help="write what became of every image and class, and a page, into this folder; a run's "
+        "report links those in its own folder",
+    )
     result.add_argument("--json", action="store_true", help="print one JSON object")
     return result
 
@@ -84,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(world: World) -> int:
         started = time.perf_counter()
+        from fastimagenet.details.collect import Collector
+
+        collector = Collector() if args.details else None
         facts, (counts, *rect) = evaluate_checkpoint(
             path,
             val,
@@ -93,12 +105,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             tta=args.tta,
             image_size=args.image_size,
             rect=args.rect,
+            consumer=collector,
         )
         seconds = time.perf_counter() - started
         result = facts | {"images": counts.images, **counts.accuracies(), "loss": counts.loss}
         for other in rect:
             result |= {f"rect_{name}": value for name, value in other.accuracies().items()}
         result["seconds"] = seconds
+        if collector is not None:
+            outcomes = collector.outcomes(world, val.classes)
+            if world.is_main:
+                from fastimagenet.details.page import write_details
+
+                result["details"] = str(write_details(args.details, outcomes, val.files, result))
         cli.say(world, json.dumps(result) if args.json else describe(result))
         return 0
 
@@ -121,11 +140,12 @@ def evaluate_checkpoint(
     tta: str = "none",
     image_size: int | None = None,
     rect: bool = False,
+    consumer: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[dict[str, Any], list[Counts]]:
     """Count over all processes: on squares and, with `rect`, on rectangles.
 
     Returns what was counted on, as --json has it, and the counts. `precision` and `image_size`: in
-    place of the recipe's.
+    place of the recipe's. `consumer`: gets logits and labels of the squares, see `evaluate`.
     Raises UserError naming the checkpoint, flag or folder.
     """
     import torch
@@ -163,7 +183,15 @@ def evaluate_checkpoint(
     )
     try:
         counts = [
-            evaluate(model, loader, world=world, autocast_dtype=dtype, tta=tta) for _ in stages
+            evaluate(
+                model,
+                loader,
+                world=world,
+                autocast_dtype=dtype,
+                tta=tta,
+                consumer=None if stage.rect else consumer,
+            )
+            for stage in stages
         ]
         return facts, counts
     except (MemoryError, RuntimeError) as error:
@@ -199,7 +227,8 @@ def describe(result: dict[str, Any]) -> str:
     for title, prefix in (("with TTA", "tta_"), ("on rectangles", "rect_")):
         if found := figures(prefix):
             text += f"\n{title}: {found}"
-    return text + (f"; with TTA: {found}" if (found := figures("rect_tta_")) else "")
+    text += f"; with TTA: {found}" if (found := figures("rect_tta_")) else ""
+    return text + (f"\ndetails: {result['details']}" if "details" in result else "")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
 import os
@@ -12,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastimagenet import cli
 from fastimagenet.distributed.collectives import gather_objects
@@ -23,7 +21,7 @@ from pipelines.backends import start_workers
 from pipelines.cli import Parser, at_least, make_parser, output_file
 from pipelines.datasets.given import given_images
 from pipelines.datasets.split import Bad, Split
-from pipelines.files import write_text
+from pipelines.files import write_table
 from pipelines.formats import percent
 from pipelines.loader import eval_range
 
@@ -170,7 +168,8 @@ def tell(rows: list[Prediction], bad: list[Bad], args: argparse.Namespace) -> No
     for path, reason in bad:
         print(f"left out: {path} {reason}", file=sys.stderr)  # noqa: T201
     if args.csv is not None:
-        write_text(args.csv, table(rows))
+        header, *cells = table(rows)
+        write_table(args.csv, header, cells)
         print(f"{len(rows):,} images: {args.csv}")  # noqa: T201
         return
     for row in rows:
@@ -183,21 +182,16 @@ def line(row: Prediction) -> str:
     return f"{row.path}\t" + ", ".join(f"{name} {percent(share)}" for name, share in pairs)
 
 
-def table(rows: list[Prediction]) -> str:
-    """Format a CSV file with the columns path, class1, p1, class2, p2, ..."""
+def table(rows: list[Prediction]) -> list[list[str]]:
+    """Arrange the cells of path, class1, p1, class2, p2, ..., the header first."""
     width = max((len(row.classes) for row in rows), default=1)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    header: list[Any] = ["path"]
-    for number in range(1, width + 1):
-        header += [f"class{number}", f"p{number}"]
-    writer.writerow(header)
+    header = [f"{name}{rank}" for rank in range(1, width + 1) for name in ("class", "p")]
+    cells = [["path", *header]]
     for row in rows:
-        cells: list[Any] = [row.path]
-        for name, share in zip(row.classes, row.p, strict=True):
-            cells += [name, f"{share:.6f}"]
-        writer.writerow(cells + [""] * (len(header) - len(cells)))
-    return text.getvalue()
+        pairs = zip(row.classes, row.p, strict=True)
+        found = [cell for name, share in pairs for cell in (name, f"{share:.6f}")]
+        cells.append([row.path, *found, *[""] * (len(header) - len(found))])
+    return cells
 
 
 if __name__ == "__main__":

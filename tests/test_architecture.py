@@ -21,7 +21,7 @@ OURS = set(LAYERS) | {"tests"}
 PARTS = {
     "fastimagenet": (
         *("errors", "machine", "recipes", "models", "distributed", "config", "training"),
-        *("report", "lr_finder", "cli", "run"),
+        *("report", "details", "lr_finder", "cli", "run"),
     ),
     "pipelines": (
         *("errors", "files", "formats", "pages", "workers", "cli", "environment", "datasets"),

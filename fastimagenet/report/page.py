@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import tomli_w
 from markupsafe import Markup
@@ -12,7 +14,7 @@ from markupsafe import Markup
 from fastimagenet.report import plots
 from fastimagenet.report.dawnbench import TRAIN_CLOCK
 from fastimagenet.report.figures import GREY
-from fastimagenet.report.run import Run
+from fastimagenet.report.run import DETAILS_PAGE, Run
 from pipelines import pages
 from pipelines.files import Row, write_text
 from pipelines.formats import NO_BREAK, duration, number, percent
@@ -69,6 +71,7 @@ def render(run: Run) -> str:
             (duration(row.get("time_seconds")), number(row.get("step")), row.get("message"))
             for row in run.events
         ],
+        details=[(quote(os.fsencode(name)), DETAILS_PAGE) for name in run.details],
         title=_what(run),
         status=_status(run),
         headline=_headline(run),

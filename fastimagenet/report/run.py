@@ -13,6 +13,9 @@ from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object
 
+PREDICTIONS, DETAILS_PAGE = "predictions.csv", "page.html"
+"""What a folder of `evaluate --details` holds among others."""
+
 
 def rows_of(kind: str, rows: list[Row]) -> list[Row]:
     """Select the rows of one kind: "step", "epoch" or "event"."""
@@ -65,6 +68,11 @@ def data_of_run(checkpoint: Path) -> Path | None:
     return folder
 
 
+def holds_run(folder: Path) -> bool:
+    """Tell whether a training has left its plan and rows in a folder."""
+    return (folder / "plan.json").exists() and (folder / "metrics.jsonl").exists()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a run has left in its folder."""
@@ -96,6 +104,12 @@ class Run:
             epochs=rows_of("epoch", rows),
             events=rows_of("event", rows),
         )
+
+    @property
+    def details(self) -> list[str]:
+        """Names of the folders in this one that `evaluate --details` has filled."""
+        found = (path.parent for path in self.folder.glob(f"*/{PREDICTIONS}"))
+        return sorted(each.name for each in found if (each / DETAILS_PAGE).exists())
 
     @cached_property
     def rates(self) -> list[Row]:
