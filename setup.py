@@ -23,8 +23,8 @@ setup(
     # By name, so that nothing else of the clone is shipped.
     packages=[
         "fastimagenet",
-        *(f"fastimagenet.{name}" for name in ("distributed", "lr_finder", "models", "recipes")),
-        *(f"fastimagenet.{name}" for name in ("report", "training")),
+        *(f"fastimagenet.{name}" for name in ("details", "distributed", "lr_finder", "models")),
+        *(f"fastimagenet.{name}" for name in ("recipes", "report", "training")),
         "pipelines",
         *(f"pipelines.{name}" for name in ("augment", "backends", "backends.dali", "datasets")),
         *(f"pipelines.{name}" for name in ("parity", "prepare")),
@@ -66,6 +66,7 @@ setup(
             "ipykernel>=6.29",
             "scikit-learn>=1.4",
             "timm>=1.0",
+            "torchmetrics>=1.4",
             # A client and a server of the S3 protocol.
             "s3fs>=2024.6",
             "moto[s3]>=5.0",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastimagenet.api import loader, lr_find, recipe, train
+    from fastimagenet.classifier import Classifier, load
     from fastimagenet.config import RunConfig
     from fastimagenet.lr_finder.finder import lr_find2
     from fastimagenet.recipes.recipe import Phase, Recipe
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Classifier",
     "Phase",
     "Recipe",
     "Run",
     "RunConfig",
     "Trainer",
     "UserError",
+    "load",
     "loader",
     "lr_find",
     "lr_find2",
@@ -36,12 +39,14 @@ __all__ = [
     "train",
 ]
 _HOMES = {
+    "Classifier": "fastimagenet.classifier",
     "Phase": "fastimagenet.recipes.recipe",
     "Recipe": "fastimagenet.recipes.recipe",
     "Run": "fastimagenet.report.run",
     "RunConfig": "fastimagenet.config",
     "Trainer": "fastimagenet.training.trainer",
     "UserError": "pipelines.errors",
+    "load": "fastimagenet.classifier",
     "loader": "fastimagenet.api",
     "lr_find": "fastimagenet.api",
     "lr_find2": "fastimagenet.lr_finder.finder",

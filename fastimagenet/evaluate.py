@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -15,18 +15,18 @@ from fastimagenet import cli
 from fastimagenet.config import DataConfig
 from fastimagenet.distributed.processes import Processes
 from fastimagenet.distributed.world import World
-from fastimagenet.recipes import toml
-from fastimagenet.recipes.recipe import TTA, Recipe
+from fastimagenet.recipes.recipe import TTA
+from fastimagenet.report.run import checkpoint_at, data_of_run
 from pipelines.backends import start_workers
-from pipelines.cli import Parser, make_parser
+from pipelines.cli import Parser, make_parser, output_folder
 from pipelines.datasets.folders import SPLIT_FOLDERS, class_names
 from pipelines.datasets.shards import has_shards
 from pipelines.datasets.split import Split, check_several, notes_of
 from pipelines.errors import UserError
-from pipelines.files import read_object
-from pipelines.loader import Stage
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastimagenet.training.evaluation import Counts
 
 MAX_IMAGE_SIZE = 65535
@@ -62,6 +62,13 @@ def parser() -> Parser:
         action="store_true",
         help="evaluate also on rectangles of the images' own aspect ratios",
     )
+    result.add_argument(
+        "--details",
+        type=output_folder,
+        metavar="DIR",
+        help="write what became of every image and class, and a page, into this folder; a run's "
+        "report links those in its own folder",
+    )
     result.add_argument("--json", action="store_true", help="print one JSON object")
     return result
 
@@ -88,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(world: World) -> int:
         started = time.perf_counter()
+        from fastimagenet.details.collect import Collector
+
+        collector = Collector() if args.details else None
         facts, (counts, *rect) = evaluate_checkpoint(
             path,
             val,
@@ -97,40 +107,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             tta=args.tta,
             image_size=args.image_size,
             rect=args.rect,
+            consumer=collector,
         )
         seconds = time.perf_counter() - started
         result = facts | {"images": counts.images, **counts.accuracies(), "loss": counts.loss}
         for other in rect:
             result |= {f"rect_{name}": value for name, value in other.accuracies().items()}
         result["seconds"] = seconds
+        if collector is not None:
+            outcomes = collector.outcomes(world, val.classes)
+            if world.is_main:
+                from fastimagenet.details.page import write_details
+
+                result["details"] = str(write_details(args.details, outcomes, val.files, result))
         cli.say(world, json.dumps(result) if args.json else describe(result))
         return 0
 
     return processes.run("fastimagenet.evaluate", argv, work, name=str(args.checkpoint))
-
-
-def checkpoint_at(path: Path) -> Path:
-    """Return the checkpoint, which is best.pt of a run's folder. Raises UserError without one."""
-    if not path.is_dir():
-        return path
-    for folder in (path / "checkpoints", path):
-        if (folder / "best.pt").exists():
-            return folder / "best.pt"
-    raise UserError(f"{path} holds no checkpoints/best.pt: name a checkpoint, or a run's folder")
-
-
-def data_of_run(checkpoint: Path) -> Path | None:
-    """Return the folder of the data that the checkpoint's run read; None where nothing tells.
-
-    Raises UserError where they are no longer there.
-    """
-    plan = checkpoint.absolute().parent.parent / "plan.json"
-    if not plan.exists() or not (found := read_object(plan).get("data")):
-        return None
-    folder = Path(found)
-    if not folder.is_dir():
-        raise UserError(f"--data: the data of the run, {folder}, are not there: name them")
-    return folder
 
 
 def with_rule_of(path: Path, data: DataConfig, say_notes: bool) -> DataConfig:
@@ -162,53 +155,59 @@ def evaluate_checkpoint(
     tta: str = "none",
     image_size: int | None = None,
     rect: bool = False,
+    consumer: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[dict[str, Any], list[Counts]]:
     """Count over all processes: on squares and, with `rect`, on rectangles.
 
     Returns what was counted on, as --json has it, and the counts. `precision` and `image_size`: in
-    place of the recipe's.
+    place of the recipe's. `consumer`: gets logits and labels of the squares, see `evaluate`.
     Raises UserError naming the checkpoint, flag or folder.
     """
     import torch
 
-    from fastimagenet.training import checkpoint
+    from fastimagenet.classifier import load
     from fastimagenet.training.evaluation import autocast_dtype, evaluate
     from fastimagenet.training.failures import is_out_of_memory
     from fastimagenet.training.loaders import open_loader
 
-    state = checkpoint.load(path, "recipe", "classes", "model", "ema", "epoch")
-    recipe = toml.loads(state["recipe"], f"the recipe in {path}")
-    if tuple(state["classes"]) != val.classes:
-        pairs = zip_longest(state["classes"], val.classes, fillvalue="none")
+    network = load(path)
+    if network.classes != val.classes:
+        pairs = zip_longest(network.classes, val.classes, fillvalue="none")
         known, there = next((a, b) for a, b in pairs if a != b)
         raise UserError(
-            f"{path} knows {len(state['classes'])} classes, --data has "
+            f"{path} knows {len(network.classes)} classes, --data has "
             f"{len(val.classes)}, and the first that differ are {known} and {there}: name the data "
             "that it was trained on"
         )
+    recipe = network.recipe
     dtype = autocast_dtype(precision or recipe.precision, world.device.partition(":")[0])
-    last = recipe.phases[-1]
-    stage = Stage(
-        epochs=1,
-        image_size=image_size or last.eval_size or last.image_size,
-        batch_size=min(phase.batch_size for phase in recipe.phases),
-    )
+    stage = network.stage
+    if image_size is not None:
+        stage = replace(stage, image_size=image_size)
     stages = (stage, replace(stage, rect=True)) if rect else (stage,)
     facts = {
         "checkpoint": str(path),
-        "epoch": state["epoch"],
+        "epoch": network.epoch,
         "epochs": recipe.epochs,
         "split": val.name,
         "image_size": stage.image_size,
     }
-    model = trained_model(recipe, state, len(val.classes))
-    model = model.to(world.device, memory_format=torch.channels_last)
+    model = network.model.to(world.device).to(memory_format=torch.channels_last)
     loader = open_loader(
         backend, recipe, val, stages, world, training=False, half=dtype is not None
     )
     try:
         counts = [
-            evaluate(model, loader, world=world, autocast_dtype=dtype, tta=tta) for _ in stages
+            evaluate(
+                model,
+                loader,
+                world=world,
+                autocast_dtype=dtype,
+                tta=tta,
+                classes=len(val.classes),
+                consumer=None if stage.rect else consumer,
+            )
+            for stage in stages
         ]
         return facts, counts
     except (MemoryError, RuntimeError) as error:
@@ -222,24 +221,13 @@ def evaluate_checkpoint(
         loader.close()
 
 
-def trained_model(recipe: Recipe, state: dict[str, Any], num_classes: int) -> Any:
-    """Build the network with its trained weights, averaged where the recipe averages them."""
-    from fastimagenet.models import build_model
-    from fastimagenet.training import checkpoint
-
-    model = build_model(recipe, num_classes)
-    model.load_state_dict(checkpoint.weights(state))
-    return model
-
-
 def describe(result: dict[str, Any]) -> str:
     """Format the figures, TTA and rectangles beside the plain ones."""
 
     def figures(prefix: str) -> str:
-        names = {"top-1": result.get(f"{prefix}top1"), "top-5": result.get(f"{prefix}top5")}
-        return ", ".join(
-            f"{name} {value:.2%}" for name, value in names.items() if value is not None
-        )
+        names = {"top-1": "top1", "top-5": "top5", "balanced top-1": "balanced_top1"}
+        found = {name: result.get(prefix + key) for name, key in names.items()}
+        return ", ".join(f"{name} {it:.2%}" for name, it in found.items() if it is not None)
 
     text = (
         f"{result['checkpoint']}, epoch {result['epoch']} of {result['epochs']}, at "
@@ -249,7 +237,8 @@ def describe(result: dict[str, Any]) -> str:
     for title, prefix in (("with TTA", "tta_"), ("on rectangles", "rect_")):
         if found := figures(prefix):
             text += f"\n{title}: {found}"
-    return text + (f"; with TTA: {found}" if (found := figures("rect_tta_")) else "")
+    text += f"; with TTA: {found}" if (found := figures("rect_tta_")) else ""
+    return text + (f"\ndetails: {result['details']}" if "details" in result else "")
 
 
 if __name__ == "__main__":

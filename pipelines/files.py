@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import fcntl
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,6 +75,13 @@ def write_text(path: Path, text: str) -> None:
     """Replace the file by `text`, or leave it as it was; what is not UTF-8 in it is escaped."""
     with atomic_write(path) as temporary:
         temporary.write_text(printable(text), encoding="utf-8")
+
+
+def write_table(path: Path, header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV file with a header, as `write_text` does; cells are text or numbers."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_text(path, text.getvalue())
 
 
 def write_object(path: Path, value: dict[str, Any]) -> None:

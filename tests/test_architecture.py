@@ -21,7 +21,7 @@ OURS = set(LAYERS) | {"tests"}
 PARTS = {
     "fastimagenet": (
         *("errors", "machine", "recipes", "models", "distributed", "config", "training"),
-        *("report", "lr_finder", "cli", "folder", "run"),
+        *("report", "details", "lr_finder", "cli", "folder", "run"),
     ),
     "pipelines": (
         *(
@@ -104,7 +104,7 @@ def test_the_parts_of_a_package_stand_on_one_another(package: str) -> None:
 
 
 def test_nothing_below_the_commands_sees_argparse() -> None:
-    top = {"cli", "train", "evaluate", "lr_find", "__main__"}
+    top = {"cli", "train", "evaluate", "predict", "export", "lr_find", "__main__"}
     for path in files("fastimagenet"):
         assert path.stem in top or "argparse" not in imported(path), path
 
@@ -142,7 +142,11 @@ def test_only_the_trainer_wraps_in_ddp() -> None:
             (),
         ),
         ("from fastimagenet.train import main; main(['--dry-run', '--device', 'cpu'])", ()),
-        ("import fastimagenet.evaluate, fastimagenet.lr_find, pipelines.parity.__main__", ()),
+        (
+            "import fastimagenet.evaluate, fastimagenet.lr_find, pipelines.parity.__main__, "
+            "fastimagenet.predict",
+            (),
+        ),
         (
             "import fastimagenet.recipes, fastimagenet.recipes.plan",
             ("pipelines.datasets.index", "pipelines.datasets.shards", "pipelines.workers"),

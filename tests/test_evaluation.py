@@ -268,3 +268,29 @@ def test_modes_come_back_after_an_exception() -> None:
     with pytest.raises(KeyError), eval_mode(model.eval()):
         raise KeyError
     assert not model.training
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_balanced_accuracy_is_scikit_learns_where_classes_are_uneven(even: bool) -> None:
+    from sklearn.metrics import balanced_accuracy_score
+
+    torch.manual_seed(4)
+    labels = torch.arange(60) % 3 if even else torch.tensor([0] * 40 + [1] * 15 + [2] * 5)
+    logits = torch.randn(60, 4) + nn.functional.one_hot(labels, 4)
+    logits[3] = math.nan
+    counts = evaluate(
+        Stored(logits), batches(0, 60, labels, 7), world=World(), autocast_dtype=None, classes=4
+    )
+    predicted = logits.argmax(dim=1)
+    predicted[3] = 3  # a class that no image has
+    if even:
+        assert counts.balanced_top1 is None
+    else:
+        expected = balanced_accuracy_score(labels, predicted)
+        assert counts.balanced_top1 == pytest.approx(expected, abs=1e-12)
+        assert counts.balanced_top1 != counts.top1
+    loader = batches(0, 60, labels, 7)
+    plain = evaluate(Stored(logits), loader, world=World(), autocast_dtype=None)
+    assert plain.balanced_top1 is None and plain.accuracies() | {"balanced_top1": None} == (
+        counts.accuracies() | {"balanced_top1": None}
+    )

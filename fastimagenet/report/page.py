@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import tomli_w
 from markupsafe import Markup
@@ -12,7 +14,7 @@ from markupsafe import Markup
 from fastimagenet.report import plots
 from fastimagenet.report.dawnbench import TRAIN_CLOCK
 from fastimagenet.report.figures import GREY
-from fastimagenet.report.run import Run
+from fastimagenet.report.run import DETAILS_PAGE, Run
 from pipelines import pages
 from pipelines.files import Row, write_text
 from pipelines.formats import NO_BREAK, duration, number, percent
@@ -39,8 +41,9 @@ DEFINITIONS = {
     "time to target": "Training time at the end of the first evaluated epoch whose accuracy "
     "without augmentation reaches the target.",
     "top-1, top-5": "Share of all validation images whose class is the network's first guess, or "
-    "among its first five; one view each. With five classes or fewer there is no top-5. Values "
-    "with test-time augmentation (TTA) are given separately.",
+    "among its first five; one view each. Balanced: the mean over the classes of the share of "
+    "each, where validation has more images of some. With five classes or fewer there is no top-5. "
+    "Values with test-time augmentation (TTA) are given separately.",
 }
 
 
@@ -69,6 +72,7 @@ def render(run: Run) -> str:
             (duration(row.get("time_seconds")), number(row.get("step")), row.get("message"))
             for row in run.events
         ],
+        details=[(quote(os.fsencode(name)), DETAILS_PAGE) for name in run.details],
         title=_what(run),
         status=_status(run),
         headline=_headline(run),
@@ -143,8 +147,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     for metric, name in METRIC_NAMES.items():
         if metric == "top5" and results["top1"] is not None and results["top5"] is None:
             continue  # five classes or fewer
-        tta = results[f"tta_{metric}"]
+        tta, balanced = results[f"tta_{metric}"], results.get(f"balanced_{metric}")
         remark = "plain" if tta is None else f"TTA {percent(tta)}"
+        remark += "" if balanced is None else f", balanced {percent(balanced)}"
         tiles.append((name, percent(results[metric]), remark))
     planned = run.plan.get("epochs", run.epochs_done)
     of_all = f" of {planned}" if run.epochs_done != planned else ""
@@ -212,8 +217,8 @@ def _phase_cells(phase: Row) -> list[str]:
 
 
 EPOCH_HEADER = (
-    *("epoch", "image px", "batch", "train loss", "val loss", "top-1", "top-5", "TTA top-1"),
-    *("TTA top-5", "training s", "waiting s", "evaluation s"),
+    *("epoch", "image px", "batch", "train loss", "val loss", "top-1", "top-5"),
+    *("balanced top-1", "TTA top-1", "TTA top-5", "training s", "waiting s", "evaluation s"),
 )
 
 
@@ -223,7 +228,7 @@ def _epoch_table(epochs: list[Row]) -> list[list[str]]:
     empty = [
         column
         for column, name in enumerate(EPOCH_HEADER)
-        if "top-5" in name or "TTA" in name
+        if "top-5" in name or "TTA" in name or "balanced" in name
         if all(row[column] == percent(None) for row in rows[1:])
     ]
     return [[cell for column, cell in enumerate(row) if column not in empty] for row in rows]
@@ -235,7 +240,10 @@ def _epoch_cells(row: Row) -> list[str]:
         str(row["epoch"] + 1),
         *(number(row.get(key)) for key in ("image_size", "batch_size")),
         *(number(row.get(key), ".4f") for key in ("train_loss", "val_loss")),
-        *(percent(row.get(key)) for key in ("top1", "top5", "tta_top1", "tta_top5")),
+        *(
+            percent(row.get(key))
+            for key in ("top1", "top5", "balanced_top1", "tta_top1", "tta_top5")
+        ),
         *(
             number(row.get(key), ",.2f")
             for key in ("train_seconds", "data_wait_seconds", "eval_seconds")

@@ -13,6 +13,9 @@ from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object
 
+PREDICTIONS, DETAILS_PAGE = "predictions.csv", "page.html"
+"""What a folder of `evaluate --details` holds among others."""
+
 
 def rows_of(kind: str, rows: list[Row]) -> list[Row]:
     """Select the rows of one kind: "step", "epoch" or "event"."""
@@ -39,6 +42,35 @@ def planned(row: Row) -> Plan:
     world_size, accumulation = row["world_size"], row.get("accumulation", 1)
     first_batch = recipe.phases[0].batch_size * world_size * accumulation
     return Plan.of(recipe, world_size, row["num_train"], first_batch)
+
+
+def checkpoint_at(path: Path) -> Path:
+    """Return the checkpoint, which is best.pt of a run's folder. Raises UserError without one."""
+    if not path.is_dir():
+        return path
+    for folder in (path / "checkpoints", path):
+        if (folder / "best.pt").exists():
+            return folder / "best.pt"
+    raise UserError(f"{path} holds no checkpoints/best.pt: name a checkpoint, or a run's folder")
+
+
+def data_of_run(checkpoint: Path) -> Path | None:
+    """Return the folder of the data that the checkpoint's run read; None where nothing tells.
+
+    Raises UserError where they are no longer there.
+    """
+    plan = checkpoint.absolute().parent.parent / "plan.json"
+    if not plan.exists() or not (found := read_object(plan).get("data")):
+        return None
+    folder = Path(found)
+    if not folder.is_dir():
+        raise UserError(f"--data: the data of the run, {folder}, are not there: name them")
+    return folder
+
+
+def holds_run(folder: Path) -> bool:
+    """Tell whether a training has left its plan and rows in a folder."""
+    return (folder / "plan.json").exists() and (folder / "metrics.jsonl").exists()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +104,12 @@ class Run:
             epochs=rows_of("epoch", rows),
             events=rows_of("event", rows),
         )
+
+    @property
+    def details(self) -> list[str]:
+        """Names of the folders in this one that `evaluate --details` has filled."""
+        found = (path.parent for path in self.folder.glob(f"*/{PREDICTIONS}"))
+        return sorted(each.name for each in found if (each / DETAILS_PAGE).exists())
 
     @cached_property
     def rates(self) -> list[Row]:
@@ -136,5 +174,6 @@ class Run:
         last = {**(rows[-1] if rows else {}), **(evaluated[-1] if evaluated else {})}
         if rows:
             last["train_seconds"] = rows[-1]["train_seconds"]
-        keys = ("top1", "top5", "tta_top1", "tta_top5", "square_top1", "train_seconds")
+        keys = ("top1", "top5", "balanced_top1", "tta_top1", "tta_top5", "square_top1")
+        keys += ("train_seconds",)
         return {key: self.summary[key] if key in self.summary else last.get(key) for key in keys}

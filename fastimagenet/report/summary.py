@@ -92,6 +92,7 @@ def summarise(config: RunConfig, trainer: Trainer, val: Split) -> Row:
         "steps": trainer.step,
         "top1": last.top1,
         "top5": last.top5,
+        "balanced_top1": last.balanced_top1,
         "tta_top1": last.tta_top1,
         "tta_top5": last.tta_top5,
         "square_top1": last.square_top1,

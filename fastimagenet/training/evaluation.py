@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ def check_tta(tta: str) -> None:
         raise UserError(f"tta: {tta!r} is none of {', '.join(TTA)}")
 
 
+UNEVEN = 1.5
+"""From this ratio of the largest to the smallest class on, a balanced accuracy stands beside."""
+
+
 @dataclass(frozen=True)
 class Counts:
     """The counts of an evaluation; the fractions raise ZeroDivisionError without images."""
@@ -35,15 +40,23 @@ class Counts:
     """Sum of the cross-entropy, without label smoothing, in nats."""
     tta_correct1: int | None = None
     tta_correct5: int | None = None
+    balanced_top1: float | None = None
+    """Mean over the classes of the share of their images that is right; None where they were not
+    counted, or the largest has less than UNEVEN times the images of the smallest."""
 
     @classmethod
     def from_totals(cls, totals: list[float], tta: str) -> Counts:
         """Make counts of seven numbers: the fields in their order, of which the last two count with
-        a TTA, and how many images were ranked among more than five classes."""
-        images, correct1, correct5, loss_sum, tta1, tta5, ranked = totals
+        a TTA, and how many images were ranked among more than five classes. Then the images of each
+        class, and the right ones."""
+        images, correct1, correct5, loss_sum, tta1, tta5, ranked, *by_class = totals
         best = [int(count) if ranked else None for count in (correct5, tta5)]
-        tta_correct = (int(tta1), best[1]) if tta != "none" else ()
-        return cls(int(images), int(correct1), best[0], loss_sum, *tta_correct)
+        tta_correct = (int(tta1), best[1]) if tta != "none" else (None, None)
+        half = len(by_class) // 2
+        pairs = [(n, right) for n, right in zip(by_class, by_class[half:], strict=False) if n]
+        uneven = len(pairs) > 1 and max(pairs)[0] >= UNEVEN * min(pairs)[0]
+        balanced = sum(right / n for n, right in pairs) / len(pairs) if uneven else None
+        return cls(int(images), int(correct1), best[0], loss_sum, *tta_correct, balanced)
 
     @property
     def top1(self) -> float:
@@ -68,10 +81,11 @@ class Counts:
         return None if self.tta_correct5 is None else self.tta_correct5 / self.images
 
     def accuracies(self) -> dict[str, float | None]:
-        """Return the four accuracies by their names in files and rows."""
+        """Return the accuracies by their names in files and rows."""
         return {
             "top1": self.top1,
             "top5": self.top5,
+            "balanced_top1": self.balanced_top1,
             "tta_top1": self.tta_top1,
             "tta_top5": self.tta_top5,
         }
@@ -84,7 +98,9 @@ def evaluate(
     world: World,
     autocast_dtype: torch.dtype | None,
     tta: str = "none",
+    classes: int = 0,
     stopping: Callable[[], bool] | None = None,
+    consumer: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Counts:
     """Count over one pass of the loaders of all processes, on the device of `world`.
 
@@ -94,8 +110,9 @@ def evaluate(
     compared in float32. With `tta` the softmax is averaged over `views`; the plain figures are
     those of the first view, from the same pass. With five classes or fewer there is no top-5; an
     image with a NaN among its logits is wrong in every count. The model's modes are left as they
-    were. Raises UserError for an unknown `tta`, and Stopped on all processes where `stopping`,
-    asked before every batch, is true on one.
+    were. With the number of `classes`, each is counted by itself. `consumer` gets the plain logits
+    (B, C) float32 and labels of each batch, on the device. Raises UserError for an unknown `tta`,
+    and Stopped on all processes where `stopping`, asked before every batch, is true on one.
     """
     check_tta(tta)
     device, images, ranked = torch.device(world.device), 0, 0
@@ -104,36 +121,81 @@ def evaluate(
     correct = torch.zeros(2, dtype=torch.float64, device=device)
     tta_correct = torch.zeros(2, dtype=torch.float64, device=device)
     loss_sum = torch.zeros(1, dtype=torch.float64, device=device)
+    by_class = torch.zeros(2, classes, dtype=torch.float64, device=device)
     # Every process has statistics of its own; the first one's are saved, and so evaluated.
     broadcast(model.buffers(), world, "the BN statistics")
-    # Not inference_mode: torch.compile makes a second graph for tensors created under it.
-    with eval_mode(model), torch.no_grad():
-        for batch, labels in loader:
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal stopped
+        for batch in loader:
             # Each process leaves by itself, as they have different numbers of batches.
-            if stopping is not None and stop.said(stopping()):
-                stopped = True
-                break
-            batch = batch.to(device, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
-            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                outputs = [model(view) for view in views(batch, tta)]
-            logits = outputs[0].float()
+            stopped = stopping is not None and stop.said(stopping())
+            if stopped:
+                return
+            yield batch
+
+    with eval_mode(model):
+        for logits, mean, labels in scores(model, batches(), device, autocast_dtype, tta):
             images += len(labels)
             ranked += len(labels) if logits.shape[1] > TOP else 0
             correct += count_correct(logits, labels)
             loss_sum += cross_entropy(logits, labels, reduction="none").double().sum()
-            if tta != "none":
-                # Softmax first: averaged logits, or their exponentials, let one view outvote all.
-                mean = torch.stack(outputs).float().softmax(dim=-1).mean(dim=0)
+            if mean is not None:
                 tta_correct += count_correct(mean, labels)
+            if classes:
+                right = (best_classes(logits, 1)[:, 0] == labels).double()
+                by_class[0].index_add_(0, labels, torch.ones_like(right))
+                by_class[1].index_add_(0, labels, right)
+            if consumer is not None:
+                consumer(logits, labels)
         seen = torch.tensor([images, ranked, stopped], dtype=torch.float64, device=device)
-        totals = torch.cat([seen[:1], correct, loss_sum, tta_correct, seen[1:]])
+        counted = [seen[:1], correct, loss_sum, tta_correct, seen[1:2], by_class.flatten()]
+        totals = torch.cat([*counted, seen[2:]])
         all_reduce_sum(totals, world, "validation counts")  # in float64, exact below 2^53
     *counts, stops = totals.tolist()  # the only wait for the device
     if stops:
         stop.forget()
         raise Stopped
     return Counts.from_totals(counts, tta)
+
+
+@torch.no_grad()  # not inference_mode: torch.compile makes a second graph for its tensors
+def scores(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    tta: str,
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Run a network, which is in evaluation mode, on batches of images and labels.
+
+    Yields for each the logits (B, C) float32 of the images as they are, the softmax averaged over
+    `views`, None without TTA, and the labels, all on the device.
+    """
+    for images, labels in batches:
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            outputs = [model(view) for view in views(images, tta)]
+        mean = None
+        if tta != "none":
+            # Softmax first: averaged logits, or their exponentials, let one view outvote all.
+            mean = torch.stack(outputs).float().softmax(dim=-1).mean(dim=0)
+        yield outputs[0].float(), mean, labels
+
+
+def best_classes(scores: Tensor, count: int) -> Tensor:
+    """Choose the classes with the highest scores (B, C): (B, count) int64, the best first.
+
+    Of equal scores the first ones are those that `count_correct` counts. In a row with a NaN all
+    are -1: no class is predicted there.
+    """
+    top = min(TOP, scores.shape[1])
+    best = scores.topk(top, dim=1).indices
+    if count > top:
+        others = scores.scatter(1, best, -math.inf).topk(count - top, dim=1).indices
+        best = torch.cat([best, others], dim=1)
+    return best[:, :count].masked_fill(scores.isnan().any(dim=1, keepdim=True), -1)
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:

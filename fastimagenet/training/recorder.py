@@ -77,6 +77,8 @@ class EpochRecord:
     """A fraction, as all accuracies; None in an epoch without evaluation."""
     top5: float | None = None
     """None with five classes or fewer, too, as tta_top5 and square_top5."""
+    balanced_top1: float | None = None
+    """Mean over the classes; None where validation has about as many images of each."""
     tta_top1: float | None = None
     tta_top5: float | None = None
     square_top1: float | None = None

@@ -354,6 +354,7 @@ class Trainer:
                 world=self.world,
                 autocast_dtype=self.dtype,
                 tta=tta,
+                classes=len(self.about["classes"]),
                 stopping=self._stopping,
             )
 

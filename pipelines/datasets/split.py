@@ -231,6 +231,22 @@ def check_several(split: Split) -> None:
         )
 
 
+class BadImage(UserError):
+    """A file that looks like an image but cannot be decoded."""
+
+    def __init__(self, file: ImageFile, reason: str) -> None:
+        super().__init__(file, reason)
+        self.file = file
+        self.reason = reason
+        """What is wrong, in words that continue a sentence that begins with the file's name."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.file} {self.reason}: remove it or name it in --skip-list; "
+            f"{SCAN} DIR --decode finds all such files"
+        )
+
+
 def undecodable(file: ImageFile, reason: Exception) -> UserError:
     """Make the error for a file that looks like an image but cannot be decoded, or is gone."""
     if isinstance(reason, OSError) and (limit := system_limit(reason)):
@@ -243,7 +259,4 @@ def undecodable(file: ImageFile, reason: Exception) -> UserError:
     text = " ".join(str(reason).split())
     if not isinstance(reason, Damage):
         text = f"cannot be decoded ({text})"
-    return UserError(
-        f"{file} {text}: remove it or name it in --skip-list; "
-        f"{SCAN} DIR --decode finds all such files"
-    )
+    return BadImage(file, text)
