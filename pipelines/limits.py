@@ -25,12 +25,18 @@ DISK_ERRORS = (
 """Errors of files that the user can correct; any other OSError is a defect."""
 
 
+def check_shared_memory() -> None:
+    """Raise UserError unless processes can share memory and locks."""
+    if not os.access(SHARED_MEMORY, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{SHARED_MEMORY}, where worker processes share memory, cannot be written to: mount a "
+            "tmpfs there, or take --backend dali"
+        )
+
+
 def shared_memory() -> str:
     """Say how much there is, and how to get more."""
-    try:
-        size = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        return f"{SHARED_MEMORY} is not there: mount it"
+    size = os.statvfs(SHARED_MEMORY)
     return (
         f"{SHARED_MEMORY}, {size.f_blocks * size.f_frsize / 2**20:,.0f} MiB, is too small for "
         "batches between processes: docker run --shm-size=8g or --ipc=host, or --backend dali"
@@ -66,11 +72,18 @@ def temporary_folder() -> str:
     return "no folder for temporary files can be written to: set TMPDIR to one"
 
 
+def library() -> str:
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return memory()
+    return "a library cannot be loaded: mount its folder without noexec"
+
+
 def cuda_device() -> str:
     return "the CUDA device cannot be used; --device cpu runs without it"
 
 
 LIMITS: tuple[tuple[str, Callable[[], str]], ...] = (
+    (r"failed to map segment", library),
     (r"No usable temporary directory", temporary_folder),
     (r"Too many open files|items of ancdata", open_files),
     (
@@ -102,7 +115,7 @@ def limit_of(error: BaseException) -> UserError | None:
     if limit := system_limit(error):
         return limit
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        where = error.filename or "the file to write to"
+        where = error.filename or "a file, or the standard output"
         return UserError(f"cannot use {where}: {os.strerror(error.errno)}")
     return None
 

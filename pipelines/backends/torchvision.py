@@ -114,10 +114,7 @@ def check_shared_memory(spec: LoaderSpec) -> None:
     batch = 4 * 3 * largest.batch_size * largest.image_size**2
     # Each worker has two ahead; two more are with the caller.
     needed = (2 * spec.num_threads + 2) * batch if spec.num_threads else 0
-    try:
-        size = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        return  # the workers will say it
+    size = os.statvfs(SHARED_MEMORY)
     free = size.f_bavail * size.f_frsize
     if needed > free:
         raise UserError(
