@@ -43,6 +43,23 @@ def shared_memory() -> str:
     )
 
 
+def allow_open_files(what: str, more: int) -> None:
+    """Have this process open so many more files: as far as its user may, the limit is raised.
+
+    Raises UserError, for `what`, where that is not enough.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + more
+    if resource.RLIM_INFINITY in (soft, hard) or needed <= soft:
+        return
+    if needed > hard:
+        raise UserError(
+            f"{what} opens up to {needed} files, and a process may have {hard} here (ulimit -n): "
+            "ulimit -n 4096 allows more, or take --backend dali"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def open_files() -> str:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return f"too many open files: a process may have {most} here; ulimit -n 4096 allows more"

@@ -73,6 +73,25 @@ def test_too_many_open_files_are_no_damage_of_an_image() -> None:
     assert "too many open files" in str(undecodable(image, caught.value))
 
 
+@pytest.mark.parametrize(("hard", "allowed"), [(40, False), (900, True)])
+def test_workers_need_open_files(hard: int, allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the shell's `ulimit -n 40` has it, and as `ulimit -S -n 40`."""
+    limit = (40, hard)
+
+    def set_limit(_: int, value: tuple[int, int]) -> None:
+        nonlocal limit
+        limit = value
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limit)
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    if allowed:
+        limits.allow_open_files("the loader", 100)
+        assert limit == (900, 900)
+    else:
+        with pytest.raises(UserError, match=r"may have 40 here \(ulimit -n\): ulimit -n 4096"):
+            limits.allow_open_files("the loader", 100)
+
+
 @pytest.mark.parametrize("backend", ["torchvision", "memory"])
 def test_no_shared_memory_at_all(
     backend: str, cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
