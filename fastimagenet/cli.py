@@ -16,12 +16,12 @@ from fastimagenet.distributed.world import (
     TIMEOUT_SECONDS,
     Launch,
     World,
+    another_speaks,
     end_with_launcher,
     report_to_launcher,
-    started_by_us,
 )
 from fastimagenet.errors import NotWritten, PeerLost
-from fastimagenet.machine import keep_freed_memory, share_out_quota, silence_torch, spin_briefly
+from fastimagenet.machine import keep_freed_memory, share_out_quota, silence_libraries, spin_briefly
 from fastimagenet.recipes.recipe import PRECISIONS
 from pipelines import cli
 from pipelines.backends import BACKENDS
@@ -234,7 +234,7 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
         end_with_launcher()
         keep_freed_memory()
         spin_briefly()
-        silence_torch()
+        silence_libraries()
         share_out_quota()
         try:
             with named_limits():
@@ -248,7 +248,7 @@ def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
                 print(f"error: {error}", file=sys.stderr)  # noqa: T201
             return 1
         except Interrupted as interrupted:
-            if started_by_us():  # the launcher has heard it, too, and speaks for all
+            if another_speaks():
                 return 128 + interrupted.number
             raise
         except PeerLost as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 
 from pipelines.cgroup import cpu_quota
@@ -53,11 +54,13 @@ def share_out_quota() -> None:
         os.environ["OMP_NUM_THREADS"] = str(num_cores())
 
 
-def silence_torch() -> None:
+def silence_libraries() -> None:
     """Have the C++ of torch and gloo keep to themselves what they say of connections.
 
     They warn of every process that ends before another one, with stack traces, and what matters
     comes as an exception. Does nothing where the user has set a level; has to come before torch is
-    imported.
+    imported. torch's compiler says that there is no CUDA, matplotlib that there is no home.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    for name in ("torch.utils.cpp_extension", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -101,12 +101,20 @@ def output_file(text: str) -> Path:
     return path
 
 
+def open_standard_streams() -> None:
+    """Open on the null device what the caller has closed (`>&-`): a file would get its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
 def exit_status(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     """Run a command; a UserError becomes one line on standard error and status 2.
 
     A stop signal becomes one line and 128 + its number. `argv` None: the process's own, which
     ends with the command.
     """
+    open_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # paths need not be UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
     with stop_signals() as signals:

@@ -25,16 +25,39 @@ DISK_ERRORS = (
 """Errors of files that the user can correct; any other OSError is a defect."""
 
 
+def check_shared_memory() -> None:
+    """Raise UserError unless processes can share memory and locks."""
+    if not os.access(SHARED_MEMORY, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{SHARED_MEMORY}, where worker processes share memory, cannot be written to: mount a "
+            "tmpfs there, or take --backend dali"
+        )
+
+
 def shared_memory() -> str:
     """Say how much there is, and how to get more."""
-    try:
-        size = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        return f"{SHARED_MEMORY} is not there: mount it"
+    size = os.statvfs(SHARED_MEMORY)
     return (
         f"{SHARED_MEMORY}, {size.f_blocks * size.f_frsize / 2**20:,.0f} MiB, is too small for "
         "batches between processes: docker run --shm-size=8g or --ipc=host, or --backend dali"
     )
+
+
+def allow_open_files(what: str, more: int) -> None:
+    """Have this process open so many more files: as far as its user may, the limit is raised.
+
+    Raises UserError, for `what`, where that is not enough.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + more
+    if resource.RLIM_INFINITY in (soft, hard) or needed <= soft:
+        return
+    if needed > hard:
+        raise UserError(
+            f"{what} opens up to {needed} files, and a process may have {hard} here (ulimit -n): "
+            "ulimit -n 4096 allows more, or take --backend dali"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def open_files() -> str:
@@ -66,11 +89,18 @@ def temporary_folder() -> str:
     return "no folder for temporary files can be written to: set TMPDIR to one"
 
 
+def library() -> str:
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return memory()
+    return "a library cannot be loaded: mount its folder without noexec"
+
+
 def cuda_device() -> str:
     return "the CUDA device cannot be used; --device cpu runs without it"
 
 
 LIMITS: tuple[tuple[str, Callable[[], str]], ...] = (
+    (r"failed to map segment", library),
     (r"No usable temporary directory", temporary_folder),
     (r"Too many open files|items of ancdata", open_files),
     (
@@ -102,7 +132,7 @@ def limit_of(error: BaseException) -> UserError | None:
     if limit := system_limit(error):
         return limit
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        where = error.filename or "the file to write to"
+        where = error.filename or "a file, or the standard output"
         return UserError(f"cannot use {where}: {os.strerror(error.errno)}")
     return None
 

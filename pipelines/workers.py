@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from pipelines import cgroup
 from pipelines.errors import UserError
+from pipelines.limits import check_shared_memory
 from pipelines.signals import STOP_SIGNALS
 
 Job = TypeVar("Job")
@@ -95,8 +96,10 @@ def start_server() -> None:
     """Start the server that forks the workers, where it does not run yet.
 
     It and the workers block the stop signals, which may go to all processes of a group: their
-    parent still needs the batches in flight, and they end when it ends.
+    parent still needs the batches in flight, and they end when it ends. Raises UserError where
+    there is no memory to share with them.
     """
+    check_shared_memory()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         resource_tracker.ensure_running()  # unblocks two of them

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,13 @@ from torch import nn
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase
 from fastimagenet.training.failures import check_single_images, compile_advice
+from pipelines import limits
 from pipelines.backends import torchvision
-from pipelines.datasets.split import read_split
+from pipelines.backends.torchvision import decode
+from pipelines.cli import exit_status
+from pipelines.datasets.images import ImageFile
+from pipelines.datasets.index import check_images
+from pipelines.datasets.split import read_split, undecodable
 from pipelines.errors import UserError
 from pipelines.limits import limit_of, named_limits
 from tests.commands import SMALL, error_of
@@ -45,23 +51,54 @@ def test_a_user_without_a_home_needs_none_for_a_folder_of_images(
 
 @pytest.fixture
 def few_files() -> Iterator[None]:
-    """As few open files as there are, and three more."""
+    """No file more than there are."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, before[1]))
+    file = os.dup(0)  # the first that is free
+    os.close(file)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (file, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.usefixtures("few_files")
-def test_too_many_open_files_are_no_damage_of_the_images(
-    cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_open_files_are_no_damage_of_an_image() -> None:
     """Skipping would leave out what is as good as the rest."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    flags = ("--backend", "memory", "--on-bad-image", "skip")
-    line = error_of("--data", cifar10, "--output", tmp_path / "run", *SMALL, *flags)
-    assert "too many open files: a process may have" in line and "ulimit -n 4096" in line
-    assert not (tmp_path / "run").exists()
+    image = ImageFile("/dev/null")
+    for read in (lambda: check_images((0, [image])), lambda: decode(image)):
+        with pytest.raises(UserError, match=r"too many open files: .* ulimit -n 4096"):
+            with named_limits():
+                read()
+    with pytest.raises(OSError, match="Too many") as caught:
+        image.open()
+    assert "too many open files" in str(undecodable(image, caught.value))
+
+
+@pytest.mark.parametrize(("hard", "allowed"), [(40, False), (900, True)])
+def test_workers_need_open_files(hard: int, allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the shell's `ulimit -n 40` has it, and as `ulimit -S -n 40`."""
+    limit = (40, hard)
+
+    def set_limit(_: int, value: tuple[int, int]) -> None:
+        nonlocal limit
+        limit = value
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limit)
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    if allowed:
+        limits.allow_open_files("the loader", 100)
+        assert limit == (900, 900)
+    else:
+        with pytest.raises(UserError, match=r"may have 40 here \(ulimit -n\): ulimit -n 4096"):
+            limits.allow_open_files("the loader", 100)
+
+
+@pytest.mark.parametrize("backend", ["torchvision", "memory"])
+def test_no_shared_memory_at_all(
+    backend: str, cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SHARED_MEMORY", tmp_path / "shm")
+    line = error_of("--data", cifar10, "--output", tmp_path / "run", *SMALL, "--backend", backend)
+    assert "shm, where worker processes share memory, cannot be written to: mount" in line
 
 
 def test_a_small_shared_memory_is_named_before_anything_is_written(
@@ -151,3 +188,9 @@ def test_bn_of_a_single_value_is_named_before_the_training() -> None:
 def test_no_advice_is_a_batch_of_one() -> None:
     with pytest.raises(UserError, match="take fewer processes"):
         Plan.of(RECIPE, 40, len(SPLIT))
+
+
+def test_a_closed_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert exit_status(lambda _: int(sys.stdout.isatty()), []) == 0
+    sys.stdout.close()

@@ -264,6 +264,11 @@ def started_by_us() -> bool:
     return LAUNCHER in os.environ and "RANK" in os.environ
 
 
+def another_speaks() -> bool:
+    """Tell whether another process of our own launcher speaks to the user for this one."""
+    return started_by_us() and os.environ["RANK"] != "0"
+
+
 def restarted() -> bool:
     """Tell whether torch's elastic agent has restarted this process."""
     return _number("TORCHELASTIC_RESTART_COUNT", "0") > 0

@@ -206,7 +206,8 @@ class Trainer:
                 self._log(loss, phase)
             self._stop_if_requested()
             if last and self.plan.evaluates(self.epoch):
-                self._unsaved = self.state_dict()
+                with self.clock.section("checkpoint"):
+                    self._unsaved = self.state_dict()
             elif not last and self.checkpoint_steps and self.step % self.checkpoint_steps == 0:
                 self.losses.read(loss, self.plan)  # weights that have diverged are not worth saving
                 self._save()

@@ -21,7 +21,7 @@ from pipelines.datasets.images import ImageFile
 from pipelines.datasets.pixels import rgb
 from pipelines.datasets.split import undecodable
 from pipelines.errors import UserError
-from pipelines.limits import SHARED_MEMORY
+from pipelines.limits import SHARED_MEMORY, allow_open_files
 from pipelines.loader import LoaderSpec
 from pipelines.sampling import Batch, BatchSampler, CropParams, crop_box, to_index
 from pipelines.workers import leave_signals_to_parent, preload_torchvision
@@ -37,7 +37,7 @@ class TorchvisionLoader(StreamLoader):
     def __init__(self, spec: LoaderSpec) -> None:
         super().__init__(spec)
         assert not spec.half, "float16 is for GPUs"
-        check_shared_memory(spec)
+        check_limits(spec)
         self.sampler = BatchSampler(spec)
 
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
@@ -107,17 +107,24 @@ class BatchReader(Dataset[tuple[Tensor, Tensor]]):
         return functional.horizontal_flip(image) if crops.mirror[index] else image
 
 
-def check_shared_memory(spec: LoaderSpec) -> None:
-    """Raise UserError unless the batches on their way from the workers fit: a worker that finds no
-    room would be killed."""
+FILES_PER_WORKER = 10
+"""Open ones in the parent: pipes, and two for each of the batches on their way."""
+
+
+def check_limits(spec: LoaderSpec) -> None:
+    """Raise UserError unless the system allows the workers what they share with their parent.
+
+    That is memory for the batches on their way, without which a worker would be killed, and open
+    files, without which it would print a traceback.
+    """
+    # Beside this loader there is one of the other split.
+    more = 2 * (FILES_PER_WORKER * spec.num_threads + 16)
+    allow_open_files(f"--backend torchvision with {spec.num_threads} workers", more)
     largest = max(spec.stages, key=lambda stage: stage.batch_size * stage.image_size**2)
     batch = 4 * 3 * largest.batch_size * largest.image_size**2
     # Each worker has two ahead; two more are with the caller.
     needed = (2 * spec.num_threads + 2) * batch if spec.num_threads else 0
-    try:
-        size = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        return  # the workers will say it
+    size = os.statvfs(SHARED_MEMORY)
     free = size.f_bavail * size.f_frsize
     if needed > free:
         raise UserError(
