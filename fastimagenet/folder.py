@@ -188,6 +188,8 @@ def lock(folder: Path) -> int | None:
                 break
         os.close(descriptor)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    os.truncate(descriptor, 0)  # what a killed process has left
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+    with suppress(OSError):  # a full disk, as whatever is written next says
+        os.truncate(descriptor, 0)  # what a killed process has left
+        os.write(descriptor, holder.encode())
     return descriptor

@@ -52,16 +52,16 @@ WHITENING_IMAGES = 2000
 """About so many; airbench94 takes 5,000, of which each gives 961 patches at 32 px."""
 
 
-def read_data(data: DataConfig, say_notes: bool) -> tuple[Split, Split]:
+def read_data(data: DataConfig, say_notes: bool, notes: Sequence[str] = ()) -> tuple[Split, Split]:
     """Read both splits and check their files. Raises UserError naming the folder or file.
 
-    `say_notes`: print what was left out on standard error.
+    `say_notes`: print what was left out on standard error, behind the other `notes`.
     """
     start_workers(data.backend)
     train, val = data.read("train"), data.read("val")
     check_classes(train, val)
     check_several(train)
-    for note in data_notes(train, val) if say_notes else ():
+    for note in (*notes, *data_notes(train, val)) if say_notes else ():
         print(note, file=sys.stderr)  # noqa: T201
     return train, val
 
@@ -299,7 +299,7 @@ def dry_run(config: RunConfig) -> str:
     train, val = read_data(config.data, say_notes=True)
     check_target(recipe, len(train.classes))
     plan = Plan.of(recipe, world_size, len(train), config.global_batch)
-    return "\n".join([described(plan, train, val), *config.notes])
+    return "\n".join([*config.notes, described(plan, train, val)])
 
 
 def train(
@@ -315,9 +315,7 @@ def train(
     clock = clock or Stopwatch()
     recipe = with_copies(config.recipe, config.data.root)
     processes = Processes.of(config.launch)
-    for note in config.notes if processes.is_first else ():
-        print(note, file=sys.stderr)  # noqa: T201
-    train, val = read_data(config.data, processes.is_first)
+    train, val = read_data(config.data, processes.is_first, config.notes)
     check_target(recipe, len(train.classes))
     plan = Plan.of(recipe, processes.world_size, len(train), config.global_batch)
     argv = config.flags() if argv is None else argv
@@ -419,7 +417,7 @@ def sweep(
     argv = [*config.flags(), *settings.flags()] if argv is None else argv
     if processes.is_first:
         settings.check_recipe_out()
-    train, val = read_data(config.data, processes.is_first)
+    train, val = read_data(config.data, processes.is_first, config.notes)
     plan = Plan.of(recipe, processes.world_size, len(train), config.global_batch)
     check_validation(plan, len(val))
     val = shuffled(val, config.seed)

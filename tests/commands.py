@@ -121,25 +121,28 @@ def error_of(*arguments: object) -> str:
     return lines[0]
 
 
-def stop_soon(*arguments: Any) -> str:
-    """Standard output of a training that gets SIGTERM after its first row and ends with 143."""
+def stop_soon(*arguments: Any, after: str = "") -> str:
+    """Standard output of a training that gets SIGTERM after its first row and ends with 143.
+
+    `after`: once it has also saved a checkpoint of that name.
+    """
     folder = arguments[arguments.index("--output") + 1]
     if not any(flag in arguments for flag in SEVERAL):
-        kill = threading.Thread(target=kill_at_first_row, args=(folder, os.getpid()))
+        kill = threading.Thread(target=kill_at_first_row, args=(folder, os.getpid(), after))
         kill.start()
         out, _ = train(*arguments, status=143)
         kill.join()
         return out
     process = start_afresh("fastimagenet.train", *arguments)
-    kill_at_first_row(folder, process.pid)
+    kill_at_first_row(folder, process.pid, after)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143, out + err
     return out
 
 
-def kill_at_first_row(folder: Path, process: int) -> None:
-    deadline = time.monotonic() + 300
-    while not losses_of(folder) and time.monotonic() < deadline:
+def kill_at_first_row(folder: Path, process: int, after: str = "") -> None:
+    deadline, saved = time.monotonic() + 300, folder / "checkpoints" / after
+    while not (losses_of(folder) and saved.exists()) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process, signal.SIGTERM)
 

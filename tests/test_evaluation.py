@@ -87,7 +87,7 @@ def test_shards_add_up_to_the_same_integers(num_shards: int, tta: str) -> None:
             )
             for first, last in pairwise(edges)
         ]
-        numbers = [[value or 0 for value in astuple(shard)] for shard in shards]
+        numbers = [[value or 0 for value in astuple(shard)[:6]] for shard in shards]
         total = Counts.from_totals(
             [float(sum(column)) for column in zip(*numbers, strict=True)] + [num_images], tta
         )
@@ -118,7 +118,7 @@ def test_no_batches_count_nothing() -> None:
     ],
 )
 def test_counts_come_back_from_float64(counts: Counts, tta: str) -> None:
-    numbers = torch.tensor([value or 0 for value in astuple(counts)], dtype=torch.float64)
+    numbers = torch.tensor([value or 0 for value in astuple(counts)[:6]], dtype=torch.float64)
     again = Counts.from_totals([*numbers.tolist(), 1.0], tta)
     assert again == counts
     assert all(type(value) is int for value in (again.images, again.correct5))
