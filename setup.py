@@ -51,6 +51,10 @@ setup(
         "digits": ["scikit-learn>=1.4"],
         # Shards at a URL: s3:// with this, gs:// with gcsfs, hf:// with huggingface_hub beside it.
         "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],
+        # What train --log writes to.
+        "tensorboard": ["tensorboard>=2.16"],
+        "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow-skinny>=2.14"],
         # Networks of timm, model = "timm:NAME".
         "timm": ["timm>=1.0"],
         "test": [
@@ -67,6 +71,9 @@ setup(
             "scikit-learn>=1.4",
             "timm>=1.0",
             "torchmetrics>=1.4",
+            "tensorboard>=2.16",
+            "wandb>=0.17",
+            "mlflow-skinny>=2.14",
             # A client and a server of the S3 protocol.
             "s3fs>=2024.6",
             "moto[s3]>=5.0",

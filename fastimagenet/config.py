@@ -17,6 +17,7 @@ from fastimagenet.distributed.world import Launch, run_time
 from fastimagenet.recipes import RECIPES, named_recipe, toml
 from fastimagenet.recipes.photos import FITTED, fitted
 from fastimagenet.recipes.recipe import Recipe
+from fastimagenet.sinks import check_logs
 from pipelines.backends import BACKENDS
 from pipelines.cli import check_seed
 from pipelines.datasets.known import dataset_name
@@ -125,6 +126,8 @@ class RunConfig:
     optimizer_backend: str = "torch"
     stop_at_target: bool = False
     """End after the evaluation that reaches the recipe's target."""
+    log: tuple[str, ...] = ()
+    """Tools that get the rows, too: some of `fastimagenet.sinks.PACKAGES`."""
     profile: bool = False
     """Trace ten steps into `output`/profile."""
     entry: EntryFacts = field(default_factory=EntryFacts)
@@ -136,6 +139,7 @@ class RunConfig:
         check_choice("--optimizer-backend", self.optimizer_backend, OPTIMIZER_BACKENDS)
         if self.checkpoint_steps < 0:
             raise UserError(f"--checkpoint-steps must be 0 or more, not {self.checkpoint_steps}")
+        check_logs(self.log)
         if not 0 < self.bucket_mb < math.inf:
             raise UserError(f"--bucket-mb must be above 0, not {self.bucket_mb:g}")
         if self.stop_at_target and not self.recipe.target:
@@ -185,9 +189,9 @@ class RunConfig:
                 value = getattr(part, each.name)
                 if each.name in _NO_FLAG or is_dataclass(value) or value == each.default:
                     continue
-                words.append(_FLAGS.get(each.name, "--" + each.name.replace("_", "-")))
-                if value is not True:
-                    words.append(str(value))
+                flag = _FLAGS.get(each.name, "--" + each.name.replace("_", "-"))
+                for one in value if isinstance(value, tuple) else (value,):
+                    words += [flag] if one is True else [flag, str(one)]
         return words
 
 

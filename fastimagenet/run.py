@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from fastimagenet.lr_finder.sweep import Sweep, SweepConfig, check_validation
 from fastimagenet.recipes import toml
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import TOP, Recipe
+from fastimagenet.sinks import Sinks
 from fastimagenet.training.clock import Stopwatch
 from fastimagenet.training.recorder import Recorder
 from pipelines.backends import start_workers
@@ -299,7 +300,7 @@ def dry_run(config: RunConfig) -> str:
     train, val = read_data(config.data, say_notes=True)
     check_target(recipe, len(train.classes))
     plan = Plan.of(recipe, world_size, len(train), config.global_batch)
-    return "\n".join([*config.notes, described(plan, train, val)])
+    return "\n".join([described(plan, train, val), *config.notes])
 
 
 def train(
@@ -344,7 +345,10 @@ def _train(
     results = list(RESULTS)
     config = run_folder.shared(world)
     folder = config.folder
-    recorder = Recorder(folder, plan.total_steps) if world.is_main else None
+    recorder = None
+    if world.is_main:
+        sinks = Sinks(config.log, folder, {"data": config.data.name, **asdict(plan.recipe)})
+        recorder = Recorder(folder, plan.total_steps, sinks=sinks)
     trainer = build_trainer(
         config, plan, world, train, val, clock, recorder=recorder, folder=folder
     )

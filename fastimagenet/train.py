@@ -12,6 +12,7 @@ from fastimagenet import cli, run
 from fastimagenet.config import OPTIMIZER_BACKENDS, EntryFacts, RunConfig
 from fastimagenet.distributed.world import Launch, seconds_since_launch
 from fastimagenet.recipes import RECIPES, toml
+from fastimagenet.sinks import PACKAGES
 from fastimagenet.training.clock import Stopwatch
 from pipelines.cli import Parser, make_parser
 
@@ -73,6 +74,13 @@ def parser() -> Parser:
         action="store_true",
         help="end the run at the evaluation that reaches the recipe's target",
     )
+    add(
+        "--log",
+        action="append",
+        choices=tuple(PACKAGES),
+        default=[],
+        help="log the rows to this tool, too; repeatable",
+    )
     add("--profile", action="store_true", help="trace ten steps into --output/profile")
     add("--author", default=EntryFacts.author, help="author of the DAWNBench entry")
     add("--author-email", default=EntryFacts.author_email, metavar="ADDRESS", help="of that entry")
@@ -102,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bucket_mb=args.bucket_mb,
         optimizer_backend=args.optimizer_backend,
         stop_at_target=args.stop_at_target,
+        log=tuple(args.log),
         profile=args.profile,
         entry=EntryFacts(
             author=args.author,

@@ -20,7 +20,7 @@ LAYERS = {
 OURS = set(LAYERS) | {"tests"}
 PARTS = {
     "fastimagenet": (
-        *("errors", "machine", "recipes", "models", "distributed", "config", "training"),
+        *("errors", "machine", "sinks", "recipes", "models", "distributed", "config", "training"),
         *("report", "details", "lr_finder", "cli", "folder", "run"),
     ),
     "pipelines": (

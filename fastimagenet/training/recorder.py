@@ -17,6 +17,7 @@ from fastimagenet.distributed.collectives import gather_objects
 from fastimagenet.distributed.world import World
 from fastimagenet.errors import NotWritten
 from fastimagenet.recipes.recipe import Recipe
+from fastimagenet.sinks import Sinks
 from pipelines.errors import UserError
 from pipelines.files import Row, write_text
 
@@ -71,6 +72,8 @@ class EpochRecord:
     batch_size: int
     images_per_sec: float
     """Over this epoch's training, data wait included."""
+    peak_memory_bytes: int | None = None
+    """Most that tensors took of the first process's GPU in this epoch; None on a CPU."""
     train_loss: float
     val_loss: float | None = None
     top1: float | None = None
@@ -106,8 +109,15 @@ def best_record(records: list[EpochRecord], recipe: Recipe) -> EpochRecord | Non
 class Recorder:
     """Writes rows to `folder`/metrics.jsonl and prints a bar on a terminal, else plain lines."""
 
-    def __init__(self, folder: Path, total_steps: int, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        stream: TextIO | None = None,
+        sinks: Sinks | None = None,
+    ) -> None:
         self._folder = folder
+        self._sinks = sinks or Sinks((), folder, {})
         self._total_steps = total_steps
         self._stream = stream or sys.stdout
         self._bar: Any = None
@@ -131,6 +141,7 @@ class Recorder:
         path = self._folder / "metrics.jsonl"
         write_text(path, "".join(map(_line, kept)))
         self._file = cast(BinaryIO, path.open("ab", buffering=0))
+        self._sinks.start(step)
         if self._stream.isatty():
             from tqdm import tqdm
 
@@ -186,10 +197,12 @@ class Recorder:
         if self._file is not None and not self._file.closed:
             self._flush()
             self._file.close()
+        self._sinks.close()
 
     def _write(self, kind: str, row: Row) -> None:
         self._pending += _line({"kind": kind, **row}).encode()
         self._flush()
+        self._sinks.row(kind, row)
 
     def _flush(self) -> None:
         """Append the pending rows; what the disk does not take stays pending."""

@@ -414,6 +414,7 @@ class Trainer:
             image_size=phase.image_size,
             batch_size=phase.batch_size,
             images_per_sec=images_per_sec,
+            peak_memory_bytes=self._peak_memory(),
             train_loss=total / (phase.steps_per_epoch * self.world.world_size),
             **evaluated,
         )
@@ -425,6 +426,14 @@ class Trainer:
             return self._rate_before
         images = (self.step - step) * self.plan.phase_of_epoch(self.epoch).global_batch
         return images / (train_seconds(self.clock.read()) - seconds)
+
+    def _peak_memory(self) -> int | None:
+        """Return the most bytes that tensors took of the GPU since the last call; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        peak: int = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
 
     @property
     def threads(self) -> int | None:
