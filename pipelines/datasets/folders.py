@@ -58,7 +58,7 @@ def no_split(root: Path, split: str) -> UserError:
     text = f"{root} has no folder {names}: expected {first}/CLASS/IMAGE"
     if split == "val" and (root / "train").is_dir():
         text += ", or --val-fraction 0.2 takes a share of train/"
-    elif split == "train" and {*found.folders}.isdisjoint(SPLIT_FOLDERS["val"]):
+    elif {*found.folders}.isdisjoint(chain(*SPLIT_FOLDERS.values())):
         if found.folders:
             text += f", or --val-fraction 0.2 reads {root}/CLASS/IMAGE"
         elif found.images:
