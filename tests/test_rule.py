@@ -88,7 +88,9 @@ def test_what_cannot_be_divided_is_one_line(tmp_path: Path, shards: Path) -> Non
     for fraction in (0.0, 1.0, -0.5, float("nan")):
         with pytest.raises(UserError, match=r"--val-fraction must be above 0 and below 1, not"):
             SplitRule(val_fraction=fraction)
-    with pytest.raises(UserError, match=r"--val-fraction: .* has a folder val/ already: leave it"):
+    with pytest.raises(
+        UserError, match=r"--val-fraction: .* has a folder val/ already: leave the flag out"
+    ):
         both(tmp_path)
     with pytest.raises(UserError, match=r"--val-fraction: .* holds shards, with splits already"):
         both(shards)
