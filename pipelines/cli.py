@@ -37,7 +37,6 @@ def make_parser(module: str, description: str, example: str) -> Parser:
 
 def add_rule_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that divide images which are not in train/ and val/: see `SplitRule`."""
-    add_labels_flag(parser)
     parser.add_argument(
         "--val-fraction",
         type=float,
@@ -45,10 +44,6 @@ def add_rule_flags(parser: argparse.ArgumentParser) -> None:
         help="validate on this share of DIR/CLASS/*, or of DIR/train/CLASS/*: those with the "
         "lowest hashes of their paths, so that new images move none of the old",
     )
-
-
-def add_labels_flag(parser: argparse.ArgumentParser) -> None:
-    """Add --labels."""
     parser.add_argument(
         "--labels",
         type=Path,

@@ -169,7 +169,14 @@ def test_folders_and_names_on_standard_input(
     finished: Path, cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = next((cifar10 / "val" / "dog").iterdir())
-    for name in ("b.jpg", "a/deep/c.jpg", "a/d.jpg", ".hidden.jpg", ".folder/e.jpg"):
+    for name in (
+        "b.jpg",
+        "a/deep/c.jpg",
+        "a/d.jpg",
+        ".hidden.jpg",
+        ".folder/e.jpg",
+        "a/@eaDir/f.jpg",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(image)
     (tmp_path / "a" / "deep" / "back").symlink_to(tmp_path, target_is_directory=True)

@@ -303,7 +303,7 @@ def test_damaged_files_are_listed_and_the_rest_is_done(
 
 
 def test_images_below_class_folders_have_copies_and_what_has_none_is_told(
-    src: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    src: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     below = src / "train" / "class0" / "images"
     below.mkdir()
@@ -312,19 +312,19 @@ def test_images_below_class_folders_have_copies_and_what_has_none_is_told(
     shutil.copy(below / image.name, src / "train" / "loose.jpg")
     (src / "test").mkdir()
     shutil.copy(below / image.name, src / "test" / "unlabelled.jpg")
-    status, out, _ = run(capsys, src, tmp_path / "dst", "--short-side", 100)
+    status, out, _ = run(capsys, src, src, "--short-side", 100)
     assert status == 0 and "100: 18 images" in out
-    assert (tmp_path / "dst/100/train/class0/images" / image.name).with_suffix(".jpg").is_file()
+    assert (src / "100/train/class0/images" / image.name).with_suffix(".jpg").is_file()
     told = f"left out 1 loose file beside the class folders; the first: {src}/train/loose.jpg\n"
     assert told in out
     told = "no copies of test/, which training does not read: "
     assert f"{told}{src}/test has no class folders but 1 loose file, the first unlabelled" in out
     train = read_split(src, "train")
-    copy = read_copy(tmp_path / "dst", "100", train)
+    copy = read_copy(src, "100", train)
     stems = [[Path(file.path).stem for file in split.files] for split in (train, copy)]
     assert stems[0] == stems[1] and len(stems[0]) == 12
     shutil.rmtree(src / "val")
-    status, _, err = run(capsys, src, tmp_path / "dst", "--short-side", 100)
+    status, _, err = run(capsys, src, src, "--short-side", 100)
     assert status == 2 and err.startswith(f"error: {src}/test has no class folders but 1 loose")
 
 
@@ -419,7 +419,10 @@ def test_wrong_flags_and_folders_are_named(src: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((src, tmp_path, "--short-side", 7), "--short-side must be at least 8 pixels, not 7"),
         ((src, tmp_path, "--short-side", 160, "--quality", 96), "--quality must be from 1 to 95"),
-        ((tmp_path, tmp_path, "--short-side", 160), "has no images: expected .*/train/CLASS/IMAGE"),
+        (
+            (tmp_path, tmp_path, "--short-side", 160),
+            "has no folder train/: expected train/CLASS/IMAGE, or --val-fraction 0.2 reads",
+        ),
         ((src, tmp_path), "--short-side"),
         ((src, file, "--short-side", 160), f"{file} is a file: DST must be a folder"),
         ((src, file.parent, "--short-side", 64), f"{file} is a file: DST must be a folder"),

@@ -58,7 +58,7 @@ def no_split(root: Path, split: str) -> UserError:
     text = f"{root} has no folder {names}: expected {first}/CLASS/IMAGE"
     if split == "val" and (root / "train").is_dir():
         text += ", or --val-fraction 0.2 takes a share of train/"
-    elif split == "train" and {*found.folders}.isdisjoint(SPLIT_FOLDERS["val"]):
+    elif {*found.folders}.isdisjoint(chain(*SPLIT_FOLDERS.values())):
         if found.folders:
             text += f", or --val-fraction 0.2 reads {root}/CLASS/IMAGE"
         elif found.images:
@@ -130,20 +130,19 @@ def look(path: str) -> Branch:
     )
 
 
+def below(path: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Branch]:
+    """Yield a folder and all below it. Links to folders are followed, but not to one of `above`,
+    in which they lie themselves."""
+    branch = look(path)
+    if branch.identity not in above:
+        yield branch
+        for name in branch.folders:
+            yield from below(f"{path}/{name}", above | {branch.identity})
+
+
 def tree(path: str) -> list[Branch]:
-    """List a folder and all below it, in the order of torchvision's ImageFolder.
-
-    Links to folders are followed, but not to one that they lie in.
-    """
-
-    def below(path: str, above: frozenset[tuple[int, int]]) -> Iterator[Branch]:
-        branch = look(path)
-        if branch.identity not in above:
-            yield branch
-            for name in branch.folders:
-                yield from below(f"{path}/{name}", above | {branch.identity})
-
-    return sorted(below(path, frozenset()), key=lambda branch: branch.path)
+    """List a folder and all below it in the order of torchvision's ImageFolder, by their paths."""
+    return sorted(below(path), key=lambda branch: branch.path)
 
 
 def classes_in(top: Branch) -> tuple[str, ...]:
@@ -199,8 +198,14 @@ def no_classes(top: Branch) -> UserError:
 
 def list_below(folder: Path) -> Listing:
     """List all images below a folder as if they were of one class."""
-    branches = tree(str(folder))
-    images = Images.packed((each.path for each in branches), (each.images for each in branches))
+    holders: list[str] = []
+
+    def names() -> Iterator[list[str]]:
+        for branch in below(str(folder)):
+            holders.append(branch.path)
+            yield branch.images
+
+    images = Images.packed(holders, names())
     return Listing(images, np.zeros(len(images), np.int32), ("",))
 
 
@@ -214,4 +219,4 @@ def folder_stamps(folder: Path) -> list[int]:
 
 def tree_stamps(folder: Path) -> list[int]:
     """Return the same of all folders below one."""
-    return [number for branch in tree(str(folder)) for number in branch.stamp]
+    return [number for branch in below(str(folder)) for number in branch.stamp]

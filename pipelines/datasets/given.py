@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 
-from pipelines.datasets.folders import is_folder, visible
+from pipelines.datasets.folders import METADATA_FOLDERS, is_folder, visible
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.index import CHUNK, check_all
 from pipelines.datasets.split import Split
@@ -17,9 +17,9 @@ def given_images(paths: Iterable[str]) -> Split:
     """List files, and all files below folders, as a split without classes whose labels are zeros.
 
     The order is that of the paths, in a folder its files by name and then its folders. Hidden files
-    in folders are left out, links to folders are followed. Header and end of each file are looked
-    at: what cannot be an image is left out, and named in `left_out`. Raises UserError where there
-    is no file at all.
+    and metadata folders are left out, links to folders are followed. Header and end of each file
+    are looked at: what cannot be an image is left out, and named in `left_out`. Raises UserError
+    where there is no file at all.
     """
     paths = list(paths)
     names = [name for path in paths for name in files_at(path)]
@@ -54,4 +54,6 @@ def files_at(path: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iter
         return
     yield from (entry.path for entry in entries if not is_folder(entry))
     for entry in filter(is_folder, entries):
+        if entry.name in METADATA_FOLDERS:
+            continue
         yield from files_at(entry.path, above | {folder})

@@ -111,7 +111,10 @@ def undivided(root: Path) -> Path:
         return root
     for name in SPLIT_FOLDERS["val"]:
         if (root / name).is_dir():
-            raise UserError(f"--val-fraction: {root} has a folder {name}/ already: leave it out")
+            raise UserError(
+                f"--val-fraction: {root} has a folder {name}/ already: leave the flag out, or name "
+                f"{root / 'train'} as the data folder"
+            )
     return root / "train"
 
 

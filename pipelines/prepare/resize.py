@@ -31,13 +31,15 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines.cli import add_labels_flag
+from pipelines.cli import add_rule_flags
 from pipelines.datasets.checks import check_file, damage
-from pipelines.datasets.folders import SPLIT_FOLDERS, class_names, find_split, list_folder
+from pipelines.datasets.folders import SPLIT_FOLDERS, find_split, list_folder
 from pipelines.datasets.images import ImageFile, changed_ns, status_of
 from pipelines.datasets.labels import read_table
 from pipelines.datasets.manifest import NAME, read_manifest
 from pipelines.datasets.pixels import ORIENTATION, UPRIGHT, orientation_of, rgb, stored_size
+from pipelines.datasets.rule import SplitRule
+from pipelines.datasets.source import undivided
 from pipelines.datasets.split import passed_over_notes
 from pipelines.errors import UserError
 from pipelines.files import Row, atomic_write_in, scratch_folder, write_object
@@ -112,7 +114,7 @@ def encode(image: Image.Image, quality: int, metadata: dict[str, bytes]) -> byte
     return file.getvalue()
 
 
-ALL_SPLITS = frozenset(name for each in SPLIT_FOLDERS.values() for name in each)
+ALL_SPLITS = tuple(name for each in SPLIT_FOLDERS.values() for name in each)
 CHUNK = 16
 """Images in a job: Ctrl-C waits until the current jobs end."""
 
@@ -167,7 +169,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="pixels; smaller images are not enlarged",
     )
-    add_labels_flag(parser)
+    add_rule_flags(parser)
     add("--quality", type=int, default=90, metavar="Q", help="of the JPEGs, 1 to 95; default 90")
     add("--workers", type=int, default=num_cores(), metavar="K", help="processes; default: a core")
 
@@ -178,7 +180,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--workers must be at least 1, not {args.workers}")
     resizer = Resizer(args.src, args.dst, tuple(sorted(set(args.short_side))), args.quality)
     resizer.check()
-    names, notes = list_images(args.src, args.labels)
+    rule = SplitRule(val_fraction=args.val_fraction, labels=args.labels)
+    names, notes = list_images(args.src, rule)
+    resizer.check_apart(names)
     facts = {tree: resizer.facts_of(tree) for tree in resizer.trees}
     tally = Tally()
     started = time.perf_counter()
@@ -199,27 +203,28 @@ def run(args: argparse.Namespace) -> int:
     return 1 if tally.damaged else 0
 
 
-def list_images(src: Path, labels: Path | None) -> tuple[list[str], list[str]]:
+def list_images(src: Path, rule: SplitRule) -> tuple[list[str], list[str]]:
     """List the paths of all images in `src`, sorted, and notes on what is not copied.
 
-    They are in folders of splits, or else in class folders, or those that `labels` names.
-    UserError for a split that training would stop at, and if two copies would have the same name.
+    All of them, on whichever side of a rule. UserError for a split that training would stop at, and
+    if two copies would have the same name.
     """
     names: list[str] = []
     notes: list[str] = []
-    splits = [name for each in SPLIT_FOLDERS.values() for name in each if (src / name).is_dir()]
-    if labels is not None:
-        table = read_table(Path(os.path.abspath(src)), labels)
+    if rule.labels is not None:
+        table = read_table(Path(os.path.abspath(src)), rule.labels)
         names += sorted((os.path.relpath(row.path, src) for row in table.rows), key=os.path.split)
         splits = []
-    elif src.is_dir() and "train" not in splits and {*class_names(src)} - {*splits}:
-        splits = ["."]
-    read = [next((name for name in each if name in splits), ".") for each in SPLIT_FOLDERS.values()]
+    elif rule.val_fraction is not None:
+        splits = [os.path.relpath(undivided(src), src)]
+    else:
+        splits = [name for name in ALL_SPLITS if (src / name).is_dir()]
+    read = [next((n for n in each if n in splits), "") for each in SPLIT_FOLDERS.values()]
     for name in splits:
         try:
             listing = list_folder(src / name)
         except UserError as error:
-            if name in read:
+            if rule.given or name in read:
                 raise
             notes.append(f"no copies of {name}/, which training does not read: {error}")
             continue
@@ -274,9 +279,13 @@ class Resizer:
                 raise UserError(f"{folder} is a file: DST must be a folder, or new")
             if folder != self.dst and folder.resolve() == self.src.resolve():
                 raise UserError(f"{folder} is {self.src} itself: name another DST")
-        for folder in self.trees:
-            if folder.is_dir() and os.listdir(folder) and not (folder / NAME).exists():
-                raise UserError(f"{folder} is there and holds no copies: name another DST")
+
+    def check_apart(self, names: list[str]) -> None:
+        """Raise UserError for a tree of copies that is a folder of the source's images."""
+        first = {name.partition("/")[0] for name in names}
+        for tree in self.trees:
+            if self.dst.resolve() == self.src.resolve() and tree.name in first:
+                raise UserError(f"{tree} holds images of {self.src} itself: name another DST")
 
     def facts_of(self, tree: Path) -> Row:
         """Describe a tree for its dataset.json. UserError if it was made with another quality."""

@@ -115,8 +115,10 @@ def list_folder(root: Path, rule: SplitRule = BY_FOLDERS) -> Listing:
         try:
             source = find_source(root, split, rule)
         except UserError as error:
-            if not root.is_dir() or listing.problems:
+            if not root.is_dir():
                 raise
+            if listing.problems:
+                raise UserError(listing.problems[0]) from None
             listing.problems.append(str(error))
             continue
         try:
