@@ -18,9 +18,9 @@ from fastimagenet.config import RunConfig
 from fastimagenet.distributed.collectives import gather_objects
 from fastimagenet.distributed.processes import Processes
 from fastimagenet.distributed.world import World, restarted, run_id, started_by_us
-from pipelines.cli import disk_error
 from pipelines.errors import UserError
 from pipelines.files import read_object
+from pipelines.limits import named_limits
 
 LOCK = ".lock"
 """A file in the folder that says who writes there, locked by it."""
@@ -83,9 +83,10 @@ class RunFolder:
         refused = ""
         if world.is_main and self.path is None:
             try:
-                self.take()
-            except (UserError, OSError) as error:
-                refused = str(disk_error(error) or error)
+                with named_limits():
+                    self.take()
+            except UserError as error:
+                refused = str(error)
         found = gather_objects((self.path, self.is_own, refused), world, "the choice of the folder")
         self.path, self.is_own, refused = found[0]
         if refused:
