@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_machine_flags(parser)
     cli.add_run_flags(parser, "runs/throughput-RECIPE-TIME", output_folder)
     args, about = begin(parser, argv)
-    config = run_config(args, "throughput-")
-    for measured in measure(config, args.rounds, args.seconds):
-        result = about | measured
-        write_result(config.folder, "throughput", result, table(result))
+    with run_config(args, "throughput-") as config:
+        for measured in measure(config, args.rounds, args.seconds):
+            result = about | measured
+            write_result(config.folder, "throughput", result, table(result))
     print(f"\n{table(result)}\nall of it: {config.folder}", flush=True)
     return 0
 

@@ -80,7 +80,8 @@ def add_compute_flags(parser: argparse.ArgumentParser) -> None:
         "--nproc-per-node",
         type=int,
         metavar="K",
-        help="processes per node; default: one per GPU, one on a CPU",
+        help="processes per node; default: one per GPU, one on a CPU, or what torchrun or srun "
+        "has started",
     )
     add(
         "--timeout",
@@ -92,7 +93,8 @@ def add_compute_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--rdzv-endpoint",
         metavar="HOST:PORT",
-        help="where nodes meet, the same on every node",
+        help="where nodes meet, the same on every node; not under torchrun and srun, whose "
+        "processes meet at MASTER_ADDR and MASTER_PORT",
     )
 
 
@@ -147,7 +149,7 @@ def add_run_flags(
         help="images per update in the first phase, other phases in proportion: fewer processes "
         "accumulate the gradients of several micro-batches",
     )
-    add("--output", type=folder, metavar="DIR", help=f"default: {output}")
+    add("--output", type=folder, metavar="DIR", help=f"default: {output}, or the next free name")
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:

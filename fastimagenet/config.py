@@ -159,7 +159,10 @@ class RunConfig:
         return self.output
 
     def with_output(self, prefix: str = "") -> RunConfig:
-        """Choose the folder: that of the checkpoint to resume from, or a new one in runs/."""
+        """Choose the folder: that of the checkpoint to resume from, or a new one in runs/.
+
+        Another run may choose the same: it is `fastimagenet.folder` that takes it.
+        """
         if self.output is not None:
             return self
         if self.resume is not None:

@@ -7,7 +7,8 @@ import os
 import socket
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastimagenet.distributed.processes import Processes
 from fastimagenet.distributed.world import World, restarted, run_id, started_by_us
 from pipelines.errors import UserError
 from pipelines.files import read_object
+from pipelines.limits import named_limits
 
 LOCK = ".lock"
 """A file in the folder that says who writes there, locked by it."""
@@ -37,7 +39,7 @@ class RunFolder:
         self.path: Path | None = None
         """None until it has been taken."""
         self._lock: int | None = None
-        self._made = False
+        self._made: list[Path] = []
         self.is_own = False
         """Whether this very run, before it was restarted, has written there."""
 
@@ -66,7 +68,7 @@ class RunFolder:
             self.path, self._made = new_folder(config.folder)
         else:
             check_is_folder(config.folder)
-            self._made = not config.folder.exists()
+            self._made = missing(config.folder)
             config.folder.mkdir(parents=True, exist_ok=True)
             self.path = config.folder
         self._lock = lock(self.path)
@@ -81,7 +83,8 @@ class RunFolder:
         refused = ""
         if world.is_main and self.path is None:
             try:
-                self.take()
+                with named_limits():
+                    self.take()
             except UserError as error:
                 refused = str(error)
         found = gather_objects((self.path, self.is_own, refused), world, "the choice of the folder")
@@ -103,25 +106,53 @@ class RunFolder:
             with suppress(OSError):
                 (self.path / LOCK).unlink()
             os.close(self._lock)
-        if self._made and self.path is not None:
-            with suppress(OSError):  # it holds a run
-                self.path.rmdir()
+        remove_empty(self._made)
 
 
-def new_folder(path: Path) -> tuple[Path, bool]:
+def new_folder(path: Path) -> tuple[Path, list[Path]]:
     """Make a folder of that name or, where there is one, NAME-2, NAME-3 and so on.
 
-    Returns it and True, or False where it is that of this very run, restarted.
+    Returns it and what was made for it, the deepest first; nothing where it is that of this very
+    run, restarted.
     """
     for number in count(1):
         each = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        made = missing(each)
         try:
             each.mkdir(parents=True)
-            return each, True
+            return each, made
         except FileExistsError:
             if is_own(each):
-                return each, False
+                return each, []
     raise AssertionError
+
+
+def missing(path: Path) -> list[Path]:
+    """List the folder and its parents as far as they are not there, the deepest first."""
+    return [each for each in (path, *path.parents) if not each.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove these folders, the deepest first, up to one that holds anything."""
+    with suppress(OSError):
+        for each in folders:
+            each.rmdir()
+
+
+@contextmanager
+def result_folder(config: RunConfig, prefix: str) -> Iterator[RunConfig]:
+    """Choose the folder of a benchmark's results: a new one, unless one was asked for.
+
+    A new one is removed again where nothing was written to it.
+    """
+    if config.output is not None:
+        yield config
+        return
+    path, made = new_folder(config.with_output(prefix).folder)
+    try:
+        yield replace(config, output=path)
+    finally:
+        remove_empty(made)
 
 
 def is_own(folder: Path) -> bool:

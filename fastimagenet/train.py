@@ -60,8 +60,8 @@ def parser() -> Parser:
         type=int,
         default=Launch.max_restarts,
         metavar="R",
-        help="restart all processes from the last checkpoint when one dies, R times; default "
-        f"{Launch.max_restarts}",
+        help="restart all processes from the last checkpoint when one dies, R times; not after "
+        f"an error that would come again; default {Launch.max_restarts}",
     )
     add(
         "--optimizer-backend",

@@ -210,7 +210,7 @@ def test_settings_give_the_flags_that_ask_for_the_same() -> None:
     )  # fmt: skip
     asked: list[SweepConfig] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "sweep", lambda _, settings, *__: asked.append(settings))
+        patch.setattr(runs, "sweep", lambda _, settings, *__: (asked.append(settings), None))
         main(settings.flags())
         main(SweepConfig().flags())
     assert asked == [settings, SweepConfig()]

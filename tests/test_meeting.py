@@ -68,17 +68,17 @@ def test_nobody_who_answers_is_a_lost_peer(monkeypatch: pytest.MonkeyPatch) -> N
     meet_at(free_endpoint().partition(":")[2], monkeypatch)
     with pytest.raises(PeerLost, match="rank 1, in the start: rank 0 does not answer at port"):
         meet(RANKS[1], 1, "run")
-    with pytest.raises(PeerLost, match="rank 0, in the start: no word from rank 1 within 1 s"):
-        meet(RANKS[0], 1, "run")
+    with pytest.raises(PeerLost, match="rank 0, in the start: no word from rank 1 within 3 s"):
+        meet(RANKS[0], 3, "run")
 
 
 def test_two_runs_that_meet_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 of the first and rank 1 of the second, which find each other."""
     meet_at(free_endpoint().partition(":")[2], monkeypatch)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(meet, RANKS[0], 3, "one")
+        first = pool.submit(meet, RANKS[0], 5, "one")
         with pytest.raises(UserError, match=IN_USE + r"\(another run meets there on .*: one\)"):
-            meet(RANKS[1], 3, "two")
+            meet(RANKS[1], 5, "two")
         with pytest.raises(PeerLost, match="no word from rank 1"):
             first.result()
 

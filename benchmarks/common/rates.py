@@ -21,6 +21,7 @@ from benchmarks.common.statistics import Estimate, estimate
 from fastimagenet import cli
 from fastimagenet.config import RunConfig
 from fastimagenet.distributed.world import World
+from fastimagenet.folder import result_folder
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
 from fastimagenet.run import build_trainer, with_copies
@@ -165,10 +166,11 @@ def phase_trainer(
         yield trainer
 
 
-def run_config(args: argparse.Namespace, prefix: str) -> RunConfig:
+@contextmanager
+def run_config(args: argparse.Namespace, prefix: str) -> Iterator[RunConfig]:
     """Return what the flags ask for, with the copies that are there and a folder named `prefix`."""
-    config = cli.run_config(args).with_output(prefix)
-    return replace(config, recipe=with_copies(config.recipe, config.data.root))
+    with result_folder(cli.run_config(args), prefix) as config:
+        yield replace(config, recipe=with_copies(config.recipe, config.data.root))
 
 
 def this_process(config: RunConfig) -> World:

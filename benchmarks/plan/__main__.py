@@ -22,8 +22,9 @@ from benchmarks.common.measuring import begin, by_column, command_parser, docume
 from benchmarks.common.plots import time_bars
 from benchmarks.plan.prediction import MIN_STEPS, Candidate, candidates, with_fitting_batch
 from fastimagenet import cli
+from fastimagenet.config import RunConfig
 from fastimagenet.distributed.world import World
-from fastimagenet.folder import check_output
+from fastimagenet.folder import check_output, result_folder
 from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
@@ -77,7 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(check(args.output, args.check))
         return 0
     check_numbers(args)
-    config = cli.run_config(args).with_output("plan-")
+    with result_folder(cli.run_config(args), "plan-") as config:
+        return planned(args, about, config, clock)
+
+
+def planned(args: argparse.Namespace, about: Row, config: RunConfig, clock: Stopwatch) -> int:
+    """Plan, write and print the results; returns the exit status. Raises UserError."""
     args.output = config.folder
     if args.target is not None:
         config = replace(config, recipe=replace(config.recipe, target=args.target))

@@ -9,6 +9,7 @@ and ends when it is on the disk; "in line" waits for the disk first. One process
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from benchmarks.common.rates import (
 )
 from benchmarks.common.statistics import estimates, ratio, shown
 from fastimagenet import cli
+from fastimagenet.config import RunConfig
 from fastimagenet.report.summary import hardware
 from fastimagenet.run import read_data
 from fastimagenet.training import checkpoint
@@ -55,7 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--interval", type=at_least(1), default=100, help="steps of a block; default 100")
     add("--rounds", type=at_least(2), default=5, help="at least 2, for intervals; default 5")
     args, about = begin(parser, argv)
-    config = run_config(args, "checkpoint-cost-")
+    with run_config(args, "checkpoint-cost-") as config:
+        return measured(args, about, config)
+
+
+def measured(args: argparse.Namespace, about: Row, config: RunConfig) -> int:
+    """Measure, write and print the results; returns the exit status."""
     phase, output = config.recipe.phases[0], config.folder
     output.mkdir(parents=True, exist_ok=True)
     world = this_process(config)

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -31,7 +30,10 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousParameters,
 )
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    RendezvousBackend,
+    create_handler,
+)
 
 from fastimagenet.distributed.meeting import RUN_KEY, listens, within
 from fastimagenet.distributed.world import (
@@ -168,7 +170,7 @@ def run_agent(launch: Launch, module: str, argv: list[str], name: str, folder: s
         if agent is not None and agent.started:  # the node that hosts the store ended first
             agent.last_status()
             raise UserError("the run has ended on another node, which says why") from None
-        raise not_met(launch, RENDEZVOUS_TIMEOUT_SECONDS, str(error)) from None
+        raise not_met(launch, error) from None
     return 0 if result is None else status_of(result)
 
 
@@ -194,30 +196,32 @@ def rendezvous(launch: Launch) -> RendezvousParameters:
 def joined(launch: Launch, meeting: RendezvousParameters, name: str) -> RendezvousHandler:
     """Reach the place where the nodes meet, and agree with the others what the run is called.
 
-    Raises UserError where none answers within the timeout, and where what answers is not this run.
+    Raises UserError where what listens there does not answer within the timeout, or is not this
+    run, and where no node comes.
     """
-    until = time.monotonic() + launch.timeout_seconds
     endpoint = f"--rdzv-endpoint {launch.rdzv_endpoint}"
+    until = time.monotonic() + RENDEZVOUS_TIMEOUT_SECONDS
+
+    def reached() -> tuple[RendezvousBackend, Store, str]:
+        backend, store = create_backend(meeting)
+        first = store.compare_set(RUN_KEY, "", f"{name}\n{new_run_id()}")
+        return backend, store, first.decode()
+
     while True:
         try:
-            backend, store = within(until - time.monotonic(), partial(create_backend, meeting))
-            own = f"{name}\n{new_run_id()}"
-            agreed = within(until - time.monotonic(), partial(agree, store, own))
+            backend, store, agreed = within(launch.timeout_seconds, reached)
             break
-        except TimeoutError:
-            host, _, port = (launch.rdzv_endpoint or "localhost:0").rpartition(":")
-            if listens(host.strip("[]"), int(port)):
+        except (TimeoutError, RuntimeError, RendezvousConnectionError) as error:
+            host, _, port = meeting.endpoint.rpartition(":")
+            if "EADDRINUSE" in str(error.__cause__) or listens(host.strip("[]"), int(port)):
                 raise UserError(
                     f"{endpoint}: port {port} is in use: what answers there is no run of "
                     "fastimagenet: name another port, the same on every node"
                 ) from None
-            raise not_met(launch, launch.timeout_seconds, "nobody listens there") from None
-        except RendezvousConnectionError as error:
-            if "EADDRINUSE" in str(error.__cause__):
-                raise UserError(
-                    f"{endpoint}: the port is in use: name another one, the same on every node"
-                ) from None
-            time.sleep(min(1.0, max(0.0, until - time.monotonic())))
+            hosts = launch.nodes == 1 or meeting.get_as_bool("is_host")
+            if hosts or time.monotonic() > until:  # no node has come that hosts the store
+                raise not_met(launch, error.__cause__ or "nobody listens there") from None
+            time.sleep(0.1)
     other, _, run = agreed.partition("\n")
     if other != name:
         raise UserError(
@@ -228,16 +232,11 @@ def joined(launch: Launch, meeting: RendezvousParameters, name: str) -> Rendezvo
     return create_handler(store, backend, meeting)
 
 
-def agree(store: Store, own: str) -> str:
-    """Return what the first node that asked has called the run."""
-    return str(store.compare_set(RUN_KEY, "", own).decode())
-
-
-def not_met(launch: Launch, seconds: float, reason: str) -> UserError:
+def not_met(launch: Launch, reason: object) -> UserError:
     """Return the error of nodes that have not met."""
     return UserError(
         f"--rdzv-endpoint {launch.rdzv_endpoint}: the {launch.nodes} nodes did not meet within "
-        f"{seconds:g} s ({reason}); type the same command on every node"
+        f"{RENDEZVOUS_TIMEOUT_SECONDS} s ({reason}); type the same command on every node"
     )
 
 
