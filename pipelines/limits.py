@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import resource
+import select
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,7 +56,7 @@ def allow_open_files(what: str, more: int) -> None:
     if needed > hard:
         raise UserError(
             f"{what} opens up to {needed} files, and a process may have {hard} here (ulimit -n): "
-            "ulimit -n 4096 allows more, or take --backend dali"
+            "ulimit -n 4096 allows more"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -69,6 +70,8 @@ def processes() -> str:
     most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     user = "any number" if most == resource.RLIM_INFINITY else f"{most}"
     found = [f"a user may have {user} (ulimit -u)"]
+    if (memory := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        found.append(f"the memory of a process is limited to {memory / 2**30:.1f} GiB (ulimit -v)")
     with suppress(OSError, StopIteration):
         own = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition(":")[2]
         files = (Path(f"/sys/fs/cgroup/{own}/pids.max"), Path("/sys/fs/cgroup/pids.max"))
@@ -121,8 +124,8 @@ def system_limit(error: BaseException) -> UserError | None:
     while seen is not None:
         text = f"{type(seen).__name__}: {seen}"
         for words, say in LIMITS:
-            if re.search(words, text):
-                return UserError(f"{say()} ({first_line(seen)})")
+            if found := re.search(f".*({words}).*", text):
+                return UserError(f"{say()} ({found.group().strip()[:200]})")
         seen = seen.__cause__ or seen.__context__
     return None
 
@@ -137,11 +140,12 @@ def limit_of(error: BaseException) -> UserError | None:
     return None
 
 
-def first_line(error: BaseException) -> str:
-    """Return the line of an error that says what it is: of a worker's traceback the last one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = lines[-1 if "Original Traceback" in str(error) else 0] if lines else type(error).__name__
-    return line.removeprefix("RuntimeError: ").rstrip(".")[:200]
+def output_is_closed() -> bool:
+    """Tell whether nobody reads standard output or error any more, as in `... | head`."""
+    streams = select.poll()
+    for number in (1, 2):
+        streams.register(number, select.POLLOUT)
+    return any(events & select.POLLERR for _, events in streams.poll(0))
 
 
 @contextmanager
@@ -149,8 +153,14 @@ def named_limits() -> Iterator[None]:
     """Raise a UserError in place of an error in the block that says a limit of the system."""
     try:
         yield
-    except (UserError, BrokenPipeError):
+    except UserError:
         raise
+    except BrokenPipeError as error:
+        if output_is_closed():
+            raise
+        raise UserError(
+            f"the server of the worker processes has died: {processes()}, or more memory"
+        ) from error
     except Exception as error:
         if (limit := limit_of(error)) is None:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -112,6 +113,17 @@ def start_server() -> None:
 def leave_signals_to_parent(worker: int = 0) -> None:
     """Block the stop signals; also where another program has started the server."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def kill_left_workers() -> None:
+    """End the workers that an error has left: the SIGTERM that multiprocessing would send them at
+    the end of this process they would not hear, and it would wait for them for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+atexit.register(kill_left_workers)  # before multiprocessing's own, which was registered earlier
 
 
 def start_worker() -> None:

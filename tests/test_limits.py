@@ -148,6 +148,24 @@ def test_words_of_torch_and_the_system_become_a_limit_and_a_cure(
             raise ValueError("what came of it") from error
 
 
+def test_a_pipe_to_a_dead_server_is_not_the_users_pipe() -> None:
+    """The latter ends a command in silence, with the status of SIGPIPE."""
+    with pytest.raises(UserError, match="the server of the worker processes has died"):
+        with named_limits():
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    read, write = os.pipe()
+    kept = os.dup(2)
+    os.dup2(write, 2)
+    os.close(read)
+    try:
+        with pytest.raises(BrokenPipeError), named_limits():
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(write)
+
+
 def test_a_defect_stays_one() -> None:
     assert limit_of(RuntimeError("out of resource: shared memory, Required: 9")) is None
     with pytest.raises(KeyError), named_limits():

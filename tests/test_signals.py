@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,12 @@ import torch
 from fastimagenet.report.run import rows_of
 from fastimagenet.training import checkpoint, evaluation
 from fastimagenet.training.recorder import read_rows
+from pipelines.backends.torchvision import TorchvisionLoader
 from pipelines.datasets import remote
+from pipelines.datasets.split import read_split
+from pipelines.loader import LoaderSpec, Stage
 from pipelines.signals import STOP_SIGNALS, Interrupted, stop_signals
+from pipelines.workers import kill_left_workers
 from tests.commands import SMALL, losses_of, train
 from tests.test_trainer import Killed, make_trainer
 
@@ -147,6 +153,26 @@ def test_nothing_is_waited_for_before_the_training(
     assert err == "interrupted by SIGHUP\n"
     assert not output.exists()
     assert bool(list((tmp_path / "cache").rglob("*.npz"))) != stage.endswith("check_images")
+
+
+def test_workers_leave_signals_to_their_parent_and_end_with_it(cifar10: Path) -> None:
+    """A scheduler sends them to all processes of a job; the parent still needs the batches."""
+    spec = LoaderSpec(
+        split=read_split(cifar10, "val"),
+        stages=(Stage(epochs=1, image_size=8, batch_size=20),),
+        training=False,
+        num_threads=1,
+    )
+    with closing(TorchvisionLoader(spec)) as loader:
+        batches = iter(loader)
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        for number in STOP_SIGNALS:
+            os.kill(worker.pid, number)
+        assert len(list(batches)) == 9
+        kill_left_workers()
+        worker.join(60)
+        assert worker.exitcode in (0, -signal.SIGKILL)
 
 
 def test_a_copy_from_a_server_that_no_longer_answers_is_left_within_seconds(

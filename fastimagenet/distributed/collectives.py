@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastimagenet.distributed.meeting import meet
 from fastimagenet.distributed.world import TIMEOUT_SECONDS, World, agent_has_store
 from fastimagenet.errors import PeerLost
+from pipelines.limits import allow_open_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +78,8 @@ def process_group(
     if world.world_size == 1:
         yield
         return
+    # gloo ends the process where it cannot open a connection.
+    allow_open_files(f"a run of {world.world_size} processes", 4 * world.world_size + 16)
     backend = "gloo" if world.device == "cpu" else "nccl"
     timeout = timedelta(seconds=timeout_seconds)
     store = None if agent_has_store() else meet(world, timeout_seconds, run)

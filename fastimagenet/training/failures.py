@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fastimagenet.errors import PeerLost
 from fastimagenet.recipes.plan import Plan, PlannedPhase
 from pipelines.errors import UserError
-from pipelines.limits import first_line
 
 SCALER_PATIENCE_STEPS = 16
 """Non-finite losses in a row from which the fp16 loss scaler, halved at each, may recover."""
@@ -111,14 +110,14 @@ def compile_advice() -> Iterator[None]:
     except (UserError, PeerLost):
         raise
     except Exception as error:
-        causes = [error]
+        causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
             causes.append(cause)
         reasons = [reason for each in causes for words, reason in COMPILE if words in str(each)]
         of_torch = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
         if not reasons and not of_torch:
             raise
-        reason = reasons[0] if reasons else first_line(error)
+        reason = reasons[0] if reasons else (str(error).splitlines() or [repr(error)])[0]
         raise UserError(
             f"recipe field compile = true: {reason}; --set compile=false runs without"
         ) from error
