@@ -10,6 +10,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (ROOT / "fastimagenet/__init__.py").read_text())
 assert version is not None
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "safetensors>=0.5", "timm>=1.0.17"]
 
 setup(
     name="fastimagenet",
@@ -49,6 +50,8 @@ setup(
         "dali": ["nvidia-dali-cuda120>=2.0"],
         "dali-cuda13": ["nvidia-dali-cuda130>=2.0"],
         "digits": ["scikit-learn>=1.4"],
+        # Of fastimagenet.export; timm loads its folders.
+        "export": EXPORT,
         # Shards at a URL: s3:// with this, gs:// with gcsfs, hf:// with huggingface_hub beside it.
         "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],
         # What train --log writes to.
@@ -74,6 +77,7 @@ setup(
             "tensorboard>=2.16",
             "wandb>=0.17",
             "mlflow-skinny>=2.14",
+            *EXPORT,
             # A client and a server of the S3 protocol.
             "s3fs>=2024.6",
             "moto[s3]>=5.0",

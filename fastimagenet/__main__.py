@@ -14,6 +14,7 @@ COMMANDS = {
     "batches": ("fastimagenet.batches", "show the images as the network gets them"),
     "evaluate": ("fastimagenet.evaluate", "count the exact accuracy of a checkpoint"),
     "predict": ("fastimagenet.predict", "name the classes of images"),
+    "export": ("fastimagenet.export", "write a trained network for other programs"),
     "lr_find": ("fastimagenet.lr_find", "find learning rate, weight decay and momentum"),
     "report": ("fastimagenet.report", "write the report page of a run again"),
     "prepare": ("pipelines.prepare", "unpack, scan, resize and shard data sets"),

@@ -144,7 +144,7 @@ def test_only_the_trainer_wraps_in_ddp() -> None:
         ("from fastimagenet.train import main; main(['--dry-run', '--device', 'cpu'])", ()),
         (
             "import fastimagenet.evaluate, fastimagenet.lr_find, pipelines.parity.__main__, "
-            "fastimagenet.predict",
+            "fastimagenet.predict, fastimagenet.export",
             (),
         ),
         (
