@@ -6,32 +6,37 @@ import shutil
 import subprocess
 import sys
 import weakref
+from collections import deque
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 pytest.importorskip("nvidia.dali")
 
+from pipelines.backends.dali.feed import Fed, Feed, with_paths
 from pipelines.backends.dali.finish import BufferPool
 from pipelines.backends.dali.graph import decoder_options
 from pipelines.backends.dali.loader import (
     MAX_KEPT,
     DaliLoader,
-    Feed,
     build,
     check_one_dali,
     keep_until_consumed,
-    with_paths,
+    outputs,
 )
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
 from pipelines.loader import DaliSettings, LoaderSpec, Stage
-from pipelines.sampling import Batch, BatchSampler
+from pipelines.sampling import BatchSampler
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = (
@@ -101,7 +106,7 @@ def test_the_graph_for_a_gpu_gives_what_torch_gives_on_a_cpu(
     images = torch.from_dlpack(decoded.as_tensor()).permute(0, 3, 1, 2)
     loader = DaliLoader(spec)
     if spec.reflect_pad:
-        crops = feed.in_flight.popleft().crops
+        crops = feed.in_flight.popleft().batch.crops
         assert crops is not None
         images = loader.reflect_crop(images, crops)
     expected, expected_labels = next(iter(loader))
@@ -120,6 +125,68 @@ def test_a_buffer_is_reused_once_no_tensor_refers_to_it() -> None:
     del part
     assert buffers.take((4, 8, 8, 3)).data_ptr() == address
     assert buffers.take((4, 9, 9, 3)).shape == (4, 9, 9, 3)
+
+
+READINGS: list[dict[str, Any]] = [{}, {"reflect_pad": 2}, {"training": False}]
+
+
+@pytest.fixture
+def few(cifar10: Path, tmp_path: Path) -> Split:
+    """12 images under names of many lengths, with their shapes, 32 x 32 pixels."""
+    folder = tmp_path / "data" / "train" / "a class"
+    folder.mkdir(parents=True)
+    source = read_split(cifar10, "train")
+    for index, file in enumerate(source.files[:12]):
+        shutil.copy(file.path, folder / ("\N{SNOWMAN}" * index + f"{index}.jpg"))
+    split = read_split(tmp_path / "data", "train")
+    assert split.shapes is not None and split.shapes.tolist() == 12 * [[32, 32]]
+    return split
+
+
+def read_all(split: Split, **fields: Any) -> list[Tensor]:
+    """All images of two epochs, in batches of 5."""
+    stages = (Stage(epochs=1, image_size=24, batch_size=5),)
+    spec = LoaderSpec(**{"split": split, "stages": stages, "training": True} | fields)
+    with closing(DaliLoader(spec)) as loader:
+        return [images.clone() for _ in range(2) for images, _ in loader]
+
+
+@pytest.mark.parametrize("fields", READINGS)
+def test_headers_are_read_where_the_index_has_no_shapes(fields: dict[str, Any], few: Split) -> None:
+    known, unknown = read_all(few, **fields), read_all(replace(few, shapes=None), **fields)
+    assert len(known) == len(unknown) >= 4 and all(map(torch.equal, known, unknown))
+
+
+@pytest.mark.parametrize("fields", READINGS)
+@pytest.mark.parametrize("shape", [(20, 31), (200, 100)])
+def test_an_image_of_another_shape_than_the_indexed_one_is_named(
+    shape: tuple[int, int], fields: dict[str, Any], few: Split
+) -> None:
+    """It would be cut at the wrong place; a window beyond its edges crashes DALI's decoder."""
+    path = few.files[7].path
+    Image.new("RGB", shape).save(path)
+    with pytest.raises(UserError) as caught:
+        read_all(few, **fields)
+    wide, high = shape
+    assert str(caught.value).startswith(f"{path} is {wide} x {high} pixels and was 32 x 32 when")
+    assert str(caught.value).endswith(f"touch '{Path(path).parent}' and start again")
+
+
+def test_a_gpus_batches_are_ordered_by_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one, DALI would have the host wait for each batch."""
+    ran: list[tuple[Any, ...]] = []
+
+    class Ran:
+        def run(self, *stream: Any) -> tuple[str, str]:
+            ran.append(stream)
+            return "images", "labels"
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: f"stream {len(ran)}")
+    for device in ("cuda:0", "cpu"):
+        feed = SimpleNamespace(spec=SimpleNamespace(device=device), in_flight=deque("ab"))
+        batches = outputs(cast("Any", Ran()), cast("Feed", feed))
+        assert [next(batches) for _ in "ab"] == [(("images", "labels"), of) for of in "ab"]
+    assert ran == [("stream 0",), ("stream 1",), (), ()]
 
 
 DAMAGE = """
@@ -193,14 +260,19 @@ def test_a_batch_on_a_gpu_is_given_back_after_the_work_on_it(
         def __init__(self, number: int) -> None:
             self.number = number
 
-        def as_tensor(self) -> torch.Tensor:
+        def as_tensor(self) -> Tensor:
             memory = np.zeros((2, 4, 4, 3), np.float32)
             weakref.finalize(memory, log.append, f"memory {self.number} is given back")
             return torch.from_numpy(memory)
 
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    outputs = ((Decoded(number), torch.zeros(2), cast("Batch", None)) for number in range(99))
-    batches = keep_until_consumed(outputs)
+
+    class Labels:
+        def as_tensor(self) -> Tensor:
+            return torch.zeros(2)
+
+    fed = cast("Fed", SimpleNamespace(batch=None))
+    batches = keep_until_consumed(((Decoded(number), Labels()), fed) for number in range(99))
     for _ in range(MAX_KEPT + 3):
         next(batches)
     assert log == [

@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.backends import make_loader
-from pipelines.backends.prefetch import Prefetcher
+from pipelines.backends.prefetch import copied
 from pipelines.backends.torchvision import TorchvisionLoader
 from pipelines.datasets.images import whole_files
+from pipelines.datasets.known import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
 from pipelines.loader import Loader, LoaderSpec, Stage, Transforms
@@ -69,7 +70,7 @@ def sharded(split: Split, tmp_path_factory: pytest.TempPathFactory) -> Split:
     return packed.take(np.argsort(packed.labels))
 
 
-BACKENDS = ["dali", "torchvision", "memory", "synthetic", "prefetched"]
+BACKENDS = ["dali", "torchvision", "memory", "synthetic"]
 ON_SHARDS = ["dali on shards", "torchvision on shards", "memory on shards"]
 
 
@@ -96,10 +97,7 @@ def makers(name: str, source: Split) -> Iterator[Make]:
         # The torchvision back end reads in this process here; its workers have a test below.
         fields.setdefault("num_threads", 1 if backend == "dali" else 0)
         spec = LoaderSpec(**fields)
-        if backend == "prefetched":
-            loader: Loader = Prefetcher(TorchvisionLoader(spec), spec)
-        else:
-            loader = make_loader(backend, spec)
+        loader = make_loader(backend, spec)
         loaders.append(loader)
         return loader
 
@@ -297,11 +295,53 @@ def test_validation_is_not_augmented(make: Make) -> None:
     assert same(*(list(make(training=False, **vars(a))) for a in (EVERYTHING, NOTHING)))
 
 
-def test_copied_batches_are_augmented_once(split: Split) -> None:
-    spec = LoaderSpec(
-        split=split, stages=TWO_SIZES, training=True, num_threads=0, **vars(EVERYTHING)
-    )
-    assert same(list(Prefetcher(TorchvisionLoader(spec), spec)), list(TorchvisionLoader(spec)))
+@pytest.mark.parametrize("training", [True, False])
+def test_torchvisions_workers_send_a_quarter_of_the_bytes(split: Split, training: bool) -> None:
+    """They are normalised on the loader's device, exactly as they were in the workers."""
+    fields = {"stages": TWO_SIZES, "training": training, "num_threads": 0}
+    loader = TorchvisionLoader(LoaderSpec(split=split, **fields))
+    mean, std = (255 * torch.tensor(value) for value in (IMAGENET_MEAN, IMAGENET_STD))
+    for (images, labels), (pixels, others) in zip(loader, loader.read(0, 0), strict=False):
+        assert pixels.dtype == torch.uint8 and 4 * pixels.nbytes == images.nbytes
+        assert torch.equal((pixels - mean) / std, images.permute(0, 2, 3, 1))
+        assert torch.equal(labels, others)
+    loader.close()
+
+
+def test_copies_to_a_gpu_wait_on_its_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for streams and for tensors log what is asked of them, in order."""
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, device: str, name: str = "side") -> None:
+            self.name = name
+
+        def __enter__(self) -> None:
+            log.append(f"on {self.name}")
+
+        def __exit__(self, *_: object) -> None:
+            log.append(f"off {self.name}")
+
+        def wait_stream(self, other: Stream) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Part:
+        def to(self, device: str, non_blocking: bool) -> Part:
+            assert device == "gpu" and non_blocking
+            log.append("copy")
+            return self
+
+        def record_stream(self, stream: Stream) -> None:
+            log.append(f"kept for {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, "current"))
+    batch: Any = (Part(), Part())
+    device: Any = "gpu"
+    assert next(copied([batch], device)) == batch
+    copies = ["on side", "copy", "copy", "off side"]
+    assert log == [*copies, "current waits for side", *(2 * ["kept for current"])]
 
 
 def test_a_loader_that_has_read_can_go_back(make: Make) -> None:

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def test_sections_add_up_to_the_wall_time() -> None:
     clock = Stopwatch()
     after = time.perf_counter()
     clock.switch("compute")
-    for _ in clock.waiting(range(3), "data_wait"):
+    for _ in clock.waiting(range(3), "data_wait", lambda: False):
         with clock.section("evaluation"), clock.section("checkpoint"):
             time.sleep(0.01)
     clock.carry_over({"compute": 1.0})
@@ -89,6 +89,24 @@ def test_sections_add_up_to_the_wall_time() -> None:
     assert seconds["communication"] == 0.25
     outside = seconds["evaluation"] + seconds["checkpoint"] + seconds["compile"]
     assert train_seconds(seconds) == pytest.approx(sum(seconds.values()) - outside)
+
+
+def test_a_batch_that_a_busy_device_did_not_wait_for_is_no_wait() -> None:
+    """Of five, the first and the last come while it is idle: each counts as a whole or not."""
+    clock = Stopwatch()
+    clock.switch("compute")
+    busy, waits = iter([False, True, True, True, False]), []
+
+    def slow() -> Iterator[int]:
+        for number in range(5):
+            time.sleep(0.002)
+            yield number
+
+    for _ in clock.waiting(slow(), "data_wait", lambda: next(busy)):
+        waits.append(clock.seconds["data_wait"])
+    assert waits[0] >= 0.002 and waits[1:4] == pytest.approx(3 * [waits[0]])
+    assert waits[4] > waits[3] + 0.0019
+    assert clock.read()["compute"] > 0.0059
 
 
 def test_what_was_lost_since_a_checkpoint_counts_once() -> None:

@@ -331,6 +331,32 @@ def test_the_parts_of_a_run_add_up_to_its_wall_time(tmp_path: Path) -> None:
         assert seconds[part] > 0, part
 
 
+@pytest.mark.parametrize("over", [True, False])
+def test_data_are_waited_for_only_while_the_device_has_nothing_to_do(
+    over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the event of a GPU's last update: over, or never over, at each batch."""
+    log: list[str] = []
+    moved: list[tuple[str, str]] = []
+
+    class Event:
+        def record(self) -> None:
+            log.append("record")
+
+        def query(self) -> bool:
+            log.append("query")
+            return over
+
+    trainer = make_trainer()
+    trainer._updated = Event()  # type: ignore[assignment]
+    trainer.clock.switch("compute")
+    monkeypatch.setattr(trainer.clock, "move", lambda a, b, seconds: moved.append((a, b)))
+    trainer.train_epoch()
+    steps = trainer.step
+    assert steps >= 2 and log == ["query", "record"] * steps
+    assert moved == ([] if over else [("data_wait", "compute")] * steps)
+
+
 def test_it_ends_at_the_evaluation_that_reaches_the_target() -> None:
     """Of seven classes each image is among the five best or not: any start reaches 1 %."""
     trainer = make_trainer(replace(RECIPE, target="top5=0.01", eval_every_epochs=2, tta="flip"))

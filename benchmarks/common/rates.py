@@ -258,7 +258,7 @@ def train_for(
     waited, images, start = 0.0, 0, time.perf_counter()
     while (asked := time.perf_counter()) - start < seconds:
         batch = next(batches)
-        waited += time.perf_counter() - asked
+        waited += 0.0 if trainer.busy() else time.perf_counter() - asked
         update(trainer, *batch)
         images += len(batch[0])
         if trainer.device.type == "cuda" and images % (10 * len(batch[0])) == 0:

@@ -15,58 +15,55 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from nvidia.dali import fn
 from nvidia.dali.data_node import DataNode
 
 from benchmarks.common.measuring import begin, command_parser, markdown, training_images
 from benchmarks.common.statistics import estimate, ratio, shown
 from benchmarks.loaders.contestants import Task, ours
 from pipelines import cli
+from pipelines.backends.dali.feed import Feed, with_paths
 from pipelines.backends.dali.graph import (
+    Inputs,
+    checked,
     decode_whole,
     decode_window,
-    normalise,
-    random_window,
+    encoded_files,
+    finished_graph,
     resize,
-    shape_of,
 )
-from pipelines.backends.dali.loader import Feed, empty_pipeline, with_paths
+from pipelines.backends.dali.loader import empty_pipeline
 from pipelines.cli import at_least
 from pipelines.files import Row, write_object
 from pipelines.loader import LoaderSpec
 from pipelines.sampling import BatchSampler
 
 STAGES = (
-    *("feed", "read", "header", "window", "decode whole"),
+    *("feed", "read", "header", "decode whole"),
     *("decode crop", "dali resize", "dali normalise", "loader"),
 )
-"""The crop's decoding follows `window`; `decode whole` is beside it, for comparison."""
+"""The crop's decoding follows `header`; `decode whole` is beside it, for comparison."""
 WARM_UP_BATCHES = 6
 """Before each turn: more than any stage makes ahead."""
 
 
-def graph(
-    stage: str, spec: LoaderSpec, files: DataNode, crop_params: list[DataNode], view: list[DataNode]
-) -> DataNode:
+def graph(stage: str, spec: LoaderSpec, inputs: Inputs) -> DataNode:
     """Return what the pipeline gives when it ends with this stage."""
     if stage == "feed":
-        return files
-    encoded = fn.io.file.read(files)
+        return inputs["files"]
+    encoded = encoded_files(inputs, packed=False)
     if stage == "read":
         return encoded
+    encoded = checked(encoded, inputs)
     if stage == "header":
-        return fn.stack(*shape_of(encoded))
+        return encoded
     if stage == "decode whole":
         return decode_whole(spec, encoded)
-    start, shape = random_window(spec, encoded, *crop_params)
-    if stage == "window":
-        return fn.stack(*start, *shape)
-    images = decode_window(spec, encoded, start, shape)
+    images = decode_window(spec, encoded, inputs)
     if stage == "decode crop":
         return images
-    size, mirror = view
-    images = resize(images, size[0], size[1])
-    return images if stage == "dali resize" else normalise(spec, images, mirror=mirror)
+    if stage == "dali resize":
+        return resize(images, inputs["size"])
+    return finished_graph(spec, images, inputs)
 
 
 def batches(stage: str, task: Task) -> Iterator[Any]:
@@ -77,8 +74,7 @@ def batches(stage: str, task: Task) -> Iterator[Any]:
     feed = Feed(spec, with_paths(BatchSampler(spec).batches(0, 0)), finish=stage.startswith("dali"))
     pipeline = empty_pipeline(spec)
     with pipeline:
-        files, labels, crop_params, view = feed.nodes()
-        pipeline.set_outputs(graph(stage, spec, files, crop_params, view), labels)
+        pipeline.set_outputs(graph(stage, spec, feed.nodes()))
     pipeline.build()
     while True:
         yield pipeline.run()
@@ -124,7 +120,7 @@ def measure(task: Task, rounds: int, seconds: float) -> list[Row]:
 def table(rates: Sequence[Row]) -> str:
     """Format as Markdown; `own` is what a stage adds to the one before it, in CPU time."""
     before = dict(zip(STAGES[1:], STAGES, strict=False))
-    before |= {"decode crop": "window", "loader": "decode crop"}
+    before |= {"decode crop": "header", "loader": "decode crop"}
     cpu = {rate["stage"]: rate["cpu_ms_per_image"]["mean"] for rate in rates}
     rows = [("stage", "images/s", "CPU ms/image", "own", "share of loader")]
     for rate in rates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -50,15 +50,24 @@ class Stopwatch:
         finally:
             self.switch(previous)
 
-    def waiting(self, items: Iterable[Item], section: str) -> Iterator[Item]:
-        """Yield the same items; the time that they take to arrive counts as `section`."""
+    def waiting(
+        self, items: Iterable[Item], section: str, busy: Callable[[], bool]
+    ) -> Iterator[Item]:
+        """Yield the same items; the time that they take to arrive counts as `section`.
+
+        Where `busy()` is true when an item is there, nothing has waited for it: its time stays in
+        the section of before.
+        """
         iterator = iter(items)
         while True:
+            before = self.seconds[section]
             with self.section(section):
                 try:
                     item = next(iterator)
                 except StopIteration:
                     return
+            if busy():
+                self.move(section, self._section, self.seconds[section] - before)
             yield item
 
     def move(self, source: str, target: str, seconds: float) -> None:

@@ -140,6 +140,8 @@ class Trainer:
         self.losses = LossMonitor(self.device, patience_steps)
         self._ddp = self._distributed(bucket_mb) if world.world_size > 1 else None
         self._train_module = compiled(self._ddp or self.model, recipe, self.device)
+        self._updated = torch.cuda.Event() if self.device.type == "cuda" else None
+        """Over when the GPU has done all that the last update queued."""
         torch.backends.cudnn.benchmark = True
 
     def _distributed(self, bucket_mb: float) -> DistributedDataParallel:
@@ -196,7 +198,7 @@ class Trainer:
         end_step = phase.first_step + (self.epoch + 1 - phase.first_epoch) * phase.steps_per_epoch
         self._began = self._logged = self.step, train_seconds(self.clock.read())
         self._train_module.train()
-        batches = self.clock.waiting(self.train_loader, "data_wait")
+        batches = self.clock.waiting(self.train_loader, "data_wait", self.busy)
         for micro_batches in zip(*[batches] * self.plan.accumulation, strict=True):
             loss = self.train_step(micro_batches, phase)
             if self.profiler is not None:
@@ -255,7 +257,16 @@ class Trainer:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._updated is not None:
+            self._updated.record()
         return loss
+
+    def busy(self) -> bool:
+        """Tell whether a GPU is still at the last update, without waiting for it.
+
+        A CPU, which queues nothing, never is.
+        """
+        return self._updated is not None and not self._updated.query()
 
     def _accumulate_gradients(self, micro_batches: MicroBatches) -> Tensor:
         """Accumulate the gradients of the mean loss over the micro-batches.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -31,12 +30,9 @@ def make_loader(backend: str, spec: LoaderSpec) -> Loader:
 
         return DaliLoader(spec)
     if backend == "torchvision":
-        from pipelines.backends.prefetch import Prefetcher
         from pipelines.backends.torchvision import TorchvisionLoader
 
-        if spec.device == "cpu":
-            return TorchvisionLoader(spec)
-        return Prefetcher(TorchvisionLoader(replace(spec, half=False)), spec)
+        return TorchvisionLoader(spec)
     if backend == "memory":
         from pipelines.backends.memory import MemoryLoader
 

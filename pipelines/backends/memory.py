@@ -12,7 +12,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
@@ -21,8 +20,7 @@ from pipelines.augment.crops import normalise, on_device, resized_crop, window_c
 from pipelines.backends.stream import StreamLoader
 from pipelines.backends.torchvision import decode, padded, validation_crop
 from pipelines.datasets.images import ImageFile
-from pipelines.datasets.pixels import stored_size
-from pipelines.datasets.split import undecodable
+from pipelines.datasets.split import read_shapes, undecodable
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage, eval_range
 from pipelines.sampling import Batch, BatchSampler, CropParams, crop_box, to_index
@@ -46,19 +44,6 @@ def read_chunk(
     """Call `read` on the files of a job, in this process or a worker."""
     chunk, files = job
     return chunk, read(files)
-
-
-def read_shapes(files: Sequence[ImageFile]) -> NDArray[np.int64]:
-    """Read (N, 2) heights and widths from the headers. UserError for a file without one."""
-    shapes = []
-    for file in files:
-        try:
-            with file.open() as stream, Image.open(stream) as image:
-                width, height = stored_size(image)
-                shapes.append((height, width))
-        except Exception as error:
-            raise undecodable(file, error) from error
-    return np.array(shapes, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from pipelines.augment.crops import normalise
+from pipelines.backends.prefetch import copied
 from pipelines.backends.stream import StreamLoader
 from pipelines.datasets.images import ImageFile
 from pipelines.datasets.pixels import rgb
@@ -28,7 +29,7 @@ from pipelines.workers import leave_signals_to_parent, preload_torchvision
 
 
 class TorchvisionLoader(StreamLoader):
-    """`Loader` with worker processes; batches stay in main memory, pinned if the spec names a GPU.
+    """`Loader` with worker processes, which send uint8: it is normalised on the spec's device.
 
     Workers are spawned, not forked, since other threads of this process may hold locks: a script
     that makes a loader needs the usual `if __name__ == "__main__":`.
@@ -36,11 +37,26 @@ class TorchvisionLoader(StreamLoader):
 
     def __init__(self, spec: LoaderSpec) -> None:
         super().__init__(spec)
-        assert not spec.half, "float16 is for GPUs"
+        assert spec.device != "cpu" or not spec.half, "float16 is for GPUs"
         check_limits(spec)
         self.sampler = BatchSampler(spec)
 
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
+        device = torch.device(self.spec.device)
+        mean, std = (
+            255 * torch.tensor(values, dtype=torch.float32, device=device)
+            for values in (self.spec.mean, self.spec.std)
+        )
+        batches = self.read(epoch, step)
+        try:
+            for pixels, labels in batches if device.type == "cpu" else copied(batches, device):
+                images = normalise(pixels, mean, std)
+                yield images.half() if self.spec.half else images, labels
+        finally:
+            batches.close()
+
+    def read(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
+        """Yield (B, H, W, 3) uint8 and labels in main memory, pinned if the spec names a GPU."""
         preload_torchvision()
         context = multiprocessing.get_context("forkserver")
         loader = DataLoader(
@@ -72,15 +88,13 @@ class BatchReader(Dataset[tuple[Tensor, Tensor]]):
         self.reflect_pad = spec.reflect_pad
         self.aspect_ratio = spec.aspect_ratio
         self.resize_ratio = spec.resize_ratio
-        self.mean = 255 * torch.tensor(spec.mean, dtype=torch.float32)
-        self.std = 255 * torch.tensor(spec.std, dtype=torch.float32)
 
     def __getitems__(self, batch: Batch) -> tuple[Tensor, Tensor] | UserError:
-        """Read a batch: images (B, 3, H, W) float32, channels_last, and labels (B,) int64.
+        """Read a batch: pixels (B, H, W, 3) uint8 and labels (B,) int64.
 
         An error is returned, since the DataLoader would wrap a raised one in a long text.
         """
-        pixels = torch.empty((len(batch.files), *batch.shape, 3), dtype=torch.uint8)
+        pixels = shared_pixels(len(batch.files), batch.shape)
         for index, file in enumerate(batch.files):
             try:
                 image = decode(file)
@@ -91,8 +105,7 @@ class BatchReader(Dataset[tuple[Tensor, Tensor]]):
             else:
                 image = self.random_crop(image, batch.shape[0], batch.crops, index)
             pixels[index] = image.permute(1, 2, 0)
-        images = normalise(shared_floats(pixels), self.mean, self.std)
-        return images, torch.from_numpy(batch.labels)
+        return pixels, torch.from_numpy(batch.labels)
 
     def random_crop(self, image: Tensor, size: int, crops: CropParams, index: int) -> Tensor:
         """Crop one image at random and perhaps mirror it: (3, size, size) uint8."""
@@ -121,7 +134,7 @@ def check_limits(spec: LoaderSpec) -> None:
     more = 2 * (FILES_PER_WORKER * spec.num_threads + 16)
     allow_open_files(f"--backend torchvision with {spec.num_threads} workers", more)
     largest = max(spec.stages, key=lambda stage: stage.batch_size * stage.image_size**2)
-    batch = 4 * 3 * largest.batch_size * largest.image_size**2
+    batch = 3 * largest.batch_size * largest.image_size**2
     # Each worker has two ahead; two more are with the caller.
     needed = (2 * spec.num_threads + 2) * batch if spec.num_threads else 0
     size = os.statvfs(SHARED_MEMORY)
@@ -135,15 +148,16 @@ def check_limits(spec: LoaderSpec) -> None:
         )
 
 
-def shared_floats(pixels: Tensor) -> Tensor:
-    """Convert pixels to float32, in a worker in memory that it shares with its parent.
+def shared_pixels(count: int, shape: tuple[int, int]) -> Tensor:
+    """Return zeros (count, *shape, 3) uint8, in a worker in memory that it shares with its parent.
 
-    `default_collate` allocates it. Floats elsewhere would be copied there when sent, and malloc
-    leaves ever more holes of a batch each: workers with batches of 50 at 224 px grew from 190 MiB
-    to up to 1 GiB in 14 epochs, and keep to 150 to 180 MiB this way.
+    `default_collate` allocates it. Batches elsewhere would be copied there when sent, and malloc
+    leaves ever more holes of a batch each: workers with batches of 50 at 224 px, of floats, grew
+    from 190 MiB to up to 1 GiB in 14 epochs, and keep to 150 to 180 MiB this way.
     """
-    nothing = torch.zeros(()).expand(pixels.shape[1:])
-    return default_collate([nothing] * len(pixels)).copy_(pixels)
+    nothing = torch.zeros((), dtype=torch.uint8).expand(*shape, 3)
+    pixels: Tensor = default_collate([nothing] * count)
+    return pixels
 
 
 def decode(file: ImageFile) -> Tensor:

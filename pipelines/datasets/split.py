@@ -12,9 +12,11 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipelines.datasets.images import ImageFile, Images, Listing, PassedOver
 from pipelines.datasets.index import Index, cached_index, index_folder
+from pipelines.datasets.pixels import stored_size
 from pipelines.datasets.rule import SplitRule
 from pipelines.datasets.shards import has_shards
 from pipelines.datasets.skip_list import SkipList, Skipped, unmatched_note
@@ -59,6 +61,13 @@ class Split:
     def in_shards(self) -> bool:
         """Whether the images are parts of larger files."""
         return bool(self.files) and self.files[0].size is not None
+
+    def shapes_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return (n, 2) heights and widths of these images; from their headers where they were not
+        looked at. Raises UserError for a file without one."""
+        if self.shapes is None:
+            return read_shapes([self.files[index] for index in indices.tolist()])
+        return self.shapes[indices].astype(np.int64)
 
     def take(self, indices: NDArray[np.int64]) -> Split:
         """Select the images at these indices, in this order."""
@@ -260,3 +269,16 @@ def undecodable(file: ImageFile, reason: Exception) -> UserError:
     if not isinstance(reason, Damage):
         text = f"cannot be decoded ({text})"
     return BadImage(file, text)
+
+
+def read_shapes(files: Sequence[ImageFile]) -> NDArray[np.int64]:
+    """Read (N, 2) heights and widths from the headers. UserError for a file without one."""
+    shapes = []
+    for file in files:
+        try:
+            with file.open() as stream, Image.open(stream) as image:
+                width, height = stored_size(image)
+                shapes.append((height, width))
+        except Exception as error:
+            raise undecodable(file, error) from error
+    return np.array(shapes, np.int64)

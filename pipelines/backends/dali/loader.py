@@ -8,24 +8,21 @@ own: progressive resizing needs no rebuild and a resume is exact.
 from __future__ import annotations
 
 import os
+import shlex
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from nvidia.dali import fn, types
 from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]
-from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from pipelines.augment.crops import reflect_crop
-from pipelines.backends.dali.finish import Output, finish_batches
-from pipelines.backends.dali.graph import decoded_graph, finished_graph
+from pipelines.backends.dali.feed import Fed, Feed, with_bytes, with_paths
+from pipelines.backends.dali.finish import finish_batches
+from pipelines.backends.dali.graph import decoded_graph, encoded_files, finished_graph
 from pipelines.backends.stream import StreamLoader
 from pipelines.datasets.checks import check_file
 from pipelines.datasets.split import undecodable
@@ -33,7 +30,6 @@ from pipelines.errors import Damage, UserError
 from pipelines.loader import LoaderSpec
 from pipelines.sampling import Batch, BatchSampler, CropParams
 
-Bytes = NDArray[np.uint8]
 MAX_KEPT = 16
 """Batches kept at most until a GPU has consumed them; the trainer waits for it at log steps."""
 OUT_OF_MEMORY = ("out of memory", "bad_alloc", "cudaErrorMemoryAllocation", "allocation failed")
@@ -57,14 +53,13 @@ class DaliLoader(StreamLoader):
 
     def open(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
         batches = self.sampler.batches(epoch, step)
-        threads = self.spec.num_threads
+        threads, on_gpu = self.spec.num_threads, self.spec.device != "cpu"
         source = with_bytes(batches, threads) if self.packed else with_paths(batches)
-        feed = Feed(self.spec, source, finish=self.spec.device != "cpu")
+        feed = Feed(self.spec, source, finish=on_gpu)
         pipeline = build(self.spec, feed, self.packed)
         try:
             done = outputs(pipeline, feed)
-            on_cpu = self.spec.device == "cpu"
-            finished = finish_batches(self.spec, done) if on_cpu else keep_until_consumed(done)
+            finished = keep_until_consumed(done) if on_gpu else finish_batches(self.spec, done)
             for images, labels, batch in finished:
                 if batch.crops is not None and self.spec.reflect_pad:
                     images = self.reflect_crop(images, batch.crops)
@@ -83,105 +78,42 @@ class DaliLoader(StreamLoader):
         return reflect_crop(images, offset, mirror, self.spec.reflect_pad)
 
 
-class Feed:
-    """Feeds the pipeline, and remembers the batches in flight."""
+def outputs(pipeline: Pipeline, feed: Feed) -> Generator[tuple[Sequence[Any], Fed]]:
+    """Run the pipeline batch after batch: its outputs, in lists of DALI's, and what they are.
 
-    def __init__(
-        self, spec: LoaderSpec, batches: Iterator[tuple[Batch, list[Bytes]]], finish: bool
-    ) -> None:
-        """`finish`: the pipeline resizes and normalises, too."""
-        self.batches = batches
-        self.random_crops = spec.training and not spec.reflect_pad
-        self.finish = finish
-        self.in_flight: deque[Batch] = deque()
-
-    def nodes(self) -> tuple[DataNode, DataNode, list[DataNode], list[DataNode]]:
-        """Define the pipeline's inputs: files and labels; for random crops offset, area and ratio;
-        to finish, shape and, for random crops, mirror."""
-        kinds = [(types.UINT8, 1), (types.INT64, 0)]
-        kinds += 3 * [(types.FLOAT, 1)] if self.random_crops else []
-        kinds += [(types.FLOAT, 1)] if self.finish else []
-        kinds += [(types.INT32, 0)] if self.finish and self.random_crops else []
-        files, labels, *others = fn.external_source(
-            source=self,
-            num_outputs=len(kinds),
-            batch=True,
-            dtype=[dtype for dtype, _ in kinds],
-            ndim=[ndim for _, ndim in kinds],
-        )
-        num_crops = 3 * self.random_crops
-        return files, labels, others[:num_crops], others[num_crops:]
-
-    def __call__(self) -> list[Any]:
-        """Return the values of the next batch, in the order of `nodes`."""
-        batch, files = next(self.batches)
-        self.in_flight.append(batch)
-        values: list[Any] = [files, batch.labels]
-        crops = batch.crops if self.random_crops else None
-        if crops is not None:
-            values += [crops.offset, crops.area, crops.ratio]
-        if self.finish:
-            values.append(np.tile(np.array(batch.shape, np.float32), (len(files), 1)))
-        if self.finish and crops is not None:
-            values.append(crops.mirror)
-        return values
-
-
-def outputs(pipeline: Pipeline, feed: Feed) -> Generator[Output]:
-    """Run the pipeline batch after batch. Raises UserError for a file that cannot be decoded."""
+    On a GPU the work on them is ordered by torch's current stream, and the host does not wait for
+    it. Raises UserError for a file that cannot be decoded.
+    """
+    on_gpu = feed.spec.device != "cpu"
     while True:
         try:
-            images, labels = pipeline.run()
+            # Without a stream, DALI has the host wait until the batch is finished.
+            done = pipeline.run(torch.cuda.current_stream()) if on_gpu else pipeline.run()
         except RuntimeError as error:
             raise unreadable(feed, error) from error
-        yield images, torch.from_dlpack(labels.as_tensor()), feed.in_flight.popleft()
+        yield done, feed.in_flight.popleft()
 
 
-def keep_until_consumed(outputs: Iterator[Output]) -> Generator[tuple[Tensor, Tensor, Batch]]:
+def keep_until_consumed(
+    outputs: Iterator[tuple[Sequence[Any], Fed]],
+) -> Generator[tuple[Tensor, Tensor, Batch]]:
     """Yield batches on a GPU and keep each until the work that was queued on it is done.
 
-    DALI knows nothing of torch's streams and reuses memory as soon as no reference is left. The end
-    of the work is polled, not waited for, up to MAX_KEPT batches: the wait would be measured as one
-    for data.
+    DALI orders what it writes before what torch's current stream reads, but reuses memory as soon
+    as no reference is left. The end of the work is polled, not waited for, up to MAX_KEPT batches:
+    the wait would be measured as one for data.
     """
     queued: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
     try:
-        for decoded, labels, batch in outputs:
-            images = torch.from_dlpack(decoded.as_tensor())
-            yield images.permute(0, 3, 1, 2), labels, batch
+        for done, fed in outputs:
+            images, labels = (torch.from_dlpack(output.as_tensor()) for output in done)
+            yield images.permute(0, 3, 1, 2), labels, fed.batch
             queued.append((torch.cuda.current_stream().record_event(), images, labels))
             while queued and (queued[0][0].query() or len(queued) > MAX_KEPT):
                 queued[0][0].synchronize()
                 queued.popleft()
     finally:
         torch.cuda.current_stream().synchronize()
-
-
-def with_paths(batches: Iterator[Batch]) -> Generator[tuple[Batch, list[Bytes]]]:
-    """Pair batches with the paths of their files."""
-    for batch in batches:
-        yield batch, [np.frombuffer(os.fsencode(file.path), np.uint8) for file in batch.files]
-
-
-def with_bytes(batches: Iterator[Batch], num_threads: int) -> Generator[tuple[Batch, list[Bytes]]]:
-    """Pair batches with their encoded images, read one batch ahead.
-
-    Raises UserError that names an image that cannot be read.
-    """
-    with ThreadPoolExecutor(num_threads) as pool:
-        reading: deque[tuple[Batch, list[Future[bytes]]]] = deque()
-        for batch in batches:
-            reading.append((batch, [pool.submit(file.read) for file in batch.files]))
-            if len(reading) == 1:
-                continue
-            batch, files = reading.popleft()
-            encoded = []
-            for file, future in zip(batch.files, files, strict=True):
-                try:
-                    encoded.append(np.frombuffer(future.result(), np.uint8))
-                except (OSError, EOFError) as error:
-                    raise undecodable(file, error) from error
-            yield batch, encoded
 
 
 def empty_pipeline(spec: LoaderSpec) -> Pipeline:
@@ -197,38 +129,45 @@ def empty_pipeline(spec: LoaderSpec) -> Pipeline:
 
 
 def build(spec: LoaderSpec, feed: Feed, packed: bool) -> Pipeline:
-    """Build the pipeline from `feed` to (images HWC, labels).
+    """Build the pipeline from `feed` to images in HWC and, where `feed.finish`, labels.
 
-    Unless `feed.finish`, images are only decoded, and cropped at random: `finish_batches` does the
-    rest. `packed`: the feed has encoded images, else the paths of files.
+    Otherwise images are only decoded, and cropped at random: `finish_batches` does the rest.
+    `packed`: the feed has encoded images, else the paths of files.
     """
     pipeline = empty_pipeline(spec)
     with pipeline:
-        files, labels, crops, view = feed.nodes()
-        encoded = files if packed else fn.io.file.read(files)
-        images = decoded_graph(spec, encoded, crops)
+        inputs = feed.nodes()
+        images = decoded_graph(spec, encoded_files(inputs, packed), inputs)
         if feed.finish:
-            images = finished_graph(spec, encoded, images, *view)
-        pipeline.set_outputs(images, labels if spec.device == "cpu" else labels.gpu())
+            labels = inputs["labels"] if spec.device == "cpu" else inputs["labels"].gpu()
+            pipeline.set_outputs(finished_graph(spec, images, inputs), labels)
+        else:
+            pipeline.set_outputs(images)
     pipeline.build()
     return pipeline
 
 
 def unreadable(feed: Feed, error: RuntimeError) -> Exception:
     """Turn DALI's error into a UserError: out of memory, or the first file in flight that cannot
-    be decoded. Where it is neither, return `error` itself."""
+    be decoded or has changed. Where it is neither, return `error` itself."""
     if any(words in str(error) for words in OUT_OF_MEMORY):
-        batch = feed.in_flight[-1]
+        batch = feed.in_flight[-1].batch
         return UserError(
             f"DALI is out of memory with batch_size {len(batch.files)} at {batch.shape[0]} px: "
             "--set phases.INDEX.batch_size=... lowers it for a phase"
         )
-    for batch in feed.in_flight:
-        for file in batch.files:
+    for fed in feed.in_flight:
+        for file, (height, width) in zip(fed.batch.files, fed.shapes.tolist(), strict=True):
             try:
-                check_file(file, pixels=True)
+                header = check_file(file, pixels=True)
             except Damage as damage:
                 return undecodable(file, damage)
+            if (header.height, header.width) != (height, width):
+                folder = shlex.quote(os.path.dirname(file.path))
+                return UserError(
+                    f"{file} is {header.width} x {header.height} pixels and was {width} x {height} "
+                    f"when its folder was indexed: touch {folder} and start again"
+                )
     return error
 
 
