@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,9 @@ from fastimagenet.machine import keep_freed_memory, share_out_quota, silence_lib
 from fastimagenet.recipes.recipe import PRECISIONS
 from pipelines import cli
 from pipelines.backends import BACKENDS
+from pipelines.datasets.folders import SPLIT_FOLDERS, class_names
 from pipelines.datasets.remote import is_url, local_copy
+from pipelines.datasets.shards import has_shards
 from pipelines.datasets.split import ON_BAD_IMAGE
 from pipelines.errors import UserError
 from pipelines.limits import named_limits
@@ -196,6 +199,25 @@ def data_config(args: argparse.Namespace) -> DataConfig:
         labels=args.labels,
         backend=args.backend,
     )
+
+
+def with_rule_of(path: Path, data: DataConfig, say_notes: bool) -> DataConfig:
+    """Divide data without a folder of their own for validation as the checkpoint's run did."""
+    if data.rule.given or has_shards(data.root) or not data.root.is_dir():
+        return data
+    if any(class_names(data.root / name) for name in SPLIT_FOLDERS["val"]):
+        return data
+    from fastimagenet.training import checkpoint
+
+    found = checkpoint.load(path).get("rule") or {}
+    data = replace(
+        data,
+        val_fraction=found.get("val_fraction"),
+        labels=Path(found["labels"]) if found.get("labels") else None,
+    )
+    if data.rule.given and say_notes:
+        print(f"note: divided as its run had it,{data.rule.flags()}", file=sys.stderr)  # noqa: T201
+    return data
 
 
 def run_config(args: argparse.Namespace, *, elastic: bool = False, **more: Any) -> RunConfig:

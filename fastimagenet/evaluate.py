@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastimagenet import cli
-from fastimagenet.config import DataConfig
 from fastimagenet.distributed.processes import Processes
 from fastimagenet.distributed.world import World
 from fastimagenet.recipes.recipe import TTA
 from fastimagenet.report.run import checkpoint_at, data_of_run
 from pipelines.backends import start_workers
 from pipelines.cli import Parser, make_parser, output_folder
-from pipelines.datasets.folders import SPLIT_FOLDERS, class_names
-from pipelines.datasets.shards import has_shards
 from pipelines.datasets.split import Split, check_several, notes_of
 from pipelines.errors import UserError
 
@@ -83,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.data = data_of_run(path)
         if args.data is not None and processes.is_first:
             print(f"note: no --data given: {args.data}, as its run had", file=sys.stderr)  # noqa: T201
-    data = with_rule_of(path, cli.data_config(args), processes.is_first)
+    data = cli.with_rule_of(path, cli.data_config(args), processes.is_first)
     if args.image_size is not None and not 8 <= args.image_size <= MAX_IMAGE_SIZE:
         rule = f"from 8 to {MAX_IMAGE_SIZE} pixels"
         raise UserError(f"--image-size must be {rule}, not {args.image_size}")
@@ -124,25 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return processes.run("fastimagenet.evaluate", argv, work, name=str(args.checkpoint))
-
-
-def with_rule_of(path: Path, data: DataConfig, say_notes: bool) -> DataConfig:
-    """Divide data without a folder of their own for validation as the checkpoint's run did."""
-    if data.rule.given or has_shards(data.root) or not data.root.is_dir():
-        return data
-    if any(class_names(data.root / name) for name in SPLIT_FOLDERS["val"]):
-        return data
-    from fastimagenet.training import checkpoint
-
-    found = checkpoint.load(path).get("rule") or {}
-    data = replace(
-        data,
-        val_fraction=found.get("val_fraction"),
-        labels=Path(found["labels"]) if found.get("labels") else None,
-    )
-    if data.rule.given and say_notes:
-        print(f"note: divided as its run had it,{data.rule.flags()}", file=sys.stderr)  # noqa: T201
-    return data
 
 
 def evaluate_checkpoint(

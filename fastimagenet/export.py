@@ -10,7 +10,6 @@ from fastimagenet import cli
 from fastimagenet.config import DataConfig
 from fastimagenet.report.run import checkpoint_at, data_of_run
 from pipelines.cli import Parser, make_parser
-from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
 
 IMAGES = 32
@@ -67,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--raw is for .onnx and .pt2: {args.out} holds the weights alone")
     network = load(path)
     form.check(network.recipe)
-    val = read_split(DataConfig(folder=folder).root, "val", on_bad_image="skip")
+    data = DataConfig(folder=folder, on_bad_image="skip")
+    val = cli.with_rule_of(path, data, say_notes=False).read("val")
     files = val.files[:: -(-len(val) // IMAGES)]
     difference = write_export(network, Path(args.out), form, files, args.raw)
     print(  # noqa: T201

@@ -59,7 +59,7 @@ def run(module: str, *arguments: object, status: int = 0) -> tuple[str, str]:
     return out, err
 
 
-def call(module: str, *arguments: object) -> int:
+def call(module: str, *arguments: object, cwd: Path = ROOT) -> int:
     """Run `python -m module arguments` in this process, which has torch imported already.
 
     Returns its exit status; what it prints is printed here.
@@ -68,7 +68,7 @@ def call(module: str, *arguments: object) -> int:
     name = f"{module}.__main__" if spec and spec.submodule_search_locations else module
     threads = torch.get_num_threads()
     # Freed memory would stay with this process for the tests to come.
-    with contextlib.chdir(ROOT), patch.object(cli, "keep_freed_memory"):
+    with contextlib.chdir(cwd), patch.object(cli, "keep_freed_memory"):
         try:
             return cli.exit_status(import_module(name).main, list(map(str, arguments)))
         finally:
