@@ -83,10 +83,9 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def class_names(folder: Path) -> list[str]:
-    """List the visible folders in `folder`, sorted; none where there is no such folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name for entry in visible(folder) if is_folder(entry))
+    """List the folders in `folder`, sorted, without hidden ones and metadata; none where there is
+    no such folder."""
+    return look(str(folder)).folders if folder.is_dir() else []
 
 
 @dataclass(frozen=True)
