@@ -16,6 +16,7 @@ from fastimagenet.recipes.imagenet import (
     imagenet_2018_4,
     imagenet_2018_8,
     imagenet_2018_16,
+    imagenet_one_gpu,
 )
 from fastimagenet.recipes.photos import photos, photos_scratch
 from fastimagenet.recipes.recipe import Recipe
@@ -29,6 +30,7 @@ RECIPES: dict[str, Callable[[int], Recipe]] = {
     "cifar10-speed": cifar10_speed,
     **superconvergence.RECIPES,
     "imagenet": imagenet,
+    "imagenet-one-gpu": imagenet_one_gpu,
     "imagenet-2018-1": imagenet_2018_1,
     "imagenet-2018-4": imagenet_2018_4,
     "imagenet-2018-8": imagenet_2018_8,

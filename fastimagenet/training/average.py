@@ -27,16 +27,18 @@ class MovingAverage(AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         """Average in the model's current weights; integer buffers are copied."""
         first = not self.n_averaged  # the counter is on the CPU
-        floats: tuple[list[Tensor], list[Tensor]] = ([], [])
+        copied: tuple[list[Tensor], list[Tensor]] = ([], [])
+        averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
         for old, new in zip(tensors(self.module), tensors(model), strict=True):
-            if first or not old.is_floating_point():
-                old.copy_(new)
-            else:
-                floats[0].append(old)
-                floats[1].append(new)
-        if not first:
+            kind = copied if first or not old.is_floating_point() else averaged
+            kind[0].append(old.detach())
+            kind[1].append(new.detach())
+        # A launch for each of a ResNet's counters would take as long as a part of the step.
+        if copied[0]:
+            torch._foreach_copy_(*copied)
+        if averaged[0]:
             count = int(self.n_averaged)
-            torch._foreach_lerp_(*floats, 1 - min(self.decay, (1 + count) / (10 + count)))
+            torch._foreach_lerp_(*averaged, 1 - min(self.decay, (1 + count) / (10 + count)))
         self.n_averaged += 1
 
 

@@ -239,12 +239,18 @@ def views(images: Tensor, tta: str) -> Iterator[Tensor]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode; then every module is in the mode it was in."""
+    """Run the block in evaluation mode; then every module is in the mode it was in.
+
+    cuDNN does not search: a smaller last batch, and each shape of rectangles, would cost seconds.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
+    searches = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
+        torch.backends.cudnn.benchmark = searches
         for module in training:
             module.training = True
 

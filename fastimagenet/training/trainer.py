@@ -653,5 +653,9 @@ def compiled(module: nn.Module, recipe: Recipe, device: torch.device) -> nn.Modu
         )
     if not recipe.compile:
         return module
+    # Above it torch would run a size that comes late uncompiled, without a word.
+    shapes = {(phase.image_size, phase.batch_size) for phase in recipe.phases}
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(shapes) + 2)
     mode = "reduce-overhead" if recipe.cuda_graphs else None
     return torch.compile(module, dynamic=False, mode=mode)  # type: ignore[return-value]
