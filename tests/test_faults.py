@@ -71,6 +71,7 @@ def test_a_killed_worker_is_started_again_from_the_last_checkpoint(
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     assert "note: rank 1 was killed by SIGKILL; restart 1 of 3, from the last checkpoint" in err
+    assert all(line.startswith(("note: ", "error: ")) for line in err.splitlines()), err
     assert "resumed at step " in out
     check_equal(folder, undisturbed)
 
