@@ -68,7 +68,6 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=6.29",
             "scikit-learn>=1.4",
-            "timm>=1.0",
             "torchmetrics>=1.4",
             *EXPORT,
             # A client and a server of the S3 protocol.

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from fastimagenet import cli
 from fastimagenet.config import DataConfig
+from fastimagenet.evaluate import with_rule_of
 from fastimagenet.report.run import checkpoint_at, data_of_run
 from pipelines.cli import Parser, make_parser
-from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
 
 IMAGES = 32
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--raw is for .onnx and .pt2: {args.out} holds the weights alone")
     network = load(path)
     form.check(network.recipe)
-    val = read_split(DataConfig(folder=folder).root, "val", on_bad_image="skip")
+    val = with_rule_of(path, DataConfig(folder=folder, on_bad_image="skip"), False).read("val")
     files = val.files[:: -(-len(val) // IMAGES)]
     difference = write_export(network, Path(args.out), form, files, args.raw)
     print(  # noqa: T201
