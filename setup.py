@@ -72,7 +72,6 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=6.29",
             "scikit-learn>=1.4",
-            "timm>=1.0",
             "torchmetrics>=1.4",
             "tensorboard>=2.16",
             "wandb>=0.17",

@@ -23,9 +23,8 @@ from fastimagenet.training import checkpoint
 from fastimagenet.training.evaluation import best_classes, eval_mode, scores
 from pipelines.augment.crops import normalise
 from pipelines.backends.torchvision import validation_crop
-from pipelines.datasets.images import ImageFile
+from pipelines.datasets.checks import damage
 from pipelines.datasets.pixels import rgb
-from pipelines.datasets.split import undecodable
 from pipelines.errors import UserError
 from pipelines.loader import Stage
 
@@ -129,7 +128,7 @@ def read(preprocess: Preprocess, image: Picture, index: int) -> Tensor:
         with Image.open(image) as opened:
             return preprocess(opened)
     except Exception as error:
-        raise UserError(f"{name} {undecodable(ImageFile(name), error).reason}") from error
+        raise UserError(f"{name} {damage(error)}") from error
 
 
 def load(checkpoint_or_run: str | Path) -> Classifier:

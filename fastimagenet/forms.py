@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastimagenet.classifier import Classifier
 from fastimagenet.models import build_model
 from fastimagenet.recipes import toml
-from fastimagenet.recipes.recipe import OPTIONS, RESNETS, Recipe
+from fastimagenet.recipes.recipe import OPTIONS, RESNETS, TIMM, Recipe
 from pipelines.datasets.images import ImageFile
 from pipelines.datasets.split import undecodable
 from pipelines.errors import UserError
@@ -185,22 +185,23 @@ def write_folder(network: Classifier, model: nn.Module, path: Path) -> None:
     path.mkdir()
     write_safetensors(network, model, path / "model.safetensors")
     recipe, size = network.recipe, network.stage.image_size
+    layers = {"first_conv": "conv1", "classifier": "fc"}  # of a ResNet
+    told = getattr(model, "pretrained_cfg", layers)  # of a network of timm's own
     num_classes = len(network.classes)
-    config: dict[str, Any] = {
-        "architecture": recipe.model,
+    settings: dict[str, Any] = {
+        "num_classes": num_classes,
+        "input_size": [3, size, size],
+        "mean": recipe.mean,
+        "std": recipe.std,
+        "interpolation": "bilinear",
+        "crop_mode": "center",
+        "crop_pct": 1 / recipe.resize_ratio,
+    }
+    config = {
+        "architecture": recipe.model.removeprefix(TIMM).partition(".")[0],
         "num_classes": num_classes,
         "label_names": list(network.classes),
-        "pretrained_cfg": {
-            "num_classes": num_classes,
-            "input_size": [3, size, size],
-            "mean": recipe.mean,
-            "std": recipe.std,
-            "interpolation": "bilinear",
-            "crop_mode": "center",
-            "crop_pct": 1 / recipe.resize_ratio,
-            "first_conv": "conv1",
-            "classifier": "fc",
-        },
+        "pretrained_cfg": settings | {name: told[name] for name in layers if told.get(name)},
     }
     write_object(path / "config.json", config)
 
@@ -208,13 +209,14 @@ def write_folder(network: Classifier, model: nn.Module, path: Path) -> None:
 def read_folder(network: Classifier, path: Path) -> Run:
     import timm
 
-    return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    model: nn.Module = timm.create_model(f"local-dir:{path}", pretrained=True)
+    return model.eval()
 
 
 def check_timm_has(recipe: Recipe) -> None:
     """Raise UserError unless timm has the recipe's network."""
     others = "name OUT.onnx, OUT.pt2 or OUT.safetensors instead"
-    if recipe.model not in RESNETS:
+    if recipe.model not in RESNETS and not recipe.model.startswith(TIMM):
         raise UserError(f"a folder is for timm, which has no {recipe.model}: {others}")
     for option in OPTIONS:
         if getattr(recipe, option):

@@ -71,7 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes = Processes.of(cli.launch_of(args))
     if processes.world_size == 1 or processes.world is not None:
         start_workers(args.backend)
-    return processes.run("fastimagenet.predict", argv, lambda world: work(args, world))
+    return processes.run(
+        "fastimagenet.predict",
+        argv,
+        lambda world: work(args, world),
+        name=str(args.checkpoint),
+    )
 
 
 def work(args: argparse.Namespace, world: World) -> int:

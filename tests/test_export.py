@@ -16,11 +16,11 @@ from torch import Tensor
 import fastimagenet
 from fastimagenet import forms
 from fastimagenet.classifier import Classifier
+from fastimagenet.models import build_model
 from fastimagenet.recipes import toml
 from fastimagenet.training import checkpoint
 from pipelines.datasets.split import read_split
 from tests.commands import evaluate, output_of
-from tests.networks import make_model
 
 
 def export(*arguments: object, status: int = 0) -> tuple[str, str]:
@@ -86,39 +86,49 @@ def test_weights_alone(finished: Path, classifier: Classifier, tmp_path: Path) -
     assert err.startswith("error: --raw is for .onnx and .pt2: ") and err.count("\n") == 1
 
 
-def checkpoint_of(finished: Path, folder: Path, **fields: object) -> Path:
+def checkpoint_of(finished: Path, folder: Path, model: str, **fields: object) -> Path:
     """A checkpoint of a network that was not trained, with averaged weights."""
     state = checkpoint.load(finished / "checkpoints" / "best.pt")
-    recipe = replace(toml.loads(state["recipe"], ""), model="resnet18", **fields)
-    options = {name: getattr(recipe, name) for name in ("blur_pool", "small_stem")}
+    recipe = replace(toml.loads(state["recipe"], ""), model=model, **fields)
     torch.manual_seed(0)
-    model, average = (
-        make_model("resnet18", 10, zero_init_last_gamma=False, **options) for _ in range(2)
-    )
-    ema = {f"module.{name}": value for name, value in average.state_dict().items()}
-    path = folder / "resnet18.pt"
-    changes = {"recipe": toml.dumps(recipe), "model": model.state_dict(), "ema": ema}
-    checkpoint.save(path, state | changes)
+    last, average = (build_model(recipe, 10).state_dict() for _ in range(2))
+    ema = {f"module.{name}": value for name, value in average.items()}
+    path = folder / "network.pt"
+    checkpoint.save(path, state | {"recipe": toml.dumps(recipe), "model": last, "ema": ema})
     return path
 
 
-def test_timm_loads_a_folder(finished: Path, cifar10: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["resnet18", "timm:test_resnet.r160_in1k"])
+def test_timm_loads_a_folder(model: str, finished: Path, cifar10: Path, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
-    path = checkpoint_of(finished, tmp_path)
-    out = tmp_path / "hub" / "resnet.v1"
-    for _ in range(2):  # into a folder that is there, too
-        said, _ = export(path, f"{out}/", "--data", cifar10)
+    path = checkpoint_of(finished, tmp_path, model, zero_init_last_gamma=False)
+    out = tmp_path / "hub" / "net.v1"
+    said, _ = export(path, f"{out}/", "--data", cifar10)
     assert float(said.rpartition(" ")[2]) < 1e-3
     assert sorted(os.listdir(out)) == ["config.json", "model.safetensors"]
-    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    made = timm.create_model(f"local-dir:{out}", pretrained=True)
     network = fastimagenet.load(path)
     for name, value in network.model.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
-    config = timm.data.resolve_model_data_config(model)
+        assert torch.equal(made.state_dict()[name], value), name
+    config = timm.data.resolve_model_data_config(made)
     assert tuple(config["input_size"]) == (3, 16, 16) and config["crop_pct"] == 1.0
     for name in ("mean", "std"):
         assert tuple(config[name]) == getattr(network.recipe, name)
     assert json.loads((out / "config.json").read_text())["label_names"] == list(network.classes)
+
+
+def test_a_folder_that_is_there_gets_the_new_files(
+    finished: Path, cifar10: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("timm")
+    path = checkpoint_of(finished, tmp_path, "timm:test_resnet.r160_in1k")
+    (tmp_path / "hub").mkdir()
+    for name in ("README.md", "config.json"):
+        (tmp_path / "hub" / name).write_text("{}")
+    export(path, tmp_path / "hub", "--data", cifar10)
+    assert (tmp_path / "hub" / "README.md").read_text() == "{}"
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert config["architecture"] == "test_resnet"
 
 
 def test_timm_lacks_networks(finished: Path, cifar10: Path, tmp_path: Path) -> None:
@@ -128,7 +138,7 @@ def test_timm_lacks_networks(finished: Path, cifar10: Path, tmp_path: Path) -> N
         "error: a folder is for timm, which has no smallnet: name OUT.onnx, OUT.pt2 or "
         "OUT.safetensors instead\n"
     )
-    path = checkpoint_of(finished, tmp_path, blur_pool=True)
+    path = checkpoint_of(finished, tmp_path, "resnet18", blur_pool=True)
     _, err = export(path, tmp_path / "hub", "--data", cifar10, status=2)
     assert "whose resnet18 has no blur_pool: name OUT.onnx" in err
     assert not (tmp_path / "hub").exists()

@@ -176,6 +176,7 @@ def test_folders_and_names_on_standard_input(
         ".hidden.jpg",
         ".folder/e.jpg",
         "a/@eaDir/f.jpg",
+        "x.txt",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(image)
@@ -206,10 +207,20 @@ def test_mistakes_are_one_line(
     assert err.startswith(f"error: {message.format(folder=tmp_path)}") and err.count("\n") == 1
 
 
-def test_mistakes_from_python_are_named(classifier: Classifier, tmp_path: Path) -> None:
+def test_mistakes_from_python_are_named(
+    classifier: Classifier, cifar10: Path, tmp_path: Path
+) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"bad\.jpg cannot be decoded \(cannot identify"):
+    with pytest.raises(UserError, match=r"bad\.jpg cannot be decoded \(its header is damaged\)$"):
         classifier.predict([tmp_path / "bad.jpg"])
+    with pytest.raises(UserError, match=r"gone\.jpg cannot be read \(No such file or directory\)$"):
+        classifier.predict(tmp_path / "gone.jpg")
+    whole = next((cifar10 / "val" / "dog").iterdir()).read_bytes()
+    with (
+        Image.open(io.BytesIO(undecodable(whole))) as late,
+        pytest.raises(UserError, match="^image 1 cannot be decoded"),
+    ):
+        classifier.predict([Image.new("RGB", (9, 9)), late])
     with pytest.raises(UserError, match="top must be at least 1, not 0"):
         classifier.predict("x.jpg", top=0)
     with pytest.raises(UserError, match=r"image 1 must be a path or an image of Pillow, not <cl"):

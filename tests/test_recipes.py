@@ -104,7 +104,10 @@ def test_a_name_that_is_not_there_is_an_error() -> None:
             "lr_spans=[[0, 3, 1, 2], [4, 6, 2, 1]]",
             "recipe field lr_spans.1 must be a span that begins at 3, not 4",
         ),
-        ("optimizer=adam", "recipe field optimizer must be one of sgd, adamw, muon (perhaps adamw), not 'adam'"),
+        (
+            "optimizer=adam",
+            "recipe field optimizer must be one of sgd, adamw, muon (perhaps adamw), not 'adam'",
+        ),
         ("muon=[0.2, 1]", "recipe field muon must be [LR factor above 0, momentum in [0, 1)], not"),
         ("whitening=true", "recipe field whitening must be false for model smallnet, not True"),
         (

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 
-from pipelines.datasets.folders import METADATA_FOLDERS, is_folder, visible
+from pipelines.datasets.folders import tree
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.index import CHUNK, check_all
 from pipelines.datasets.split import Split
@@ -16,10 +16,9 @@ from pipelines.errors import UserError
 def given_images(paths: Iterable[str]) -> Split:
     """List files, and all files below folders, as a split without classes whose labels are zeros.
 
-    The order is that of the paths, in a folder its files by name and then its folders. Hidden files
-    and metadata folders are left out, links to folders are followed. Header and end of each file
-    are looked at: what cannot be an image is left out, and named in `left_out`. Raises UserError
-    where there is no file at all.
+    The order is that of the paths, and in a folder that of `folders.tree`, which passes over hidden
+    files and metadata. Header and end of each file are looked at: what cannot be an image is left
+    out, and named in `left_out`. Raises UserError where there is no file at all.
     """
     paths = list(paths)
     names = [name for path in paths for name in files_at(path)]
@@ -38,22 +37,10 @@ def given_images(paths: Iterable[str]) -> Split:
     return Split(good, [0] * len(good), (), left_out)
 
 
-def files_at(path: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Yield the path itself unless it is a folder, else the files in and below it.
-
-    `above`: the folders that hold it, which a link may lead back to.
-    """
-    try:
-        entries = sorted(visible(path), key=lambda entry: entry.name)
-        status = os.stat(path)
-    except OSError:  # no folder, or none that can be read: the check of the files says so
+def files_at(path: str) -> Iterator[str]:
+    """Yield the path itself unless it is a folder, else the images in and below it."""
+    if not os.path.isdir(path):
         yield path
         return
-    folder = status.st_dev, status.st_ino
-    if folder in above:
-        return
-    yield from (entry.path for entry in entries if not is_folder(entry))
-    for entry in filter(is_folder, entries):
-        if entry.name in METADATA_FOLDERS:
-            continue
-        yield from files_at(entry.path, above | {folder})
+    for branch in tree(path.rstrip("/") or path):
+        yield from (os.path.join(branch.path, name) for name in branch.images)

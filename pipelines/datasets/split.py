@@ -241,19 +241,17 @@ def check_several(split: Split) -> None:
 
 
 class BadImage(UserError):
-    """A file that looks like an image but cannot be decoded."""
+    """A file that looks like an image but cannot be decoded, or is gone."""
 
-    def __init__(self, file: ImageFile, reason: str) -> None:
-        super().__init__(file, reason)
+    def __init__(self, file: ImageFile, reason: str, remedy: str) -> None:
+        super().__init__(file, reason, remedy)
         self.file = file
         self.reason = reason
         """What is wrong, in words that continue a sentence that begins with the file's name."""
+        self.remedy = remedy
 
     def __str__(self) -> str:
-        return (
-            f"{self.file} {self.reason}: remove it or name it in --skip-list; "
-            f"{SCAN} DIR --decode finds all such files"
-        )
+        return f"{self.file} {self.reason}: {self.remedy}"
 
 
 def undecodable(file: ImageFile, reason: Exception) -> UserError:
@@ -261,14 +259,17 @@ def undecodable(file: ImageFile, reason: Exception) -> UserError:
     if isinstance(reason, OSError) and (limit := system_limit(reason)):
         return limit
     if not os.path.exists(file.path):
-        return UserError(
-            f"{file} is gone since the images were listed: start again; should that name it again, "
-            f"the index of the files is old: rm -r {shlex.quote(str(index_folder()))} forgets all"
+        return BadImage(
+            file,
+            "is gone since the images were listed",
+            "start again; should that name it again, the index of the files is old: "
+            f"rm -r {shlex.quote(str(index_folder()))} forgets all",
         )
     text = " ".join(str(reason).split())
     if not isinstance(reason, Damage):
         text = f"cannot be decoded ({text})"
-    return BadImage(file, text)
+    remedy = f"remove it or name it in --skip-list; {SCAN} DIR --decode finds all such files"
+    return BadImage(file, text, remedy)
 
 
 def read_shapes(files: Sequence[ImageFile]) -> NDArray[np.int64]:
