@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from contextlib import closing
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
@@ -21,6 +22,9 @@ from torch import Tensor
 
 pytest.importorskip("nvidia.dali")
 
+from nvidia.dali import types
+
+from pipelines.backends.dali import graph
 from pipelines.backends.dali.feed import Fed, Feed, with_paths
 from pipelines.backends.dali.finish import BufferPool
 from pipelines.backends.dali.graph import decoder_options
@@ -29,15 +33,18 @@ from pipelines.backends.dali.loader import (
     DaliLoader,
     build,
     check_one_dali,
+    empty_pipeline,
     keep_until_consumed,
     outputs,
+    unreadable,
 )
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
-from pipelines.loader import DaliSettings, LoaderSpec, Stage
+from pipelines.loader import WHOLE_IMAGES, DaliSettings, LoaderSpec, Stage
 from pipelines.sampling import BatchSampler
 
+SMALL = (Stage(epochs=1, image_size=24, batch_size=5),)
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = (
     Stage(epochs=1, image_size=32, batch_size=32),
@@ -67,17 +74,97 @@ def test_settings_change_no_batch(cifar10: Path) -> None:
         loader.close()
 
 
+def gpu_spec(**fields: Any) -> LoaderSpec:
+    """Of a loader on a GPU, which need not be there."""
+    split = Split(whole_files(["a"]), [0], ("a",), shapes=np.array([[9, 9]], np.int32))
+    return LoaderSpec(
+        **{"split": split, "stages": STAGES, "training": True, "device": "cuda:0"} | fields
+    )
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_settings_reach_the_decoder(device: str) -> None:
     settings = DaliSettings(hw_decoder_load=0.25, width_hint=4000, height_hint=3000)
-    split = Split(whole_files(["a"]), [0], ("a",))
-    spec = LoaderSpec(split=split, stages=STAGES, training=True, device=device, dali=settings)
-    options = decoder_options(spec)
+    spec = gpu_spec(device=device, dali=settings)
+    options = decoder_options(spec, windows=True)
     hints = (options.get("preallocate_width_hint"), options.get("preallocate_height_hint"))
     given = (options["device"], options.get("hw_decoder_load"), *hints)
     on_gpu = ("mixed", 0.25, 4000, 3000)
     assert given == (on_gpu if device != "cpu" else ("cpu", None, None, None))
-    assert "preallocate_width_hint" not in decoder_options(replace(spec, dali=DaliSettings()))
+    plain = decoder_options(replace(spec, dali=DaliSettings()), windows=True)
+    assert "preallocate_width_hint" not in plain
+    assert plain.get("hw_decoder_load") == (0.65 if device != "cpu" else None)
+
+
+@pytest.mark.parametrize(
+    "package, windows",
+    [
+        (("nvidia-nvjpeg-cu12", "12.4.0.76"), False),
+        (("nvidia-nvjpeg", "13.1.9.1"), False),
+        (("nvidia-nvjpeg", "13.2.3.58"), True),
+        (("none", "14"), False),
+    ],
+)
+def test_windows_are_upsampled_as_on_a_cpu_where_nvjpeg_can(
+    package: tuple[str, str], windows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name != package[0]:
+            raise PackageNotFoundError(name)
+        return package[1]
+
+    monkeypatch.setattr(graph, "version", version)
+    spec = gpu_spec()
+    assert decoder_options(spec, windows=False)["jpeg_fancy_upsampling"] is True
+    assert decoder_options(spec, windows=True).get("jpeg_fancy_upsampling", False) == windows
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_windows_are_cut_out_of_whole_images_where_that_is_asked_for(
+    whole: bool, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph of a GPU, run on a CPU by its decoder: the same pixels either way."""
+    monkeypatch.setenv(WHOLE_IMAGES, "1" if whole else "0")
+    decoders: list[str] = []
+
+    def options(spec: LoaderSpec, windows: bool) -> dict[str, Any]:
+        decoders.append("windows" if windows else "whole images")
+        return {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
+
+    monkeypatch.setattr(graph, "decoder_options", options)
+    split = read_split(photographs, "train").take(np.arange(0, 400, 80))
+    stages = (Stage(epochs=1, image_size=64, batch_size=5),)
+    spec = gpu_spec(split=split, stages=stages)
+    feed = Feed(spec, with_paths(BatchSampler(spec).batches(0, 0)), finish=False)
+    pipeline = empty_pipeline(replace(spec, device="cpu"))
+    with pipeline:
+        inputs = feed.nodes()
+        pipeline.set_outputs(graph.decoded_graph(spec, graph.encoded_files(inputs, False), inputs))
+    (images,) = pipeline.run()
+    fed = feed.in_flight[0]
+    assert decoders == ["whole images" if whole else "windows"]
+    assert fed.start is not None and fed.extent is not None
+    for index, file in enumerate(fed.batch.files):
+        (top, left), (high, wide) = fed.start[index], fed.extent[index]
+        pixels = np.asarray(Image.open(file.path).convert("RGB"))[top : top + high]
+        difference = np.asarray(images[index]).astype(int) - pixels[:, left : left + wide]
+        assert np.abs(difference).mean() < 1
+
+
+def test_a_gpu_that_decodes_no_windows_is_told_what_to_set(few: Split) -> None:
+    spec = gpu_spec(split=few)
+    feed = Feed(spec, with_paths(BatchSampler(replace(spec, stages=SMALL)).batches(0, 0)), True)
+    feed()
+    error = RuntimeError(
+        "Critical error in pipeline:\nError in MIXED operator "
+        "`nvidia.dali.fn.decoders.image_slice`,\nencountered:\n\nINTERNAL_ERROR\n at sample 3"
+    )
+    told = unreadable(feed, error)
+    assert isinstance(told, UserError) and "\n" not in str(told)
+    assert "on this GPU (INTERNAL_ERROR at sample 3)" in str(told)
+    assert f"{WHOLE_IMAGES}=1" in str(told) and "--backend torchvision" in str(told)
+    other = RuntimeError("CUDA error: an illegal memory access was encountered:")
+    assert unreadable(feed, other) is other
 
 
 def test_two_dali_packages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,8 +232,7 @@ def few(cifar10: Path, tmp_path: Path) -> Split:
 
 def read_all(split: Split, **fields: Any) -> list[Tensor]:
     """All images of two epochs, in batches of 5."""
-    stages = (Stage(epochs=1, image_size=24, batch_size=5),)
-    spec = LoaderSpec(**{"split": split, "stages": stages, "training": True} | fields)
+    spec = LoaderSpec(**{"split": split, "stages": SMALL, "training": True} | fields)
     with closing(DaliLoader(spec)) as loader:
         return [images.clone() for _ in range(2) for images, _ in loader]
 

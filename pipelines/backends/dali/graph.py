@@ -7,6 +7,7 @@ same random numbers, up to rounding.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from nvidia.dali import fn, types
@@ -18,6 +19,11 @@ Inputs = Mapping[str, DataNode]
 """What `Feed.nodes` defines."""
 NEVER = 2**30
 """Bytes that no encoded image has."""
+NVJPEG = ("nvidia-nvjpeg-cu12", "nvidia-nvjpeg")
+"""Packages of the library that decodes JPEGs on a GPU, for CUDA 12 and 13."""
+FANCY_WINDOWS = (13, 2)
+"""Version of nvJPEG before which a window that is upsampled as on a CPU, which is called fancy, is
+left to the CPU or wrong at its edges."""
 
 
 def encoded_files(inputs: Inputs, packed: bool) -> DataNode:
@@ -57,38 +63,40 @@ def checked(encoded: DataNode, inputs: Inputs) -> DataNode:
 
 def decode_whole(spec: LoaderSpec, encoded: DataNode) -> DataNode:
     """Decode images to RGB in HWC; EXIF orientation is not applied."""
-    options = decoder_options(spec)
-    if spec.device != "cpu":
-        options["jpeg_fancy_upsampling"] = True  # the pixels of the CPU's decoder
-    return fn.decoders.image(encoded, **options)
+    return fn.decoders.image(encoded, **decoder_options(spec, windows=False))
 
 
 def decode_window(spec: LoaderSpec, encoded: DataNode, inputs: Inputs) -> DataNode:
-    """Decode a window of each image to RGB in HWC; EXIF orientation is not applied.
-
-    Without fancy upsampling: before version 13.2, nvJPEG leaves windows of 4:2:0 images that ask
-    for it to the CPU.
-    """
-    return fn.decoders.image_slice(
-        encoded,
-        start=inputs["start"],
-        shape=inputs["extent"],
-        axes=[0, 1],
-        **decoder_options(spec),
-    )
+    """Decode a window of each image to RGB in HWC; EXIF orientation is not applied."""
+    window = {"start": inputs["start"], "shape": inputs["extent"], "axes": [0, 1]}
+    if spec.device != "cpu" and spec.dali.whole_images:
+        return fn.slice(decode_whole(spec, encoded), **window)
+    return fn.decoders.image_slice(encoded, **window, **decoder_options(spec, windows=True))
 
 
-def decoder_options(spec: LoaderSpec) -> dict[str, Any]:
+def decoder_options(spec: LoaderSpec, windows: bool) -> dict[str, Any]:
     """Make arguments for a decoder on the CPU or a GPU; EXIF orientation is not applied."""
     options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
     if spec.device == "cpu":
         return options | {"device": "cpu"}
     settings = spec.dali
     options |= {"device": "mixed", "hw_decoder_load": settings.hw_decoder_load}
+    if not windows or nvjpeg_version() >= FANCY_WINDOWS:
+        options["jpeg_fancy_upsampling"] = True  # the pixels of the CPU's decoder
     if settings.width_hint and settings.height_hint:
         options["preallocate_width_hint"] = settings.width_hint
         options["preallocate_height_hint"] = settings.height_hint
     return options
+
+
+def nvjpeg_version() -> tuple[int, ...]:
+    """Return the version of nvJPEG's package, on which DALI's depend; empty where there is none."""
+    for name in NVJPEG:
+        try:
+            return tuple(int(part) for part in version(name).split(".")[:2])
+        except PackageNotFoundError:
+            continue
+    return ()
 
 
 def resize(images: DataNode, size: DataNode) -> DataNode:

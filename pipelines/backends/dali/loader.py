@@ -27,7 +27,7 @@ from pipelines.backends.stream import StreamLoader
 from pipelines.datasets.checks import check_file
 from pipelines.datasets.split import undecodable
 from pipelines.errors import Damage, UserError
-from pipelines.loader import LoaderSpec
+from pipelines.loader import WHOLE_IMAGES, LoaderSpec
 from pipelines.sampling import Batch, BatchSampler, CropParams
 
 MAX_KEPT = 16
@@ -149,7 +149,8 @@ def build(spec: LoaderSpec, feed: Feed, packed: bool) -> Pipeline:
 
 def unreadable(feed: Feed, error: RuntimeError) -> Exception:
     """Turn DALI's error into a UserError: out of memory, or the first file in flight that cannot
-    be decoded or has changed. Where it is neither, return `error` itself."""
+    be decoded or has changed, or a GPU that cannot decode windows. Where it is none of them, return
+    `error` itself."""
     if any(words in str(error) for words in OUT_OF_MEMORY):
         batch = feed.in_flight[-1].batch
         return UserError(
@@ -168,6 +169,13 @@ def unreadable(feed: Feed, error: RuntimeError) -> Exception:
                     f"{file} is {header.width} x {header.height} pixels and was {width} x {height} "
                     f"when its folder was indexed: touch {folder} and start again"
                 )
+    if feed.spec.device != "cpu" and "decoders.image_slice" in str(error):
+        cause = " ".join(str(error).partition("encountered:")[2].split())[:200]
+        return UserError(
+            f"DALI does not decode windows of images on this GPU ({cause}), as is known of "
+            f"nvImageCodec 0.9.0 on some: the environment variable {WHOLE_IMAGES}=1 has it decode "
+            "whole images and cut them, or take --backend torchvision"
+        )
     return error
 
 
