@@ -129,7 +129,8 @@ def first_pictures(
 def denormalised(images: Tensor, transforms: Transforms) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return normalised images (B, 3, H, W) as pixels (B, H, W, 3)."""
     values = images.float().permute(0, 2, 3, 1).numpy()
-    pixels = (values * np.float32(transforms.std) + np.float32(transforms.mean)) * 255
+    mean, std = (np.array(each, np.float32) for each in (transforms.mean, transforms.std))
+    pixels: np.ndarray[Any, np.dtype[np.float32]] = (values * std + mean) * 255
     return pixels.round().clip(0, 255).astype(np.uint8)
 
 

@@ -10,6 +10,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from math import isfinite
@@ -87,10 +88,8 @@ class Sinks:
             "csv": Table,
         }
         for name in self._names:
-            made = self._attempt(
-                name, lambda make=makers[name]: make(self._folder, step, self._about)
-            )  # type: ignore[misc]
-            if made is not None:
+            make = partial(makers[name], self._folder, step, self._about)
+            if (made := self._attempt(name, make)) is not None:
                 self._open[name] = made
 
     def row(self, kind: str, row: Row) -> None:
@@ -101,7 +100,7 @@ class Sinks:
             if isinstance(row.get(field), int | float) and isfinite(row[field])
         }
         for name, sink in tuple(self._open.items()) if values else ():
-            self._attempt(name, lambda sink=sink: sink.log(row["step"], values))  # type: ignore[misc]
+            self._attempt(name, partial(sink.log, row["step"], values))
 
     def close(self) -> None:
         """Close the tools."""

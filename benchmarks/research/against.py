@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"round {number}  {name:6}  {told}", flush=True)
     rows = compare(rounds)
     names = ("before", "after", "ratio")
-    table = [("", *names)]
+    table: list[tuple[str, ...]] = [("", *names)]
     table += [(MEASURES[row["measure"]], *(shown(row[name]) for name in names)) for row in rows]
     about["hardware"] += f", {args.threads} threads, {args.size} px"
     print(f"\n{about['hardware']} (95 % intervals)\n\n{markdown(table)}")

@@ -174,6 +174,8 @@ class Run:
         last = {**(rows[-1] if rows else {}), **(evaluated[-1] if evaluated else {})}
         if rows:
             last["train_seconds"] = rows[-1]["train_seconds"]
-        keys = ("top1", "top5", "balanced_top1", "tta_top1", "tta_top5", "square_top1")
-        keys += ("train_seconds",)
+        keys = (
+            *("top1", "top5", "balanced_top1", "tta_top1", "tta_top5", "square_top1"),
+            "train_seconds",
+        )
         return {key: self.summary[key] if key in self.summary else last.get(key) for key in keys}

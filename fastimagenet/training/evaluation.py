@@ -50,13 +50,19 @@ class Counts:
         a TTA, and how many images were ranked among more than five classes. Then the images of each
         class, and the right ones."""
         images, correct1, correct5, loss_sum, tta1, tta5, ranked, *by_class = totals
-        best = [int(count) if ranked else None for count in (correct5, tta5)]
-        tta_correct = (int(tta1), best[1]) if tta != "none" else (None, None)
         half = len(by_class) // 2
         pairs = [(n, right) for n, right in zip(by_class, by_class[half:], strict=False) if n]
         uneven = len(pairs) > 1 and max(pairs)[0] >= UNEVEN * min(pairs)[0]
         balanced = sum(right / n for n, right in pairs) / len(pairs) if uneven else None
-        return cls(int(images), int(correct1), best[0], loss_sum, *tta_correct, balanced)
+        return cls(
+            images=int(images),
+            correct1=int(correct1),
+            correct5=int(correct5) if ranked else None,
+            loss_sum=loss_sum,
+            tta_correct1=None if tta == "none" else int(tta1),
+            tta_correct5=None if tta == "none" or not ranked else int(tta5),
+            balanced_top1=balanced,
+        )
 
     @property
     def top1(self) -> float:
