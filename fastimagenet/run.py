@@ -300,7 +300,7 @@ def dry_run(config: RunConfig) -> str:
     train, val = read_data(config.data, say_notes=True)
     check_target(recipe, len(train.classes))
     plan = Plan.of(recipe, world_size, len(train), config.global_batch)
-    return "\n".join([described(plan, train, val), *config.notes])
+    return "\n".join([*config.notes, described(plan, train, val)])
 
 
 def train(
