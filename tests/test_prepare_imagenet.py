@@ -226,6 +226,17 @@ def test_kaggles_folders_become_class_folders(
     assert one.samefile(next(dst.rglob(one.name)))
 
 
+def test_what_reads_kaggles_folders_as_they_are_is_told_of_prepare(
+    kaggle: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"as Kaggle has it: python -m pipelines.prepare imagenet "):
+        read_split(kaggle, "train")
+    folder = kaggle / "ILSVRC/Data/CLS-LOC"
+    assert len(read_split(folder, "train")) == 9
+    with pytest.raises(UserError, match=f"7 loose files, .* imagenet {folder} DST sorts ImageNet"):
+        read_split(folder, "val")
+
+
 def test_on_another_disk_kaggles_images_are_copied(
     kaggle: Path, images: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

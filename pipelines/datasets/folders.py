@@ -53,6 +53,10 @@ def no_split(root: Path, split: str) -> UserError:
             f"{root} holds tar files that prepare shard has not written (no shards.json): unpack "
             f"them to DIR/train/CLASS/IMAGE; {SHARD} DIR DST makes shards of that"
         )
+    if "ILSVRC" in found.folders:
+        return UserError(
+            f"{root} is ImageNet as Kaggle has it: {PREPARE_IMAGENET} {root} DST first"
+        )
     first, *others = SPLIT_FOLDERS[split]
     names = f"{first}/" + (f" (nor {', '.join(others)})" if others else "")
     text = f"{root} has no folder {names}: expected {first}/CLASS/IMAGE"
@@ -66,6 +70,7 @@ def no_split(root: Path, split: str) -> UserError:
     return UserError(text)
 
 
+PREPARE_IMAGENET = "python -m pipelines.prepare imagenet"
 SHARD = "python -m pipelines.prepare shard"
 
 
@@ -189,6 +194,9 @@ def no_classes(top: Branch) -> UserError:
     if top.images:
         files = "1 loose file" if len(top.images) == 1 else f"{len(top.images):,} loose files"
         text += f" but {files}, the first {top.images[0]}"
+        if top.images[0].startswith("ILSVRC2012_val_"):
+            folder = os.path.dirname(top.path)
+            return UserError(f"{text}: {PREPARE_IMAGENET} {folder} DST sorts ImageNet's by class")
         return UserError(
             f"{text}: expected {top.path}/CLASS/IMAGE, or --labels FILE.csv with the class of each"
         )
