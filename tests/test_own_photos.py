@@ -14,9 +14,11 @@ from fastimagenet.__main__ import COMMANDS
 from tests.commands import ROOT, call, summary_of
 from tests.networks import make_model
 
+SMALL = ["--device", "cpu", "--set", "model=smallnet", "--set", "pretrained=weights.pth"]
+"""No network here, to fetch weights from: random ones of a small one."""
 SHORTER = {
-    "train": ["--device", "cpu", "--epochs", "2"],
-    "lr_find": ["--device", "cpu"],
+    "train": [*SMALL, "--epochs", "2"],
+    "lr_find": SMALL,
     "evaluate": ["--device", "cpu"],
 }
 """What a test adds."""
@@ -35,7 +37,6 @@ def test_there_are_as_many_as_it_says() -> None:
 def test_the_commands_lead_from_a_folder_to_an_answer(
     cifar10: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("onnx", reason="needs the extra export")
@@ -45,11 +46,7 @@ def test_the_commands_lead_from_a_folder_to_an_answer(
         for path in sorted((cifar10 / "train" / name).iterdir())[:16]:
             shutil.copy(path, folder)
     shutil.copy(next((cifar10 / "val" / "cat").iterdir()), tmp_path / "new.jpg")
-    hub = tmp_path / "home" / "hub" / "checkpoints"
-    hub.mkdir(parents=True)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    torch.manual_seed(0)  # no network here: random numbers where torchvision would have put weights
-    torch.save(make_model("resnet18", 1000).state_dict(), hub / "resnet18-f37072fd.pth")
+    torch.save(make_model("smallnet", 1000).state_dict(), tmp_path / "weights.pth")
     for command in commands():
         program, name, *words = shlex.split(command)
         assert program == "fastimagenet"
@@ -61,12 +58,12 @@ def test_the_commands_lead_from_a_folder_to_an_answer(
         out, err = capsys.readouterr()
         assert status == 0, f"{command}\n{out}\n{err}"
         if "--dry-run" in words:
-            assert "recipe photos" in out and "starts from pretrained weights: imagenet" in out
+            assert "recipe photos" in out and "starts from pretrained weights: weights.pth" in out
             assert "all but the last are frozen for 1 epochs" in out
         if name == "predict":
             assert "cat" in out and "frog" in out
     assert (tmp_path / "batches.html").exists() and (tmp_path / "photos.onnx").exists()
     assert (tmp_path / "runs/first/details/page.html").exists()
     summary = summary_of(tmp_path / "runs/first")
-    assert summary["target"] is None and summary["pretrained"] == "imagenet"
+    assert summary["target"] is None and summary["pretrained"] == "weights.pth"
     assert "details/page.html" in (tmp_path / "runs/first/report.html").read_text()
