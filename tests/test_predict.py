@@ -218,7 +218,7 @@ def test_mistakes_from_python_are_named(
     whole = next((cifar10 / "val" / "dog").iterdir()).read_bytes()
     with (
         Image.open(io.BytesIO(undecodable(whole))) as late,
-        pytest.raises(UserError, match="^image 1 cannot be decoded"),
+        pytest.raises(UserError, match=r"^image 1 cannot be decoded"),
     ):
         classifier.predict([Image.new("RGB", (9, 9)), late])
     with pytest.raises(UserError, match="top must be at least 1, not 0"):
