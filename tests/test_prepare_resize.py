@@ -347,6 +347,14 @@ def test_a_second_call_makes_what_is_missing_or_older_than_its_source(
     assert missing.read_bytes() == expected and emptied.stat().st_size > 0
     assert pixels_of(changed).shape == (160, 320, 3)
     assert [path.stat().st_ino for path in others] == inodes
+    source = min(src.glob("train/*/*"))
+    replacement = Path(shutil.copy2(max(src.glob("val/*/*")), tmp_path))
+    os.utime(replacement, (1, 1))
+    replacement.replace(source)
+    capsys.readouterr()
+    resize(src, dst, "--short-side", 160)
+    assert ", 17 were there" in capsys.readouterr().out
+    inodes = [path.stat().st_ino for path in others]
     resize(src, dst, "--short-side", 160, 120)
     assert [path.stat().st_ino for path in others] == inodes
     assert len(list((dst / "120").glob("*/*/*"))) == 18

@@ -300,3 +300,10 @@ def test_spans_that_do_not_hold_may_reach_past_the_end() -> None:
 def test_stretching_to_nothing_is_an_error() -> None:
     with pytest.raises(UserError, match="--epochs must be at least 1"):
         two_phases().stretched(0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_recipe_from_windows_is_read(tmp_path: Path, encoding: str) -> None:
+    text = recipe_toml.dumps(named_recipe("cifar10")).replace("\n", "\r\n")
+    (tmp_path / "mine.toml").write_bytes(text.encode(encoding))
+    assert recipe_toml.load(tmp_path / "mine.toml") == named_recipe("cifar10")
