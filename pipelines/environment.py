@@ -17,6 +17,8 @@ PACKAGES = (
     "pillow",
     "apex",
 )
+NVJPEG = ("nvidia-nvjpeg-cu12", "nvidia-nvjpeg")
+"""Packages of the library that decodes JPEGs on a GPU, for CUDA 12 and 13."""
 
 
 def processor() -> str:
@@ -38,3 +40,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def nvjpeg_version() -> tuple[int, ...]:
+    """Return the version of nvJPEG's package, on which DALI's depend; empty where there is none."""
+    for name in NVJPEG:
+        try:
+            return tuple(int(part) for part in version(name).split(".")[:2])
+        except PackageNotFoundError:
+            continue
+    return ()

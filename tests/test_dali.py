@@ -24,6 +24,7 @@ pytest.importorskip("nvidia.dali")
 
 from nvidia.dali import types
 
+from pipelines import environment
 from pipelines.backends.dali import graph
 from pipelines.backends.dali.feed import Fed, Feed, with_paths
 from pipelines.backends.dali.finish import BufferPool
@@ -113,7 +114,7 @@ def test_windows_are_upsampled_as_on_a_cpu_where_nvjpeg_can(
             raise PackageNotFoundError(name)
         return package[1]
 
-    monkeypatch.setattr(graph, "version", version)
+    monkeypatch.setattr(environment, "version", version)
     spec = gpu_spec()
     assert decoder_options(spec, windows=False)["jpeg_fancy_upsampling"] is True
     assert decoder_options(spec, windows=True).get("jpeg_fancy_upsampling", False) == windows

@@ -18,7 +18,7 @@ from benchmarks.common.statistics import Estimate
 from benchmarks.gpu_suite import __main__ as gpu_suite
 from benchmarks.gpu_suite import steps as suite_steps
 from benchmarks.gpu_suite.parts import PARTS, TESTS, Part, Setup, read_tests
-from benchmarks.research import decode_sweep
+from benchmarks.research import decode_sweep, device_ceilings
 from benchmarks.research.decode_sweep import DecodeRate, Task
 from benchmarks.training_step import StepRate
 from fastimagenet.recipes import named_recipe
@@ -324,8 +324,8 @@ def test_the_decode_sweep_carries_the_best_settings_on(monkeypatch: pytest.Monke
         )  # fmt: skip
 
     monkeypatch.setattr(Task, "measure", measure)
-    shapes = decode_sweep.np.array([[480, 640], [900, 300]], "int32")
-    split = Split(whole_files(["a", "b"]), [0, 1], ("a", "b"), shapes=shapes)
+    shapes = decode_sweep.np.array(99 * [[480, 640], [900, 300]] + 2 * [[9000, 8000]], "int32")
+    split = Split(whole_files(200 * ["a"]), 200 * [0], ("a",), shapes=shapes)
     gpu = decode_sweep.torch.device("cuda:0")
     task = Task(split=split, device=gpu, batch_size=8, seconds=1.0)
     rates = list(task.sweep([128, 224, 288], [4, 8, 16]))
@@ -337,6 +337,17 @@ def test_the_decode_sweep_carries_the_best_settings_on(monkeypatch: pytest.Monke
     for rate, size in zip(rates[-3:], (128, 224, 288), strict=True):
         assert (rate.image_size, rate.threads) == (size, 8)
         assert rate.settings == DaliSettings(hw_decoder_load=0.75, prefetch=3)
+
+
+def test_what_dalis_hardware_decoder_needs_is_told() -> None:
+    """Without a driver nvJPEG finds no engine; without nvJPEG none is asked for."""
+    found = device_ceilings.jpeg_decoder()
+    assert list(found) == ["libnvcuvid", "nvjpeg", "jpeg_engines"]
+    if device_ceilings.nvjpeg_library() is None:
+        assert found["jpeg_engines"] is None
+    elif device_ceilings.library("libcuda.so.1") is None:
+        assert found["jpeg_engines"] == 0 and found["libnvcuvid"] is False
+    assert device_ceilings.library("no such library.so") is None
 
 
 def test_entries_name_the_photographs_again_and_again() -> None:

@@ -29,11 +29,13 @@ from pathlib import Path
 from benchmarks.common.measuring import begin, command_parser
 from benchmarks.gpu_suite.parts import PARTS, Part, Setup
 from benchmarks.gpu_suite.report import REHEARSAL, PartResult, Result, write_results
+from benchmarks.research.window_decoding import failure
 from fastimagenet import cli
 from fastimagenet.distributed.world import Launch
 from pipelines.cli import output_folder
 from pipelines.datasets.folders import find_split
 from pipelines.errors import UserError
+from pipelines.loader import WHOLE_IMAGES
 from pipelines.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts={},
     )
     print(result.rehearsal or result.hardware, flush=True)
+    if not setup.small and setup.data is not None and (told := failure(setup.data)):
+        print(f"DALI does not decode windows here ({told}): all parts decode whole images")
+        os.environ[WHOLE_IMAGES] = "1"
     shown = run_parts(setup, result, folder, set(args.only) - set(args.skip))
     print(f"results: {folder / result.name}.json, .md and .html")
     if result.failed:

@@ -168,7 +168,10 @@ def ceilings(figures: Row) -> Shown:
         (f"matrix product, {figures['dtype']}", product),
         ("copy, read and written", shown(figures["copy_bytes_per_sec"], 1e-9, " GB/s")),
     ]
-    names = ("name", "memory_bytes", "multiprocessors", "compute_capability", "cuda", "cudnn")
+    names = (
+        *("name", "memory_bytes", "multiprocessors", "compute_capability", "cuda", "cudnn"),
+        *("libnvcuvid", "nvjpeg", "jpeg_engines", "decodes"),
+    )
     rows += [(name.replace("_", " "), str(figures[name])) for name in names if name in figures]
     return rows, f"Means with 95 % intervals over {figures['rounds']} turns."
 

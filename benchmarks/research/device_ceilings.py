@@ -5,9 +5,11 @@ python -m benchmarks.research.device_ceilings --json FILE
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, distribution
 
 import torch
 
@@ -15,10 +17,13 @@ from benchmarks.common.measuring import command_parser
 from benchmarks.common.rates import ceilings
 from fastimagenet import cli
 from pipelines.cli import positive
-from pipelines.environment import processor
+from pipelines.environment import NVJPEG, nvjpeg_version, processor
 from pipelines.files import Row, write_object
+from pipelines.loader import DaliSettings
 
 ROUNDS = 5
+HARDWARE = ctypes.c_int(3)
+"""NVJPEG_BACKEND_HARDWARE of nvjpeg.h."""
 
 
 def facts(device: torch.device) -> Row:
@@ -35,7 +40,46 @@ def facts(device: torch.device) -> Row:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "host": processor(),
+        "decodes": "whole images" if DaliSettings().whole_images else "windows",
+        **jpeg_decoder(),
     }
+
+
+def jpeg_decoder() -> Row:
+    """Tell what DALI's hardware decoder needs: the driver's library, without which DALI falls back
+    to the GPU's cores in silence, nvJPEG, and the engines that it finds; null where unknown."""
+    found: Row = {"libnvcuvid": library("libnvcuvid.so.1") is not None}
+    found |= {"nvjpeg": ".".join(map(str, nvjpeg_version())) or None, "jpeg_engines": None}
+    nvjpeg = nvjpeg_library()
+    if nvjpeg is None:
+        return found
+    handle, engines, cores = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_uint()
+    created = nvjpeg.nvjpegCreateEx(HARDWARE, None, None, ctypes.c_uint(0), ctypes.byref(handle))
+    if created:  # no status but 0 is a success: there is no such decoder, or no driver for it
+        return found | {"jpeg_engines": 0}
+    asked = nvjpeg.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores))
+    nvjpeg.nvjpegDestroy(handle)
+    return found if asked else found | {"jpeg_engines": engines.value}
+
+
+def nvjpeg_library() -> ctypes.CDLL | None:
+    """Load the nvJPEG of the installed package, as DALI does, or else the system's."""
+    for name in NVJPEG:
+        try:
+            files = distribution(name).files or []
+        except PackageNotFoundError:
+            continue
+        for file in files:
+            if file.name.startswith("libnvjpeg.so"):
+                return library(str(file.locate()))
+    return library("libnvjpeg.so.13") or library("libnvjpeg.so.12")
+
+
+def library(name: str) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,20 +7,18 @@ same random numbers, up to rounding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
 
+from pipelines.environment import nvjpeg_version
 from pipelines.loader import LoaderSpec
 
 Inputs = Mapping[str, DataNode]
 """What `Feed.nodes` defines."""
 NEVER = 2**30
 """Bytes that no encoded image has."""
-NVJPEG = ("nvidia-nvjpeg-cu12", "nvidia-nvjpeg")
-"""Packages of the library that decodes JPEGs on a GPU, for CUDA 12 and 13."""
 FANCY_WINDOWS = (13, 2)
 """Version of nvJPEG before which a window that is upsampled as on a CPU, which is called fancy, is
 left to the CPU or wrong at its edges."""
@@ -87,16 +85,6 @@ def decoder_options(spec: LoaderSpec, windows: bool) -> dict[str, Any]:
         options["preallocate_width_hint"] = settings.width_hint
         options["preallocate_height_hint"] = settings.height_hint
     return options
-
-
-def nvjpeg_version() -> tuple[int, ...]:
-    """Return the version of nvJPEG's package, on which DALI's depend; empty where there is none."""
-    for name in NVJPEG:
-        try:
-            return tuple(int(part) for part in version(name).split(".")[:2])
-        except PackageNotFoundError:
-            continue
-    return ()
 
 
 def resize(images: DataNode, size: DataNode) -> DataNode:
