@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def look(config: RunConfig, count: int) -> list[Seen]:
     """Read up to `count` training and validation images of each phase. Raises UserError."""
     recipe = run.with_copies(config.recipe, config.data.root)
-    train, val = run.read_data(config.data, say_notes=True)
+    train, val = run.read_data(config.data, say_notes=True, recipe=recipe)
     plan = Plan.of(recipe, 1, len(train), config.global_batch)
     some = val.take(np.linspace(0, len(val) - 1, min(count, len(val))).astype(np.int64))
     passes = [plan.phase_of_epoch(epoch) for epoch in range(plan.epochs) if plan.evaluates(epoch)]

@@ -37,7 +37,7 @@ class Preprocess:
     """Turns an image of Pillow into the network's input: (3, S, S) float32, normalised.
 
     The pixels are those of evaluation with the back end torchvision: the short side is resized,
-    the centre is cut out, and EXIF orientation is not applied.
+    and the centre is cut out.
     """
 
     image_size: int
@@ -47,10 +47,13 @@ class Preprocess:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     """Per channel, of pixels in 0..1."""
+    upright: bool
+    """Whether EXIF orientation is applied first."""
 
     def __call__(self, image: Image.Image) -> Tensor:
         shape = self.image_size, self.image_size
-        pixels = validation_crop(functional.pil_to_tensor(rgb(image)), shape, self.resize_ratio)
+        pixels = functional.pil_to_tensor(rgb(image, self.upright))
+        pixels = validation_crop(pixels, shape, self.resize_ratio)
         mean = 255 * torch.tensor(self.mean, dtype=torch.float32)
         std = 255 * torch.tensor(self.std, dtype=torch.float32)
         return normalise(pixels.permute(1, 2, 0)[None].float(), mean, std)[0]
@@ -83,8 +86,8 @@ class Classifier:
     @property
     def preprocess(self) -> Preprocess:
         """What makes the network's input of an image of Pillow."""
-        recipe = self.recipe
-        return Preprocess(self.stage.image_size, recipe.resize_ratio, recipe.mean, recipe.std)
+        recipe, size = self.recipe, self.stage.image_size
+        return Preprocess(size, recipe.resize_ratio, recipe.mean, recipe.std, recipe.upright)
 
     def predict(
         self, images: Picture | Iterable[Picture], top: int = 5

@@ -115,11 +115,13 @@ def facts_of(network: Classifier, model: nn.Module | None = None) -> dict[str, s
     recipe, stage = network.recipe, network.stage
     pixels = "pixels in 0..1" if isinstance(model, Normalised) else "(pixels in 0..1 - mean) / std"
     size = stage.image_size
+    turned = "turned upright by their EXIF orientation, " if recipe.upright else ""
     return {
         "classes": json.dumps(network.classes),
         "model": recipe.model,
-        "input": f"RGB images (batch, 3, {size}, {size}) float32, {pixels}: the short side resized "
-        f"to {int(size * recipe.resize_ratio + 0.5)} px, bilinear, and the centre cut out",
+        "input": f"RGB images (batch, 3, {size}, {size}) float32, {pixels}: {turned}"
+        f"the short side resized to {int(size * recipe.resize_ratio + 0.5)} px, bilinear, and the "
+        "centre cut out",
         "mean": json.dumps(recipe.mean),
         "std": json.dumps(recipe.std),
         "recipe": toml.dumps(recipe),

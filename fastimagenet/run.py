@@ -53,22 +53,26 @@ WHITENING_IMAGES = 2000
 """About so many; airbench94 takes 5,000, of which each gives 961 patches at 32 px."""
 
 
-def read_data(data: DataConfig, say_notes: bool, notes: Sequence[str] = ()) -> tuple[Split, Split]:
+def read_data(
+    data: DataConfig, say_notes: bool, notes: Sequence[str] = (), recipe: Recipe | None = None
+) -> tuple[Split, Split]:
     """Read both splits and check their files. Raises UserError naming the folder or file.
 
-    `say_notes`: print what was left out on standard error, behind the other `notes`.
+    `say_notes`: print on standard error what was left out, and what a `recipe` should see to,
+    behind the other `notes`.
     """
     start_workers(data.backend)
     train, val = data.read("train"), data.read("val")
     check_classes(train, val)
     check_several(train)
-    for note in (*notes, *data_notes(train, val)) if say_notes else ():
+    for note in (*notes, *data_notes(train, val, recipe)) if say_notes else ():
         print(note, file=sys.stderr)  # noqa: T201
     return train, val
 
 
-def data_notes(train: Split, val: Split) -> list[str]:
-    """Say what of the data is not read, and how unbalanced the classes are."""
+def data_notes(train: Split, val: Split, recipe: Recipe | None) -> list[str]:
+    """Say what of the data is not read, and what a recipe should see to: how unbalanced the classes
+    are, and images that lie on their side."""
     counts = np.bincount(train.labels, minlength=len(train.classes))
     most, least = int(counts.argmax()), int(counts.argmin())
     notes = notes_of(train, val)
@@ -77,6 +81,12 @@ def data_notes(train: Split, val: Split) -> list[str]:
             f"note: the classes are unbalanced: {counts[most]:,} training images of "
             f"{train.classes[most]}, {counts[least]:,} of {train.classes[least]}; --set "
             "class_weight_power=0.5, or up to 1, weighs rare ones more"
+        )
+    turned = train.num_turned + val.num_turned
+    if turned and recipe is not None and not recipe.upright:
+        notes.append(
+            f"note: {turned:,} of {len(train) + len(val):,} images have an EXIF orientation, which "
+            "is not applied: --set upright=true turns them upright"
         )
     return notes
 
@@ -281,7 +291,7 @@ def write_plan(config: RunConfig, plan: Plan, train: Split, val: Split) -> None:
         "num_val": len(val),
         "num_classes": len(train.classes),
         "left_out": len(train.left_out) + len(val.left_out),
-        "notes": [*config.notes, *data_notes(train, val)],
+        "notes": [*config.notes, *data_notes(train, val, plan.recipe)],
         "run": run_id(),
     }
     write_object(config.folder / "plan.json", plan.to_dict() | facts)
@@ -297,7 +307,7 @@ def dry_run(config: RunConfig) -> str:
     """Format the plan of the images that training would read; of the run nothing is written."""
     recipe = with_copies(config.recipe, config.data.root)
     world_size = Processes.of(config.launch).world_size
-    train, val = read_data(config.data, say_notes=True)
+    train, val = read_data(config.data, say_notes=True, recipe=recipe)
     check_target(recipe, len(train.classes))
     plan = Plan.of(recipe, world_size, len(train), config.global_batch)
     return "\n".join([*config.notes, described(plan, train, val)])
@@ -316,7 +326,7 @@ def train(
     clock = clock or Stopwatch()
     recipe = with_copies(config.recipe, config.data.root)
     processes = Processes.of(config.launch)
-    train, val = read_data(config.data, processes.is_first, config.notes)
+    train, val = read_data(config.data, processes.is_first, config.notes, recipe)
     check_target(recipe, len(train.classes))
     plan = Plan.of(recipe, processes.world_size, len(train), config.global_batch)
     argv = config.flags() if argv is None else argv
@@ -421,7 +431,7 @@ def sweep(
     argv = [*config.flags(), *settings.flags()] if argv is None else argv
     if processes.is_first:
         settings.check_recipe_out()
-    train, val = read_data(config.data, processes.is_first, config.notes)
+    train, val = read_data(config.data, processes.is_first, config.notes, recipe)
     plan = Plan.of(recipe, processes.world_size, len(train), config.global_batch)
     check_validation(plan, len(val))
     val = shuffled(val, config.seed)

@@ -60,6 +60,9 @@ class Transforms:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     """Per channel, of pixels in 0..1."""
+    upright: bool = False
+    """Turn images upright first, by their EXIF orientation: photographs of telephones. XMP does not
+    count, nor does an orientation that is no number from 1 to 8."""
     mirror: bool = True
     """Training: flip left-right with probability 1/2."""
     alternating_flip: bool = False

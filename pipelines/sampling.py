@@ -137,8 +137,8 @@ class BatchSampler:
     @cached_property
     def rectangles(self) -> Rectangles:
         """The batches of validation images where a stage is `rect`."""
-        assert self.spec.split.shapes is not None, "a split whose files were not looked at"
-        return Rectangles(self.spec.split.shapes)
+        split = self.spec.split
+        return Rectangles(split.shapes_of(np.arange(len(split)), self.spec.upright))
 
     @cached_property
     def first_flips(self) -> NDArray[np.int32]:
@@ -241,7 +241,7 @@ MAX_RATIO = 3.0
 class Rectangles:
     """Batches of validation images of like aspect ratios, the same at any number of shards."""
 
-    def __init__(self, shapes: NDArray[np.int32]) -> None:
+    def __init__(self, shapes: NDArray[np.int64]) -> None:
         """`shapes` (N, 2): height and width of the images."""
         self.shapes = shapes
 
@@ -262,13 +262,13 @@ class Rectangles:
         return indices, crop_shape(self.shapes[indices], stage.image_size, short_side)
 
 
-def crop_shape(shapes: NDArray[np.int32], image_size: int, short_side: int) -> tuple[int, int]:
+def crop_shape(shapes: NDArray[np.int64], image_size: int, short_side: int) -> tuple[int, int]:
     """Compute height and width of the crop that all images of a batch allow.
 
     `shapes` (B, 2); every image is resized so that its shorter side has `short_side` pixels. The
     crop has `image_size` times their mean aspect ratio, and never more than the resized images.
     """
-    height, width = shapes.T.astype(np.int64)
+    height, width = shapes.T
     ratio = float(np.mean(width / height))
     shorter = np.minimum(height, width)
     wide = ratio >= 1

@@ -223,7 +223,7 @@ def test_one_process_makes_it_and_the_others_wait(root: Path) -> None:
     thread.start()
     time.sleep(0.2)
     assert not found, "it waits"
-    marked = Index(made.listing, made.shapes + 1000, made.sizes, [])
+    marked = Index(made.listing, made.shapes + 1000, made.sizes, made.orientations, [])
     save(path, marked, folder_stamps(folder))
     os.close(lock)
     thread.join()

@@ -54,7 +54,7 @@ def split(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Split:
     ],
 )
 def test_the_shape_of_a_batch(shapes: list[tuple[int, int]], expected: tuple[int, int]) -> None:
-    assert crop_shape(np.array(shapes, np.int32), 128, 146) == expected
+    assert crop_shape(np.array(shapes), 128, 146) == expected
 
 
 def spec_of(split: Split, rect: bool = True, batch_size: int = 5, **fields: int) -> LoaderSpec:

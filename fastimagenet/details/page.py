@@ -209,7 +209,7 @@ def thumbnail(file: ImageFile) -> str:
     try:
         with file.open() as opened, Image.open(opened) as image:
             image.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
-            small = rgb(image)
+            small = rgb(image, upright=True)  # as every viewer shows it
     except Exception:  # gone since it was evaluated, or what DALI alone reads
         return ""
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))

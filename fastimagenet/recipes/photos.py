@@ -17,7 +17,8 @@ def photos(nodes: int = 1) -> Recipe:
 
     python -m fastimagenet.train --data PHOTOS. ResNet-18 of torchvision's ImageNet weights: the
     head alone for an epoch, then all layers, the stem at a hundredth of the head's LR; growing
-    sizes, 1cycle, TrivialAugment; batch, sizes and epochs fit the folder: see `fitted`.
+    sizes, 1cycle, TrivialAugment; images are turned upright; batch, sizes and epochs fit the
+    folder: see `fitted`.
     """
     return Recipe(
         name="photos",
@@ -31,6 +32,7 @@ def photos(nodes: int = 1) -> Recipe:
         use_clr_beta=(10.0, 20.0, 0.95, 0.85),
         weight_decay=1e-3,
         label_smoothing=0.1,
+        upright=True,
         auto_augment="trivial",
         tta="flip",
     )

@@ -20,7 +20,7 @@ from pipelines.augment.crops import normalise, on_device, resized_crop, window_c
 from pipelines.backends.stream import StreamLoader
 from pipelines.backends.torchvision import decode, padded, validation_crop
 from pipelines.datasets.images import ImageFile
-from pipelines.datasets.split import read_shapes, undecodable
+from pipelines.datasets.split import undecodable
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage, eval_range
 from pipelines.sampling import Batch, BatchSampler, CropParams, crop_box, to_index
@@ -52,6 +52,7 @@ class SquareDecoder:
 
     sides: tuple[int, ...]
     training: bool
+    upright: bool
     reflect_pad: int
     resize_ratio: float
 
@@ -60,7 +61,7 @@ class SquareDecoder:
         decoded: list[list[NDArray[np.uint8]]] = [[] for _ in self.sides]
         for file in files:
             try:
-                image = decode(file)
+                image = decode(file, self.upright)
             except Exception as error:
                 raise undecodable(file, error) from error
             for side, squares in zip(self.sides, decoded, strict=True):
@@ -127,9 +128,8 @@ class MemoryLoader(StreamLoader):
         random_area = spec.training and not spec.reflect_pad
         for copy, stage in stages.items():
             if random_area and copy not in self.shapes:
-                self.shapes[copy] = np.zeros((count, 2), np.int64)
-                for chunk, shapes in self.read_files(read_shapes, stage):
-                    self.shapes[copy][chunk] = shapes
+                shapes = spec.source(stage).shapes_of(np.asarray(self.indices), spec.upright)
+                self.shapes[copy] = shapes
         sides = {(stage.copy, stage.image_size): self.side(stage) for stage in spec.stages}
         self.check_memory(sides)
         # Stages of different image sizes may share squares.
@@ -141,6 +141,7 @@ class MemoryLoader(StreamLoader):
             decoder = SquareDecoder(
                 sides=tuple(side for other, side in cache if other == copy),
                 training=spec.training,
+                upright=spec.upright,
                 reflect_pad=spec.reflect_pad,
                 resize_ratio=spec.resize_ratio,
             )

@@ -85,6 +85,7 @@ class BatchReader(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, spec: LoaderSpec) -> None:
         self.training = spec.training
+        self.upright = spec.upright
         self.reflect_pad = spec.reflect_pad
         self.aspect_ratio = spec.aspect_ratio
         self.resize_ratio = spec.resize_ratio
@@ -97,7 +98,7 @@ class BatchReader(Dataset[tuple[Tensor, Tensor]]):
         pixels = shared_pixels(len(batch.files), batch.shape)
         for index, file in enumerate(batch.files):
             try:
-                image = decode(file)
+                image = decode(file, self.upright)
             except Exception as error:
                 return undecodable(file, error)
             if batch.crops is None:
@@ -160,10 +161,13 @@ def shared_pixels(count: int, shape: tuple[int, int]) -> Tensor:
     return pixels
 
 
-def decode(file: ImageFile) -> Tensor:
-    """Decode an image: (3, H, W) uint8 RGB, EXIF orientation ignored. Raises what Pillow raises."""
+def decode(file: ImageFile, upright: bool = False) -> Tensor:
+    """Decode an image: (3, H, W) uint8 RGB, turned by its EXIF orientation where `upright`.
+
+    Raises what Pillow raises.
+    """
     with file.open() as stream, Image.open(stream) as image:
-        return functional.pil_to_tensor(rgb(image))
+        return functional.pil_to_tensor(rgb(image, upright))
 
 
 def padded(image: Tensor, size: int, pad: int) -> Tensor:

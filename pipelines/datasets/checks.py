@@ -15,7 +15,13 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipelines.datasets.images import ImageFile, Part, open_file, unreadable
-from pipelines.datasets.pixels import stored_size
+from pipelines.datasets.pixels import (
+    EXIF,
+    MAX_EXIF,
+    exif_orientation,
+    orientation_of,
+    stored_size,
+)
 from pipelines.datasets.shards import BLOCK, is_member
 from pipelines.errors import Damage
 
@@ -50,8 +56,12 @@ FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 BARE = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})
 """Markers that cannot stand between the segments of a header."""
 SCAN = 0xDA
+APP1 = 0xE1
+"""What EXIF is in, among others; where it is long, in several."""
 ADOBE = 0xEE
 """APP14: says whether the inks of CMYK are inverted."""
+WEBP_EXIF = 8
+"""The bit of a WebP's flags that says that it has EXIF."""
 NOT_ALL_READ = "is a {} that not every back end reads alike"
 UNEQUAL_TIFFS = frozenset({"I", "F", "LA", "PA", "YCbCr", "LAB"})
 """Modes of TIFFs of which DALI makes other pixels than Pillow, or none."""
@@ -64,11 +74,14 @@ LUMA = b"\0\0\0\x12"
 """Number 18 of the enumerated colour spaces."""
 
 
-def jpeg_size(part: Part, head: bytes) -> tuple[int, int]:
-    """Walk the segments up to the first scan and find the end marker; returns (width, height)."""
+def read_jpeg(part: Part, head: bytes) -> tuple[int, int, int]:
+    """Walk the segments up to the first scan and find the end marker.
+
+    Returns width, height and EXIF orientation.
+    """
     at, base = 2, 0  # offset of the segment in the file, and where `head` begins
     width = height = -1
-    channels, has_adobe = 0, False
+    channels, has_adobe, exif = 0, False, b""
     for _ in range(MAX_SEGMENTS):
         if at - base + 10 > len(head):
             head, base = part.read(HEAD, at), at
@@ -90,6 +103,9 @@ def jpeg_size(part: Part, head: bytes) -> tuple[int, int]:
                 raise Damage("too-large", f"has a side of more than {MAX_JPEG_SIDE:,} pixels")
         elif marker == ADOBE:
             has_adobe = has_adobe or head[at - base + 4 : at - base + 9] == b"Adobe"
+        elif marker == APP1 and head[at - base + 4 : at - base + 10] == EXIF:
+            if len(exif) < MAX_EXIF:
+                exif += part.read(length - 8, at + 10)
         at += 2 + length
         if marker == SCAN:
             if width < 0:
@@ -98,7 +114,7 @@ def jpeg_size(part: Part, head: bytes) -> tuple[int, int]:
                 what = "its inks may be inverted: back ends read negatives of each other"
                 raise Damage("format", f"is a CMYK JPEG without Adobe's marker, {what}")
             check_jpeg_end(part, head if base == 0 else b"", at)
-            return width, height
+            return width, height, exif_orientation(exif)
     raise Damage("corrupt", f"cannot be decoded (more than {MAX_SEGMENTS:,} segments)")
 
 
@@ -155,6 +171,8 @@ class Header:
     height: int
     size: int
     """Bytes of the encoded image."""
+    orientation: int
+    """Of EXIF, 1 to 8."""
 
 
 def read_header(part: Part) -> Header:
@@ -169,18 +187,53 @@ def read_header(part: Part) -> Header:
             raise Damage("empty", "is empty")
         name = format_of(head)
         if name == "JPEG":
-            width, height = jpeg_size(part, head)
+            width, height, orientation = read_jpeg(part, head)
             check_size(width, height)
         else:
-            if name == "WEBP" and 8 + int.from_bytes(head[4:8], "little") > part.size:
-                raise Damage("truncated", "is truncated (a WebP without its end)")
+            if name == "WEBP":
+                check_webp(part, head)
             with part.stream() as stream, open_image(stream, name) as image:
                 width, height = stored_size(image)
                 if name == "PNG":
                     check_png(image, stream)
+                    orientation = png_orientation(part)
+                else:
+                    orientation = orientation_of(image)
     except OSError as error:
         raise unreadable(error) from error
-    return Header(name, width, height, part.size)
+    return Header(name, width, height, part.size, orientation)
+
+
+def check_webp(part: Part, head: bytes) -> None:
+    """Raise Damage for a WebP without its end, and for metadata that DALI 2.4 does not find.
+
+    A chunk of odd length has a byte behind it, which DALI forgets on its way to the EXIF.
+    """
+    if 8 + int.from_bytes(head[4:8], "little") > part.size:
+        raise Damage("truncated", "is truncated (a WebP without its end)")
+    if head[12:16] != b"VP8X" or not head[20] & WEBP_EXIF:
+        return
+    at = 12
+    for _ in range(MAX_SEGMENTS):
+        chunk = part.read(8, at)
+        if len(chunk) < 8 or chunk[:4] == b"EXIF":
+            return
+        size = int.from_bytes(chunk[4:], "little")
+        if size % 2:
+            what = f"EXIF behind a part of odd length, {chunk[:4].decode(errors='replace').strip()}"
+            raise Damage("format", f"{NOT_ALL_READ.format('WebP')} ({what})")
+        at += 8 + size
+
+
+def png_orientation(part: Part) -> int:
+    """Find the EXIF orientation of a PNG, before or behind its pixels."""
+    at, exif = 8, b""
+    while len(chunk := part.read(8, at)) == 8 and chunk[4:] != b"IEND":
+        size = int.from_bytes(chunk[:4], "big")
+        if chunk[4:] == b"eXIf":
+            exif = part.read(size, at + 8)
+        at += 12 + size
+    return exif_orientation(exif)
 
 
 def check_png(image: Image.Image, stream: BinaryIO) -> None:

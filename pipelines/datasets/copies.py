@@ -67,6 +67,7 @@ def read_copy(root: Path, name: str, train: Split) -> Split:
         train,
         files=images.take(indices),
         shapes=index.shapes[indices],
+        orientations=index.orientations[indices],
         sizes=index.sizes[indices],
         folder=str(folder),
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 from pipelines.datasets.folders import tree
 from pipelines.datasets.images import whole_files
-from pipelines.datasets.index import CHUNK, check_all
+from pipelines.datasets.index import check_all
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 
@@ -26,15 +27,17 @@ def given_images(paths: Iterable[str]) -> Split:
         what = f"there is no file in {', '.join(paths)}" if paths else "no image was named"
         raise UserError(f"{what}: name images, or folders that hold some")
     files = whole_files(names)
-    jobs = ((start, files[start : start + CHUNK]) for start in range(0, len(files), CHUNK))
-    bad: dict[int, str] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, on large images and damaged metadata
-        for _, _, damaged in check_all(jobs, len(files)):
-            bad.update(damaged)
-    good = [file for index, file in enumerate(files) if index not in bad]
-    left_out = tuple((names[index], bad[index]) for index in sorted(bad))
-    return Split(good, [0] * len(good), (), left_out)
+    facts, bad = check_all(files)
+    left_out = tuple((names[index], text) for index, text in bad)
+    good = np.delete(np.arange(len(files)), [index for index, _ in bad])
+    return Split(
+        files,
+        [0] * len(files),
+        (),
+        left_out,
+        shapes=facts[:, :2].astype(np.int32),
+        orientations=facts[:, 2].astype(np.int8),
+    ).take(good)
 
 
 def files_at(path: str) -> Iterator[str]:

@@ -14,10 +14,10 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from pipelines.errors import Damage, UserError
 from pipelines.files import atomic_write, cache_folder
 from pipelines.workers import in_processes, num_cores
 
-VERSION = 3
+VERSION = 4
 CHUNK = 512
 """Images that are checked at a time."""
 MANY = 20_000
@@ -42,10 +42,12 @@ ARRAYS = ("holder", "names", "name_start", "name_size", "start", "size")
 """Arrays of `Images` that are cached."""
 Job = tuple[int, list[ImageFile]]
 """Index of the first image, and consecutive images from there on."""
-Checked = tuple[int, list[tuple[int, int, int]], list[tuple[int, str]]]
-"""Index of the first image; (height, width, bytes) of each, zeros where it is bad; and per bad
-image its index and what is wrong with it, in words that continue a sentence that begins with the
-path."""
+Bad = list[tuple[int, str]]
+"""Per bad image its index and what is wrong with it, in words that continue a sentence that begins
+with the path."""
+Checked = tuple[int, list[tuple[int, int, int, int]], Bad]
+"""Index of the first image; (height, width, EXIF orientation, bytes) of each, zeros where it is
+bad; and what is bad."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +59,10 @@ class Index:
     """(N, 2): height and width as the headers have them; zeros where an image is bad."""
     sizes: NDArray[np.int64]
     """(N,): bytes of the encoded image; 0 where it is bad."""
-    bad: list[tuple[int, str]]
-    """Indices of the images that a back end cannot read, and why."""
+    orientations: NDArray[np.int8]
+    """(N,): EXIF orientation, 1 to 8; 0 where it is bad."""
+    bad: Bad
+    """The images that a back end cannot read, and why."""
 
 
 def index_folder() -> Path:
@@ -113,19 +117,29 @@ def locked(path: Path) -> Iterator[None]:
 
 def make_index(listing: Listing) -> Index:
     """Check the header and the end of every file."""
-    images = listing.images
-    facts = np.zeros((len(images), 3), np.int64)
-    bad = []
+    facts, bad = check_all(listing.images)
+    shapes, orientations = facts[:, :2].astype(np.int32), facts[:, 2].astype(np.int8)
+    return Index(listing, shapes, facts[:, 3].copy(), orientations, bad)
+
+
+def check_all(images: Sequence[ImageFile]) -> tuple[NDArray[np.int64], Bad]:
+    """Check the header and the end of every file.
+
+    Returns (N, 4) heights, widths, EXIF orientations and bytes, zeros where an image is bad; and
+    what is bad.
+    """
+    facts = np.zeros((len(images), 4), np.int64)
+    bad: Bad = []
     jobs = ((start, list(images[start : start + CHUNK])) for start in range(0, len(images), CHUNK))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on large images and damaged metadata
-        for start, found, damaged in check_all(jobs, len(images)):
+        for start, found, damaged in run_checks(jobs, len(images)):
             facts[start : start + len(found)] = found
             bad += damaged
-    return Index(listing, facts[:, :2].astype(np.int32), facts[:, 2].copy(), sorted(bad))
+    return facts, sorted(bad)
 
 
-def check_all(jobs: Iterator[Job], count: int) -> Iterator[Checked]:
+def run_checks(jobs: Iterator[Job], count: int) -> Iterator[Checked]:
     """Run `check_images` on every job, with a progress bar where there are many images."""
     if count < MANY:
         # Up to 8 at a time, which pays where the disk is slow.
@@ -139,28 +153,28 @@ def check_all(jobs: Iterator[Job], count: int) -> Iterator[Checked]:
 
 
 def check_images(job: Job) -> Checked:
-    """Read height, width and size of each image, or find what is wrong with it."""
+    """Read the header of each image, or find what is wrong with it."""
     start, files = job
-    facts: list[tuple[int, int, int]] = []
+    facts: list[tuple[int, int, int, int]] = []
     bad = []
     for index, file in enumerate(files, start):
         try:
             header = check_file(file)
-            facts.append((header.height, header.width, header.size))
+            facts.append((header.height, header.width, header.orientation, header.size))
         except Damage as damage:
             bad.append((index, damage.text))
-            facts.append((0, 0, 0))
+            facts.append((0, 0, 0, 0))
     return start, facts, bad
 
 
 def checked_again(index: Index) -> Index:
     """Check the bad images of an index again: they may have been replaced since."""
-    shapes, sizes, bad = index.shapes, index.sizes, []
+    bad: Bad = []
     for i, _ in index.bad:
-        _, [(*shape, size)], damaged = check_images((i, [index.listing.images[i]]))
-        shapes[i], sizes[i] = shape, size
+        _, [(*shape, orientation, size)], damaged = check_images((i, [index.listing.images[i]]))
+        index.shapes[i], index.orientations[i], index.sizes[i] = shape, orientation, size
         bad += damaged
-    return Index(index.listing, shapes, sizes, bad)
+    return replace(index, bad=bad)
 
 
 def save(path: Path, index: Index, stamps: list[int]) -> None:
@@ -183,6 +197,7 @@ def save(path: Path, index: Index, stamps: list[int]) -> None:
                 labels=listing.labels,
                 shapes=index.shapes,
                 sizes=index.sizes,
+                orientations=index.orientations,
                 **arrays,
             )
     except OSError as error:
@@ -201,6 +216,7 @@ def load(path: Path, stamps: list[int]) -> Index | None:
             passed_over = PassedOver(*about["passed_over"])
             listing = Listing(images, arrays["labels"], tuple(about["classes"]), passed_over)
             bad = [(i, text) for i, text in about["bad"]]
-            return Index(listing, arrays["shapes"], arrays["sizes"], bad)
+            facts = (arrays[name] for name in ("shapes", "sizes", "orientations"))
+            return Index(listing, *facts, bad)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None  # none yet, or damaged: it is made again

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipelines.datasets.images import ImageFile, Images, Listing, PassedOver
 from pipelines.datasets.index import Index, cached_index, index_folder
-from pipelines.datasets.pixels import stored_size
+from pipelines.datasets.pixels import orientation_of, stored_size, swapped
 from pipelines.datasets.rule import SplitRule
 from pipelines.datasets.shards import has_shards
 from pipelines.datasets.skip_list import SkipList, Skipped, unmatched_note
@@ -43,6 +43,8 @@ class Split:
     """What `on_bad_image="skip"` has left out."""
     shapes: NDArray[np.int32] | None = None
     """(N, 2): height and width as the headers have them; None: not looked at."""
+    orientations: NDArray[np.int8] | None = None
+    """(N,): EXIF orientation, 1 to 8; None: not looked at."""
     sizes: NDArray[np.int64] | None = None
     """(N,): bytes of the encoded images; None: not looked at."""
     folder: str = "."
@@ -62,12 +64,26 @@ class Split:
         """Whether the images are parts of larger files."""
         return bool(self.files) and self.files[0].size is not None
 
-    def shapes_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return (n, 2) heights and widths of these images; from their headers where they were not
-        looked at. Raises UserError for a file without one."""
-        if self.shapes is None:
-            return read_shapes([self.files[index] for index in indices.tolist()])
-        return self.shapes[indices].astype(np.int64)
+    def headers_of(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+        """Return (n, 2) heights and widths of these images as they are stored, and (n,) EXIF
+        orientations; from the files where they were not looked at. Raises UserError for a file
+        without a header."""
+        if self.shapes is None or self.orientations is None:
+            return read_headers([self.files[index] for index in indices.tolist()])
+        return self.shapes[indices].astype(np.int64), self.orientations[indices]
+
+    def shapes_of(self, indices: NDArray[np.int64], upright: bool) -> NDArray[np.int64]:
+        """Return (n, 2) heights and widths of these images as stored, or once they are `upright`.
+
+        Raises UserError for a file without a header.
+        """
+        shapes, orientations = self.headers_of(indices)
+        return swapped(shapes, orientations) if upright else shapes
+
+    @property
+    def num_turned(self) -> int:
+        """Number of images with an EXIF orientation; of those that were looked at."""
+        return 0 if self.orientations is None else int((self.orientations > 1).sum())
 
     def take(self, indices: NDArray[np.int64]) -> Split:
         """Select the images at these indices, in this order."""
@@ -77,6 +93,7 @@ class Split:
             files=files.take(indices) if isinstance(files, Images) else [files[i] for i in indices],
             labels=np.asarray(self.labels)[indices],
             shapes=None if self.shapes is None else self.shapes[indices],
+            orientations=None if self.orientations is None else self.orientations[indices],
             sizes=None if self.sizes is None else self.sizes[indices],
         )
 
@@ -166,6 +183,7 @@ def chosen(
         listing.classes,
         left_out=tuple((str(listing.images[i]), text) for i, text in bad),
         shapes=None if index is None else index.shapes,
+        orientations=None if index is None else index.orientations,
         sizes=None if index is None else index.sizes,
     ).take(np.flatnonzero(keep))
 
@@ -272,14 +290,15 @@ def undecodable(file: ImageFile, reason: Exception) -> UserError:
     return BadImage(file, text, remedy)
 
 
-def read_shapes(files: Sequence[ImageFile]) -> NDArray[np.int64]:
-    """Read (N, 2) heights and widths from the headers. UserError for a file without one."""
-    shapes = []
+def read_headers(files: Sequence[ImageFile]) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    """Read (N, 2) heights and widths, and EXIF orientations. UserError for a file without any."""
+    shapes, orientations = [], []
     for file in files:
         try:
             with file.open() as stream, Image.open(stream) as image:
                 width, height = stored_size(image)
                 shapes.append((height, width))
+                orientations.append(orientation_of(image))
         except Exception as error:
             raise undecodable(file, error) from error
-    return np.array(shapes, np.int64)
+    return np.array(shapes, np.int64), np.array(orientations, np.int8)

@@ -151,7 +151,7 @@ def reference(spec: LoaderSpec, batch: Batch, index: int) -> Tensor:
     file, size = batch.files[index], min(batch.shape)
     try:
         with file.open() as stream, Image.open(stream) as opened:
-            image = rgb(opened)
+            image = rgb(opened, spec.upright)
     except Exception as error:
         raise undecodable(file, error) from error
     if batch.crops is None:

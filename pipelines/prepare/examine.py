@@ -21,7 +21,7 @@ from pipelines.datasets.checks import (
     read_pixels,
 )
 from pipelines.datasets.images import Part, open_file
-from pipelines.datasets.pixels import metadata, orientation_of
+from pipelines.datasets.pixels import metadata
 from pipelines.errors import Damage
 
 MAX_MEMORY = 4 << 30
@@ -95,13 +95,10 @@ def examine(path: str, decode: bool) -> Examined:
 def notes_on_image(stream: BinaryIO, header: Header, decode: bool) -> list[Finding]:
     """Note what is odd about an image, by Pillow; raises Damage."""
     with open_image(stream, header.format) as image:
-        orientation = orientation_of(image)
         bits = bits_of(stream, image)
         if decode or header.format not in WHOLE:
             read_pixels(image)
-            if header.format == "PNG":
-                orientation = orientation_of(image)  # it may stand behind the pixels
-        return notes_on_look(image, bits, orientation)
+        return notes_on_look(image, bits, header.orientation)
 
 
 def notes_on_look(image: Image.Image, bits: int, orientation: int) -> list[Finding]:
@@ -111,7 +108,7 @@ def notes_on_look(image: Image.Image, bits: int, orientation: int) -> list[Findi
     alpha = mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
     frames = metadata(lambda: getattr(image, "n_frames", 1), 1)
     pixels = f"has {width} x {height} pixels"
-    rotated = f"has EXIF orientation {orientation}: not applied"
+    rotated = f"has EXIF orientation {orientation}: applied where the recipe is upright"
     notes = (
         (grey, "greyscale", ""),
         (bits > 8, "16-bit", f"has {bits} bits a sample: 8 are used"),
@@ -122,7 +119,7 @@ def notes_on_look(image: Image.Image, bits: int, orientation: int) -> list[Findi
         (2 * width * height > MAX_PIXELS, "large", f"has {width:,} x {height:,} pixels"),
         (max(width, height) > THIN * min(width, height), "thin", pixels),
         (min(width, height) < TINY, "tiny", pixels),
-        (2 <= orientation <= 8, "exif-rotated", rotated),
+        (orientation > 1, "exif-rotated", rotated),
     )
     return [(kind, text) for holds, kind, text in notes if holds]
 

@@ -31,7 +31,7 @@ NOTES = {
     "greyscale": "all channels will be equal",
     "palette": "converted to RGB",
     "alpha": "transparency is dropped",
-    "exif-rotated": "EXIF orientation is not applied",
+    "exif-rotated": "EXIF orientation is applied where the recipe is upright",
     "large": "slow, and takes much memory",
     "thin": "little is left of it after a crop",
     "tiny": "less than 8 pixels high or wide",

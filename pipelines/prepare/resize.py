@@ -3,8 +3,8 @@
 What is done to the pixels, and why; figures are of ImageNet photographs, a copy of 160 px, mean
 difference of 255 from the original in the 128-px validation view:
 
-- Loaders apply neither EXIF orientation nor colour profiles, so neither is applied here. The
-  orientation tag and an RGB profile are kept, for viewers; all other metadata is dropped.
+- Colour profiles are not applied, as by loaders, nor is EXIF orientation, which is for the recipe
+  to say. The orientation tag and an RGB profile are kept; all other metadata is dropped.
 - What is no RGB becomes it as in the loaders, by `pixels.rgb`; films: the first frame.
 - Lanczos keeps what the loader's own triangular filter then needs: 1.76, where triangular twice is
   2.37 (before JPEG).
@@ -37,7 +37,7 @@ from pipelines.datasets.folders import SPLIT_FOLDERS, find_split, list_folder
 from pipelines.datasets.images import ImageFile, changed_ns, status_of
 from pipelines.datasets.labels import read_table
 from pipelines.datasets.manifest import NAME, read_manifest
-from pipelines.datasets.pixels import ORIENTATION, UPRIGHT, orientation_of, rgb, stored_size
+from pipelines.datasets.pixels import ORIENTATION, orientation_of, rgb, stored_size
 from pipelines.datasets.rule import SplitRule
 from pipelines.datasets.source import undivided
 from pipelines.datasets.split import passed_over_notes
@@ -73,7 +73,6 @@ def shrink(source: Path | str, short_sides: tuple[int, ...], quality: int) -> li
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
         metadata = kept_metadata(image)
         pixels = rgb(image)
-        metadata |= kept_metadata(image)  # of a PNG it may stand behind the pixels
     pixels.info = {}  # or else its comment would be saved too
     copies = []
     for short_side in short_sides:
@@ -97,7 +96,7 @@ def target_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
 def kept_metadata(image: Image.Image) -> dict[str, bytes]:
     """Return arguments for saving a JPEG: the orientation tag and the profile, if it is of RGB."""
     kept = {}
-    if (orientation := orientation_of(image)) in UPRIGHT:
+    if (orientation := orientation_of(image)) != 1:
         exif = Image.Exif()
         exif[ORIENTATION] = orientation
         kept["exif"] = exif.tobytes()

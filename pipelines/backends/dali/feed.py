@@ -20,14 +20,20 @@ from nvidia.dali.backend import TensorCPU
 from nvidia.dali.data_node import DataNode
 
 from pipelines.datasets.images import ImageFile
+from pipelines.datasets.pixels import (
+    COLUMNS_REVERSED,
+    ROWS_REVERSED,
+    SIDEWAYS,
+    Pairs,
+    stored_windows,
+    swapped,
+)
 from pipelines.datasets.split import undecodable
 from pipelines.loader import LoaderSpec
 from pipelines.sampling import Batch, crop_box
 
 Files = NDArray[np.uint8] | list[TensorCPU]
 """Paths (B, L), filled up with zeros; or encoded images."""
-Pairs = NDArray[np.int64]
-"""(B, 2): vertical, horizontal."""
 PIECES = 4
 """Per thread and batch: so few that handing them out costs nothing, and enough to be shared evenly
 where images differ."""
@@ -40,12 +46,14 @@ class Fed:
     batch: Batch
     shapes: Pairs
     """Height and width of the encoded images."""
+    orientations: NDArray[np.int8]
+    """(B,): the EXIF orientation by which what is decoded is turned upright; 1: it is not."""
     start: Pairs | None
-    """Where the window begins that is decoded; None: whole images are decoded."""
+    """Where the window begins that is decoded, in the encoded image; None: whole images are."""
     extent: Pairs | None
     """Height and width of the window."""
     size: Pairs
-    """Height and width that the decoded image is resized to."""
+    """Height and width that the image is then resized to."""
     corner: Pairs
     """Where the batch's image begins in the resized one."""
 
@@ -53,20 +61,23 @@ class Fed:
     def of(cls, spec: LoaderSpec, batch: Batch) -> Fed:
         """Compute a batch of `spec`. Raises UserError for an image whose header cannot be read."""
         source = spec.copies[batch.copy] if batch.copy else spec.split
-        shapes = source.shapes_of(batch.indices)
-        count = len(shapes)
+        shapes, orientations = source.headers_of(batch.indices)
+        if not spec.upright:
+            orientations = np.ones_like(orientations)
+        seen, count = swapped(shapes, orientations), len(shapes)
         size, corner = np.full((count, 2), batch.shape), np.zeros((count, 2), np.int64)
         start = extent = None
         if not spec.training:
             short = spec.resized_side(min(batch.shape))
-            size = short * shapes // shapes.min(1, keepdims=True)  # torchvision rounds down
+            size = short * seen // seen.min(1, keepdims=True)  # torchvision rounds down
             corner = np.rint((size - batch.shape) / 2).astype(np.int64)
         elif not spec.reflect_pad:
             assert batch.crops is not None
-            height, width = shapes.T
+            height, width = seen.T
             box = crop_box(height, width, batch.crops, slice(None), spec.aspect_ratio)
-            start, extent = np.stack(box[:2], 1), np.stack(box[2:], 1)
-        return cls(batch, shapes, start, extent, size, corner)
+            window = np.stack(box[:2], 1), np.stack(box[2:], 1)
+            start, extent = stored_windows(*window, shapes, orientations)
+        return cls(batch, shapes, orientations, start, extent, size, corner)
 
     @property
     def mirror(self) -> NDArray[np.int32]:
@@ -74,6 +85,19 @@ class Fed:
         if self.start is None or self.batch.crops is None:
             return np.zeros(len(self.shapes), np.int32)
         return self.batch.crops.mirror
+
+    @property
+    def turns(self) -> NDArray[np.float32]:
+        """(B, 2, 3): for each image the affine map from the pixels of the upright image, x before
+        y, to those of the decoded one."""
+        extent = self.shapes if self.extent is None else self.extent
+        turns = np.zeros((len(extent), 2, 3), np.float32)
+        for axis, reverse in enumerate((COLUMNS_REVERSED, ROWS_REVERSED)):
+            is_reversed = reverse[self.orientations]
+            source = np.where(SIDEWAYS[self.orientations], 1 - axis, axis)
+            turns[np.arange(len(extent)), axis, source] = np.where(is_reversed, -1, 1)
+            turns[:, axis, 2] = np.where(is_reversed, extent[:, 1 - axis], 0)
+        return turns
 
 
 class Feed:
@@ -91,6 +115,8 @@ class Feed:
             kinds |= {"start": integers, "extent": integers}
         if finish:
             kinds |= {"labels": (types.INT64, 0), "size": floats, "mirror": (types.INT32, 0)}
+            if spec.upright:
+                kinds |= {"turns": (types.FLOAT, 2), "turned": floats}
             kinds |= dict.fromkeys(("crop_h", "crop_w", "crop_pos_y", "crop_pos_x"), scalars)
         self.kinds = kinds
         """By name of the input: type and number of dimensions, without that of the batch."""
@@ -129,6 +155,9 @@ class Feed:
             values |= {"labels": fed.batch.labels, "size": fed.size.astype(np.float32)}
             values |= {"mirror": fed.mirror, "crop_h": crop[0], "crop_w": crop[1]}
             values |= {"crop_pos_y": share[:, 0], "crop_pos_x": share[:, 1]}
+            decoded = fed.shapes if fed.extent is None else fed.extent
+            turned = swapped(decoded, fed.orientations).astype(np.float32)
+            values |= {"turns": fed.turns, "turned": turned}
         return {name: np.ascontiguousarray(value) for name, value in values.items()}
 
 

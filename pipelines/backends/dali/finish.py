@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pipelines.backends.dali.feed import Fed, pieces
+from pipelines.datasets.pixels import turned_upright
 from pipelines.loader import LoaderSpec
 from pipelines.sampling import Batch
 
@@ -80,15 +81,18 @@ def finish_batches(
 def finish_piece(
     decoded: Any, fed: Fed, piece: slice, mean: Floats, std: Floats, images: Floats
 ) -> None:
-    """Resize, crop, mirror and normalise a piece of a batch: of `decoded`, whose images are
+    """Turn, resize, crop, mirror and normalise a piece of a batch: of `decoded`, whose images are
     (h, w, 3) uint8, into `images` (B, H, W, 3). Mean and standard deviation (W, 3), in 0..255."""
     high, wide = fed.batch.shape
     strip = max(1, STRIP // mean.size)
-    sizes, corners, mirror = (part[piece].tolist() for part in (fed.size, fed.corner, fed.mirror))
-    for index, size, (top, left), flip in zip(
-        range(piece.start, piece.stop), sizes, corners, mirror, strict=True
+    parts = fed.orientations, fed.size, fed.corner, fed.mirror
+    for index, orientation, size, (top, left), flip in zip(
+        range(piece.start, piece.stop), *(part[piece].tolist() for part in parts), strict=True
     ):
-        pixels = torch.from_numpy(np.asarray(decoded[index]))
+        stored = np.asarray(decoded[index])
+        pixels = torch.from_numpy(
+            stored if orientation == 1 else turned_upright(stored, orientation)
+        )
         if list(pixels.shape[:2]) != size:
             # What torchvision's resize calls, which takes half as long again for small images.
             planes = pixels[None].permute(0, 3, 1, 2)

@@ -40,7 +40,14 @@ def decoded_graph(spec: LoaderSpec, encoded: DataNode, inputs: Inputs) -> DataNo
 
 
 def finished_graph(spec: LoaderSpec, images: DataNode, inputs: Inputs) -> DataNode:
-    """Resize decoded images, crop, mirror and normalise them."""
+    """Turn decoded images upright where asked for, resize, crop, mirror and normalise them."""
+    if "turns" in inputs:  # no operator swaps the axes of some images only; pixels are copied
+        images = fn.warp_affine(
+            images,
+            matrix=inputs["turns"],
+            size=inputs["turned"],
+            interp_type=types.INTERP_NN,
+        )
     crop = {name: inputs[name] for name in inputs if name.startswith("crop_")}
     images = resize(images, inputs["size"])
     return normalise(spec, images, mirror=inputs["mirror"], rounding="truncate", **crop)
