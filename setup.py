@@ -68,7 +68,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "types-tqdm",
-            # Runs the notebook in examples/.
+            # Runs the notebooks in examples/.
             "nbclient>=0.10",
             "ipykernel>=6.29",
             "scikit-learn>=1.4",
@@ -82,6 +82,8 @@ setup(
             "moto[s3]>=5.0",
             "flask>=3.0",
             "flask-cors>=5.0",
+            # Reads the Kubernetes job in examples/.
+            "pyyaml>=6.0",
         ],
     },
     classifiers=[

@@ -155,6 +155,16 @@ def add_run_flags(
     add("--output", type=folder, metavar="DIR", help=f"default: {output}, or the next free name")
 
 
+def add_deterministic_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --deterministic: the same for train and lr_find."""
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits from every run on the same machine, more slowly; an operation that "
+        "torch cannot repeat is named",
+    )
+
+
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """Add --recipe, --set and --seed."""
     add = parser.add_argument

@@ -124,6 +124,8 @@ class RunConfig:
     bucket_mb: float = 25
     """Size of a gradient bucket, MiB."""
     optimizer_backend: str = "torch"
+    deterministic: bool = False
+    """The same bits from every run, or a UserError where torch cannot."""
     stop_at_target: bool = False
     """End after the evaluation that reaches the recipe's target."""
     log: tuple[str, ...] = ()

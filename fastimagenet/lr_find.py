@@ -34,6 +34,7 @@ def parser() -> Parser:
     )
     cli.add_machine_flags(result)
     cli.add_run_flags(result, "runs/lr_find-RECIPE-TIME")
+    cli.add_deterministic_flag(result)
     add = result.add_argument
     help_text = "LR of the first update, as the optimizer gets it; default 1e-5"
     add("--start-lr", type=float, default=1e-5, metavar="LR", help=help_text)
@@ -90,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop_dv=not args.no_stop_dv,
         recipe_out=args.recipe_out,
     )
-    status, _ = run.sweep(cli.run_config(args), settings, argv, clock)
+    config = cli.run_config(args, deterministic=args.deterministic)
+    status, _ = run.sweep(config, settings, argv, clock)
     return status
 
 

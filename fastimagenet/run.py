@@ -31,6 +31,7 @@ from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import TOP, Recipe
 from fastimagenet.sinks import Sinks
 from fastimagenet.training.clock import Stopwatch
+from fastimagenet.training.determinism import deterministic
 from fastimagenet.training.recorder import Recorder
 from pipelines.backends import start_workers
 from pipelines.datasets.copies import best_copy, find_copies, read_copy
@@ -334,7 +335,9 @@ def train(
         argv = [*argv, *folder.take_for(processes)]
         work = partial(_train, folder, plan, train=train, val=val, clock=clock, argv=argv)
         seconds, name = sum(clock.read().values()), str(config.output or "")
-        return processes.run("fastimagenet.train", argv, work, seconds, name), folder.path
+        with deterministic(config.deterministic, recipe):
+            status = processes.run("fastimagenet.train", argv, work, seconds, name)
+        return status, folder.path
 
 
 def _train(
@@ -439,7 +442,9 @@ def sweep(
         argv = [*argv, *folder.take_for(processes)]
         work = partial(_sweep, folder, settings, plan, train=train, val=val, clock=clock, argv=argv)
         name = str(config.output or "")
-        return processes.run("fastimagenet.lr_find", argv, work, name=name), folder.path
+        with deterministic(config.deterministic, recipe):
+            status = processes.run("fastimagenet.lr_find", argv, work, name=name)
+        return status, folder.path
 
 
 def shuffled(split: Split, seed: int) -> Split:

@@ -26,6 +26,7 @@ def parser() -> Parser:
     )
     cli.add_machine_flags(result)
     cli.add_run_flags(result, "runs/RECIPE-TIME")
+    cli.add_deterministic_flag(result)
     add = result.add_argument
     add(
         "--epochs",
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint_steps=args.checkpoint_steps,
         bucket_mb=args.bucket_mb,
         optimizer_backend=args.optimizer_backend,
+        deterministic=args.deterministic,
         stop_at_target=args.stop_at_target,
         log=tuple(args.log),
         profile=args.profile,

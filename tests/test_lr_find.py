@@ -18,6 +18,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 
 import fastimagenet
 from fastimagenet import cli
@@ -88,7 +89,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("sweeps")
     out, err = sweep(
         *(*SHORT, "--wd", "1e-1", "1e-4", "--momentum", "0.8"),
-        *("--output", folder / "out", "--recipe-out", folder / "mine.toml"),
+        *("--output", folder / "out", "--recipe-out", folder / "mine.toml", "--deterministic"),
     )
     assert err == ""
     return folder, out
@@ -105,6 +106,7 @@ def test_two_sweeps_leave_rows_figures_page_and_result(swept: tuple[Path, str]) 
     assert (found["recipe"], found["world_size"], found["precision"]) == ("digits", 1, "fp32")
     assert "python -m fastimagenet.lr_find --device cpu" in found["command"]
     assert 0 < found["seconds"] < 600
+    assert (found["deterministic"], found["threads"]) == (True, torch.get_num_threads())
     chosen = found["chosen"]
     best = found["sweeps"][chosen["index"]]
     assert chosen["suggestions"] == best["suggestions"]

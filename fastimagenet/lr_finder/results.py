@@ -241,7 +241,8 @@ def remarks(sweeps: Sequence[Sweep]) -> list[str]:
 
 FACTS = (
     *("recipe", "dataset", "image_size", "global_batch", "num_it", "seed", "device"),
-    *("world_size", "precision", "backend", "hardware", "started", "seconds", "command"),
+    *("world_size", "threads", "deterministic", "precision", "backend", "hardware", "started"),
+    *("seconds", "command"),
 )
 """Fields of lr_find.json that the page lists; the versions follow."""
 SETTINGS = ("start_lr", "end_lr", "num_it", "linear", "stop_dv")

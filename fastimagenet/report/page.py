@@ -254,8 +254,8 @@ def _epoch_cells(row: Row) -> list[str]:
 def _environment(run: Run) -> list[tuple[str, Any]]:
     """List names and values of what the run was measured with."""
     keys = (
-        *("hardware", "threads", "device", "world_size", "precision", "backend", "framework"),
-        *("pretrained", "data", "seed", "started", "author"),
+        *("hardware", "threads", "deterministic", "device", "world_size", "precision", "backend"),
+        *("framework", "pretrained", "data", "seed", "started", "author"),
     )
     facts = [(key.replace("_", " "), run.summary.get(key)) for key in keys]
     facts += list((run.summary.get("versions") or {}).items())

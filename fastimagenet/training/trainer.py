@@ -142,7 +142,7 @@ class Trainer:
         self._train_module = compiled(self._ddp or self.model, recipe, self.device)
         self._updated = torch.cuda.Event() if self.device.type == "cuda" else None
         """Over when the GPU has done all that the last update queued."""
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not self.deterministic
 
     def _distributed(self, bucket_mb: float) -> DistributedDataParallel:
         """Wrap the model in DDP and time what it waits for."""
@@ -182,6 +182,11 @@ class Trainer:
     def precision(self) -> str:
         """The precision in which the model runs, as --precision has it."""
         return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether torch takes only algorithms that repeat themselves bit for bit."""
+        return torch.are_deterministic_algorithms_enabled()
 
     @property
     def finished(self) -> bool:
@@ -519,6 +524,7 @@ class Trainer:
             "saved_at": time.time(),
             "started": self.started,
             "threads": self.threads,
+            "deterministic": self.deterministic,
             "images_per_sec": self._images_per_sec(),
             "ranks": gather_objects(rank_state, self.world, f"the save at step {self.step}"),
         }
@@ -612,15 +618,22 @@ class Trainer:
         saved_at = state["saved_at"]
         lost_seconds = max(0.0, time.time() - saved_at) if launched_before(saved_at) else None
         self.clock.carry_over(state["clock"], lost_seconds)
-        # Releases before had neither.
+        # Releases before had no such entries.
         self.started = state.get("started", self.started)
-        before, now = state.get("threads"), self.threads
-        if before and now and before != now:
-            self._note = (
-                f", on {now} threads in place of {before}: not bit for bit as it would have gone on"
-            )
+        self._note = self._rounding_note(state)
         if self.folder is not None and self.world.is_main:
             checkpoint.adopt(self.folder / "checkpoints", path, state["epoch"])
+
+    def _rounding_note(self, state: dict[str, Any]) -> str:
+        """Say what of this process sums in another order than before: "" for the same bits."""
+        changes = []
+        before, now = state.get("threads"), self.threads
+        if before and now and before != now:
+            changes.append(f"on {now} threads in place of {before}")
+        if state.get("deterministic", self.deterministic) != self.deterministic:
+            changes.append(f"{'with' if self.deterministic else 'without'} --deterministic")
+        same = "equal to a run without a stop up to rounding only"
+        return f", {' and '.join(changes)}: {same}" if changes else ""
 
     def _find_checkpoint(self, source: str, elastic: bool) -> tuple[Path, dict[str, Any]] | None:
         """Load the checkpoint that `resume` is asked for; None where "auto" finds none."""

@@ -170,3 +170,24 @@ def test_the_command_trains_on_the_gpu(cifar10: Path, tmp_path: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["device"], summary["precision"]) == ("cuda", "bf16")
     assert sum(summary["time_split_seconds"].values()) == pytest.approx(summary["wall_seconds"])
+
+
+def test_two_runs_in_deterministic_mode_are_equal_bit_for_bit(tmp_path: Path) -> None:
+    """Of networks with and without torch's pools, in a process of its own: before CUDA starts."""
+    script = """
+import sys
+from fastimagenet.train import main
+for folder in sys.argv[2:]:
+    flags = ["--recipe", "digits", "--set", f"model={sys.argv[1]}", "--epochs", "2"]
+    assert main([*flags, "--nproc-per-node", "1", "--deterministic", "--output", folder]) == 0
+"""
+    for model in ("smallnet", "resnet18"):
+        folders = [tmp_path / f"{model}-{i}" for i in (0, 1)]
+        command = [sys.executable, "-c", script, model, *map(str, folders)]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+        one, two = (
+            torch.load(folder / "checkpoints" / "last.pt", map_location="cpu", weights_only=False)
+            for folder in folders
+        )
+        for name, value in one["model"].items():
+            assert torch.equal(value, two["model"][name]), (model, name)
