@@ -216,7 +216,7 @@ def load(path: Path, stamps: list[int]) -> Index | None:
             passed_over = PassedOver(*about["passed_over"])
             listing = Listing(images, arrays["labels"], tuple(about["classes"]), passed_over)
             bad = [(i, text) for i, text in about["bad"]]
-            facts = (arrays[name] for name in ("shapes", "sizes", "orientations"))
-            return Index(listing, *facts, bad)
+            shapes, sizes = arrays["shapes"], arrays["sizes"]
+            return Index(listing, shapes, sizes, arrays["orientations"], bad)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None  # none yet, or damaged: it is made again
