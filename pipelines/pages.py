@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,14 @@ def render(template: Path, **values: Any) -> str:
     )
     templates.filters |= {"percent": percent, "duration": duration, "number": number}
     return templates.get_template(template.name).render(values)
+
+
+def framed(page: Path) -> str | None:
+    """Return a page of ours, which needs no other file, as a notebook shows it; None without it."""
+    if not page.exists():
+        return None
+    text = escape(page.read_text(encoding="utf-8"))
+    return f'<iframe srcdoc="{text}" style="width: 100%; height: 640px; border: 0"></iframe>'
 
 
 def inline(image: Image.Image) -> str:

@@ -78,7 +78,7 @@ def words_of(step: int, folder: Path, job: subprocess.Popen[str]) -> list[str]:
 def test_a_job_that_runs_out_of_time_goes_on_bit_for_bit(
     submit: Any, cifar10: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Two starts of two tasks, the first of which is warned."""
+    """Two starts of two tasks; the first ones are warned, and stop in the evaluation to come."""
     recipe = ("--recipe", ROOT / "tests" / "small.toml", "--device", "cpu")
     job = submit("--data", cifar10, *recipe, "--checkpoint-steps", 3)
     said = ""
@@ -110,8 +110,8 @@ def test_a_job_that_runs_out_of_time_goes_on_bit_for_bit(
     assert job.returncode == 0, said + out + err
     folder = tmp_path / "runs" / "slurm-7"
     assert [row["message"] for row in rows_of("event", read_rows(folder))] == [
-        "stopped and saved at step 10",
-        "resumed at step 10",
+        f"stopped and saved at step {HELD_AT}",
+        f"resumed at step {HELD_AT}",
     ]
     assert losses_of(folder) == losses_of(undisturbed)
     one, two = (checkpoint.load(f / "checkpoints" / "last.pt") for f in (folder, undisturbed))

@@ -1,4 +1,4 @@
-"""The notebook in examples/, cell by cell."""
+"""The notebooks in examples/, cell by cell."""
 
 from __future__ import annotations
 
@@ -11,11 +11,33 @@ from nbclient import NotebookClient
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebooks_run_and_show_runs_sweeps_and_details(
+    cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process, which forgets its names in between: starting another takes long."""
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
-    notebook = nbformat.read(EXAMPLES / "first_steps.ipynb", as_version=4)
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    for name in ("cat", "ship", "truck"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for file in sorted((cifar10 / "train" / name).iterdir())[:20]:
+            (tmp_path / "photos" / name / file.name).symlink_to(file)
+    first, second = (
+        nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+        for name in ("first_steps", "own_photographs")
+    )
+    first.cells += [nbformat.v4.new_code_cell("%reset -f"), *second.cells]
+    client = NotebookClient(first, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert any("image/svg+xml" in output.get("data", {}) for output in outputs)
+    shown = {
+        cell.source.splitlines()[-1]: output["data"]
+        for cell in first.cells
+        for output in cell.get("outputs", [])
+        if "data" in output
+    }
+    for name in ("run", "details"):
+        assert "<iframe srcdoc=" in shown[name]["text/html"], name
+    assert shown["run"]["text/plain"].startswith("Run('runs/photos': 2 of 2 epochs, top-1 ")
+    for name in ("sweep", "sweep.runs[0]"):
+        assert "<svg" in shown[name]["text/html"], name
+    assert "image/svg+xml" in shown["sweep.plot(skip_first=3, skip_last=1)"]
     assert (tmp_path / "runs/first-steps/report.html").exists()
+    assert (tmp_path / "runs/photos/details/predictions.csv").exists()

@@ -24,7 +24,7 @@ from fastimagenet.lr_finder.sweep import (
     SweepRecord,
 )
 from fastimagenet.recipes import toml as recipe_toml
-from fastimagenet.report.figures import svg
+from fastimagenet.report.figures import svg, with_text
 from fastimagenet.report.run import rows_of
 from fastimagenet.report.summary import what_ran
 from fastimagenet.training.recorder import read_rows
@@ -84,6 +84,10 @@ class Sweeps:
     def __repr__(self) -> str:
         """Say what the command prints: the table, the best sweep and what to type."""
         return "\n".join([sweep_table(self.runs), *verdict(self.runs, self.suggestion)])
+
+    def _repr_html_(self) -> str:
+        """Show the same in a notebook, and the curves."""
+        return with_text(repr(self), self.plot())
 
 
 def _record(row: Row) -> SweepRecord:

@@ -172,7 +172,7 @@ class Plateau:
     """First and last LR of the stretch; the last may be where the sweep ended."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Sweep:
     """What `lr_find2` has recorded."""
 
@@ -250,6 +250,32 @@ class Sweep:
             return f"{done} iterations, up to{at}"
         ended = {"not finite": "the loss was not finite"}.get(self.ended, self.ended)
         return f"{ended} after {done} of {self.num_it} iterations" + (f", at{at}" if done else "")
+
+    def __repr__(self) -> str:
+        """Say how it ended and what is suggested."""
+        lines = [
+            f"weight decay {plain(self.weight_decay)}, momentum {plain(self.momentum, 4)}: "
+            f"{self.outcome}"
+        ]
+        if found := self.suggestions:
+            lines.append(
+                f"valley {plain(found.valley, 3)}, steepest {plain(found.steepest, 3)}, "
+                f"minimum / 10 {plain(found.minimum_10, 3)}"
+            )
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Show the same in a notebook, and what was recorded against the LR."""
+        from fastimagenet.report.figures import OUTCOMES, draw_line, finite, stack, with_text
+
+        records = self.shown()
+        figure, panels = stack(without_top5=not any(finite(each.top5) for each in records))
+        for name, axes in panels.items():
+            factor = OUTCOMES[name][1]
+            draw_line(axes, [(each.lr, factor * getattr(each, name)) for each in records])
+        axes.set_xscale("linear" if self.linear else "log")
+        axes.set_xlabel("learning rate")
+        return with_text(repr(self), figure)
 
     @cached_property
     def suggestions(self) -> Suggestions | None:

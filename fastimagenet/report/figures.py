@@ -9,6 +9,7 @@ import io
 import math
 import re
 from collections.abc import Iterable
+from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeGuard
@@ -80,6 +81,12 @@ class NotebookFigure(Figure):
     def _repr_svg_(self) -> str:
         text = _svg_file(self, facecolor="white")
         return text[text.index("<svg") :]
+
+
+def with_text(text: str, figure: Figure) -> str:
+    """Return lines of text and a figure below them, as a notebook shows them."""
+    svg_file = _svg_file(figure, facecolor="white")
+    return f"<pre>{escape(text)}</pre>{svg_file[svg_file.index('<svg') :]}"
 
 
 def new_figure(

@@ -72,7 +72,10 @@ def render(run: Run) -> str:
             (duration(row.get("time_seconds")), number(row.get("step")), row.get("message"))
             for row in run.events
         ],
-        details=[(f"{quote(os.fsencode(name))}/{DETAILS_PAGE}", name) for name in run.details],
+        details=[
+            (f"{quote(os.fsencode(each.folder.name))}/{DETAILS_PAGE}", each.folder.name)
+            for each in run.details
+        ],
         title=_what(run),
         status=_status(run),
         headline=_headline(run),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,8 @@ from fastimagenet.recipes.plan import Plan
 from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object
+from pipelines.formats import percent
+from pipelines.pages import framed
 
 PREDICTIONS, DETAILS_PAGE = "predictions.csv", "page.html"
 """What a folder of `evaluate --details` holds among others."""
@@ -73,9 +76,25 @@ def holds_run(folder: Path) -> bool:
     return (folder / "plan.json").exists() and (folder / "metrics.jsonl").exists()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class Details:
+    """What `evaluate --details` has left in a folder; a notebook shows its page."""
+
+    folder: Path
+
+    @property
+    def predictions(self) -> list[dict[str, str]]:
+        """Rows of predictions.csv: path, true, predicted, p, p_true, loss of every image."""
+        with (self.folder / PREDICTIONS).open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _repr_html_(self) -> str | None:
+        return framed(self.folder / DETAILS_PAGE)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Run:
-    """What a run has left in its folder."""
+    """What a run has left in its folder; a notebook shows its report."""
 
     folder: Path
     plan: Row
@@ -106,10 +125,20 @@ class Run:
         )
 
     @property
-    def details(self) -> list[str]:
-        """Names of the folders in this one that `evaluate --details` has filled."""
-        found = (path.parent for path in self.folder.glob(f"*/{PREDICTIONS}"))
-        return sorted(each.name for each in found if (each / DETAILS_PAGE).exists())
+    def details(self) -> list[Details]:
+        """Those of the folders in this one that `evaluate --details` has filled, by name."""
+        found = sorted(path.parent for path in self.folder.glob(f"*/{PREDICTIONS}"))
+        return [Details(each) for each in found if (each / DETAILS_PAGE).exists()]
+
+    def __repr__(self) -> str:
+        """Say in a line how far it came."""
+        top1 = self.results["top1"]
+        reached = "" if top1 is None else f", top-1 {percent(top1)}"
+        planned = self.plan.get("epochs", 0)
+        return f"Run({str(self.folder)!r}: {self.epochs_done} of {planned} epochs{reached})"
+
+    def _repr_html_(self) -> str | None:
+        return framed(self.folder / "report.html")
 
     @cached_property
     def rates(self) -> list[Row]:
