@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     some = f"some of {', '.join(NAMES)}"
     add("--only", nargs="+", choices=NAMES, default=NAMES, metavar="PART", help=some)
     add("--skip", nargs="+", choices=NAMES, default=(), metavar="PART")
+    add("--from", dest="first", choices=NAMES, default=NAMES[0], metavar="PART", help="and on")
     add("--limit", type=positive, metavar="SECONDS", help="of all; default: the sum of the parts'")
     help_text = "after every part, copies of the results and all small files, four in all, go here"
     add("--copy", type=output_folder, metavar="DIR", help=help_text)
@@ -80,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not setup.small and setup.data is not None and (told := failure(setup.data)):
         print(f"DALI does not decode windows here ({told}): all parts decode whole images")
         os.environ[WHOLE_IMAGES] = "1"
-    wanted, deadline = set(args.only) - set(args.skip), start + (args.limit or float("inf"))
+    wanted = set(args.only) & set(NAMES[NAMES.index(args.first) :]) - set(args.skip)
+    deadline = start + (args.limit or float("inf"))
     shown = run_parts(setup, result, folder, wanted, deadline, args.copy)
     print(f"results: {folder / result.name}.json, .md and .html")
     if result.failed:

@@ -247,7 +247,7 @@ STEPS: dict[str, tuple[int, str, tuple[int, ...], int]] = {
 the recipes have gains by graphs."""
 QUICK = "eager and not resnet50"
 TESTS = {
-    "tests-quick": ("training_step", QUICK, 60),
+    "tests-quick": ("training_step", QUICK, 50),
     "tests-loaders": ("loaders", "", 70),
     "tests-faults": ("gpu_faults", "", 70),
     "tests-step": ("training_step", f"not ({QUICK})", 150),
@@ -290,7 +290,7 @@ PARTS = (
         command=decode, read=read_json("result.json"), needs="data",
     ),
     Part(
-        name="stall", title="What reading costs the training, phase by phase", seconds=100,
+        name="stall", title="What reading costs the training, phase by phase", seconds=90,
         command=stall, read=read_json("throughput.json"), needs="data",
     ),
     *(step_part(name) for name in STEPS if not name.startswith("eager")),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -33,13 +34,15 @@ class Worker:
     def run(self, words: list[str], log: Path, limit: float) -> int | None:
         """Run `python -m WORDS`; returns its exit status, None where it was ended at its limit."""
         deadline, status = time.monotonic() + limit, None
+        if self._child is not None and self._child.poll() is not None:
+            self.end()  # it has said that all went well, and ended
         try:
             child = self._child or self._start(log)
             assert child.stdin is not None
-            child.stdin.write(json.dumps([str(log), *words]) + "\n")
-            child.stdin.flush()
-            answer = answer_of(child, deadline)
-            status = int(answer) if answer else child.poll()
+            with suppress(BrokenPipeError):  # it has ended, and cannot be asked
+                child.stdin.write(json.dumps([str(log), *words]) + "\n")
+                child.stdin.flush()
+            status = answer_of(child, deadline)
         finally:
             if status != 0:
                 self.end()
@@ -81,16 +84,20 @@ class Worker:
                 continue
         for pipe in (child.stdin, child.stdout):
             assert pipe is not None
-            pipe.close()
+            with suppress(BrokenPipeError):
+                pipe.close()
 
 
-def answer_of(child: subprocess.Popen[str], deadline: float) -> str:
-    """Wait for a line; returns "" where there is none at the deadline, or the process has ended.
+def answer_of(child: subprocess.Popen[str], deadline: float) -> int | None:
+    """Wait for the number that it says, or with which it ends; None where the time is up first.
 
     Its end shows in no pipe as long as a process lives that it has started.
     """
     assert child.stdout is not None
-    while time.monotonic() < deadline and child.poll() is None:
+    while time.monotonic() < deadline:
+        if child.poll() is not None:
+            return child.returncode
         if select.select([child.stdout], [], [], 0.1)[0]:
-            return child.stdout.readline()
-    return ""
+            said = child.stdout.readline()
+            return int(said) if said else child.wait()
+    return None
