@@ -4,8 +4,8 @@
 
 `first` holds DALI, slim, and photographs, `second` more of them and CIFAR-10, for
 `benchmarks.gpu_suite.visit`. Slim: one Python's extension modules, no symbols, no library that
-decoding JPEGs does without and, with --architecture, code for that GPU alone. Whether a driver takes
-libraries whose other code is blanked is not yet known. Compressing takes minutes.
+decoding JPEGs does without and, with --architecture, code for that GPU alone: whether a driver
+takes libraries whose other code is blanked is not yet known. Compressing takes minutes.
 """
 
 from __future__ import annotations

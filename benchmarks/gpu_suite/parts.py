@@ -243,8 +243,7 @@ STEPS: dict[str, tuple[int, str, tuple[int, ...], int]] = {
     "graphs-224": (224, "graphs", (512,), 65),
     "graphs-128": (128, "graphs", (128, 1024), 60),
 }
-"""Image size, variant, batches and seconds. Of a step that is bound by launches, only the batch that
-the recipes have gains by graphs."""
+"""Image size, variant, batches and seconds."""
 QUICK = "eager and not resnet50"
 TESTS = {
     "tests-quick": ("training_step", QUICK, 50),
@@ -311,5 +310,5 @@ PARTS = (
     test_part("tests-step"),
     test_part("tests-training"),
 )  # fmt: skip
-"""In the order in which they run, the most telling first: a visit of 15 minutes ends before the last
-ones. What a part leaves of its time goes to those after it."""
+"""In the order in which they run, the most telling first: a visit of 15 minutes ends before the
+last ones. What a part leaves of its time goes to those after it."""
