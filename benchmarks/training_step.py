@@ -5,7 +5,8 @@
 The step is the Trainer's own, in bf16 and channels_last with the fused optimizer, on a synthetic
 batch that stays on the device; learning rate 0, so that nothing diverges. The variants are fields
 of the recipe, so users can have each of them. For each size and variant the batch grows until
-memory ends. The floor is what the ceilings measured on this device allow for what
+memory ends. --json is written after each measurement; the exit status is 1 where one failed of
+anything but memory. The floor is what the ceilings measured on this device allow for what
 `benchmarks.common.floor` counts.
 """
 
@@ -253,20 +254,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             name: False for name, models in OPTIONS.items() if args.model not in models
         }
         recipe = replace(recipe, model=args.model, **others)
-    rates = sweep(
-        args.sizes, args.variants, args.batches or BATCHES[kind], recipe=recipe,
-        device="cpu" if kind == "cpu" else "cuda:0", seconds=args.seconds,
-        report=lambda rate: print(rate, flush=True),
-    )  # fmt: skip
     if kind != "cpu":
         about["hardware"] = torch.cuda.get_device_name(0)
+    about |= {"recipe": recipe.name, "model": recipe.model, "rounds": ROUNDS}
+    rates: list[StepRate] = []
+
+    def report(rate: StepRate) -> None:
+        rates.append(rate)
+        print(rate, flush=True)
+        if args.json is not None:
+            found = [asdict(rate) for rate in rates]
+            write_object(args.json, about | {"seconds": args.seconds, "rates": found})
+
+    sweep(
+        args.sizes, args.variants, args.batches or BATCHES[kind], recipe=recipe,
+        device="cpu" if kind == "cpu" else "cuda:0", seconds=args.seconds, report=report,
+    )  # fmt: skip
     network = f"{recipe.name}, {recipe.model}"
     print(f"\n{about['hardware']}; torch {torch.__version__}; {network}, bf16\n\n{table(rates)}")
-    if args.json is not None:
-        result = {"recipe": recipe.name, "model": recipe.model, "rounds": ROUNDS}
-        result |= {"seconds": args.seconds, "rates": [asdict(rate) for rate in rates]}
-        write_object(args.json, about | result)
-    return 0
+    failed = [rate for rate in rates if rate.error and "out of memory" not in rate.error]
+    for rate in failed:
+        print(f"error: {rate}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing that the tests read gets into the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    # What a compiler that was killed has left in the user's would fail a test.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+    # What a compiler that was killed has left in the user's would fail a test. The GPU suite names
+    # one for all of its processes.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -190,7 +190,7 @@ def test_loaders_names_a_wrong_flag(
         ),
         ("research.checkpoint_cost", "--interval 0"),
         ("research.start_up", "--threads 0"),
-        ("gpu_suite.steps", "--batch-size 0"),
+        ("gpu_suite", "--limit 0"),
         ("superconvergence", "--seed -1"),
     ],
 )
@@ -203,7 +203,7 @@ def test_numbers_that_nothing_can_be_measured_with_are_named(name: str, flags: s
 JSON = (
     *(f"research.{name}" for name in ("dali_stages", "decode_sweep", "device_ceilings",
       "loader_memory", "prepare_rates", "start_up")),
-    *("loaders", "gpu_suite.steps", "training_step"),
+    *("loaders", "training_step"),
 )  # fmt: skip
 OUTPUT = ("ablation", "research.checkpoint_cost", "compare", "dawnbench", "gpu_suite", "plan",
           "superconvergence", "throughput")  # fmt: skip

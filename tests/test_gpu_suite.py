@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
+import tarfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks.common.statistics import Estimate
 from benchmarks.gpu_suite import __main__ as gpu_suite
-from benchmarks.gpu_suite import steps as suite_steps
-from benchmarks.gpu_suite.parts import PARTS, TESTS, Part, Setup, read_tests
+from benchmarks.gpu_suite.parts import PARTS, STEPS, TESTS, Part, Setup, named_again, read_tests
+from benchmarks.gpu_suite.processes import Worker
 from benchmarks.research import decode_sweep, device_ceilings
 from benchmarks.research.decode_sweep import DecodeRate, Task
-from benchmarks.training_step import StepRate
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes import toml as recipe_toml
 from pipelines.cli import Parser
 from pipelines.datasets.images import whole_files
-from pipelines.datasets.split import Split
+from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object
 from pipelines.loader import DaliSettings
-from tests.commands import call
+from tests.commands import call, start
 from tests.test_step_variants import with_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,42 +46,33 @@ SMALLER = {
     "fastimagenet.train": ("--set", "model=smallnet", *SMALL),
     "fastimagenet.lr_find": ("--set", "model=smallnet", *SMALL),
     "benchmarks.throughput": ("--set", "model=smallnet", "--set", "blur_pool=false"),
-    "benchmarks.gpu_suite.steps": (),
 }
 """What makes a part of the rehearsal one for a test: flags beside its own."""
-SPEEDNETS = ("whitening", "dirac_init")
-REAL = ("ceilings",)
-"""Parts that are rehearsed as processes of their own."""
 
 
 @pytest.fixture
-def mostly_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suite's parts with a small network, in this process, but for those in REAL."""
-    run, recipe = gpu_suite.run, with_model("smallnet")
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite's parts with a small network, in this process."""
+    recipe = with_model("smallnet")
 
-    def run_here(words: list[str], log: Path, limit: float) -> int | None:
-        if log.parent.name in REAL:
-            return run(words, log, limit)
-        flags = [*words[2:], *SMALLER.get(words[1], ())]
-        if "cifar10-speed" in flags:
-            flags += [word for name in SPEEDNETS for word in ("--set", f"{name}=false")]
-            # Muon's bf16 is emulated on many CPUs, and takes a minute there.
-            flags += ["--set", "optimizer=sgd", "--set", "max_lr=0.1"]
+    def run_here(_: Worker, words: list[str], log: Path, __: float) -> int | None:
+        flags = [*words[1:], *SMALLER.get(words[0], ())]
         with log.open("w") as output, redirect_stdout(output), redirect_stderr(output):
-            return call(words[1], *flags)
+            return call(words[0], *flags)
 
-    monkeypatch.setattr(gpu_suite, "run", run_here)
+    monkeypatch.setattr(Worker, "run", run_here)
     monkeypatch.setattr("benchmarks.training_step.named_recipe", lambda *_: recipe)
     monkeypatch.setattr("benchmarks.common.rates.MATRIX", {"cpu": 64})
     monkeypatch.setattr("benchmarks.common.rates.COPY_BYTES", {"cpu": 1 << 16})
 
 
-@pytest.mark.usefixtures("mostly_in_process")
+@pytest.mark.usefixtures("in_this_process")
 def test_the_suite_is_rehearsed_on_a_cpu(cifar10: Path, tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali")
-    left_out = [f"tests-{name}" for name in TESTS if f"tests-{name}" not in REAL]
-    flags = ["--device", "cpu", "--data", cifar10, "--cifar10", cifar10, "--output", tmp_path]
-    assert gpu_suite.main([*map(str, flags), "--skip", *left_out]) == 0
+    left_out, copy = [*TESTS, "cifar10-speed"], tmp_path / "copy"
+    flags = ["--device", "cpu", "--data", cifar10, "--cifar10", cifar10, "--copy", copy]
+    flags += ["--output", tmp_path, "--skip", *left_out]
+    assert gpu_suite.main(list(map(str, flags))) == 0
     result = result_of(tmp_path)
     assert result["device"] == "cpu" and result["rehearsal"].startswith("CPU rehearsal")
     assert set(result["parts"]) == {part.name for part in PARTS}
@@ -99,14 +90,25 @@ def test_the_suite_is_rehearsed_on_a_cpu(cifar10: Path, tmp_path: Path) -> None:
     assert [phase["image_size"] for phase in figures["stall"]["phases"]] == [32]
     assert figures["decode"]["decoder"] == "cpu"
     assert all(rate["images_per_sec"]["mean"] > 0 for rate in figures["decode"]["rates"])
-    (step,) = figures["steps"]["rates"]
-    assert step["peak_memory_bytes"] > 2**20 and not step["error"]
+    assert figures["parity"]["within"]
+    for name in STEPS:
+        (step,) = figures[name]["rates"]
+        assert step["peak_memory_bytes"] > 2**20 and not step["error"]
     (table,) = tmp_path.glob("*-rehearsal.md")
     headings = [line for line in table.read_text().splitlines() if line.startswith("#")]
     assert all("rehearsal" in line for line in headings if line != "## Parts")
+    assert table.read_text().count("## ResNet-50's training step") == 1
     (page,) = tmp_path.glob("*-rehearsal.html")
     text = page.read_text()
     assert text.count("<svg") >= 4 and "src=" not in text
+    (parts,) = copy.glob("*-rehearsal-parts.tar.gz")
+    assert {path.name for path in copy.iterdir()} == {
+        parts.name, *(path.name for path in tmp_path.glob("*-rehearsal.*"))
+    }  # fmt: skip
+    with tarfile.open(parts) as archive:
+        kept = archive.getnames()
+    assert {"stall/throughput.json", "decode/log.txt", "cifar10/run/metrics.jsonl"} <= set(kept)
+    assert not any("photographs" in name or name.endswith(".pt") for name in kept)
 
 
 class Parsed(Exception):
@@ -133,24 +135,48 @@ def test_the_command_of_every_part_is_right(
         raise Parsed
 
     monkeypatch.setattr(Parser, "parse_args", parse_only)
+    command = f"{module}.__main__" if module == "pipelines.parity" else module
     with pytest.raises(Parsed):
-        import_module(module).main(flags)
+        import_module(command).main(flags)
 
 
-def test_the_parts_fit_into_eight_minutes() -> None:
-    assert sum(part.seconds for part in PARTS) + 10 <= 480
+def test_two_calls_of_a_visit_have_time_for_all_that_tells_most() -> None:
+    """The first of 9 minutes, the second of 4; tests that compile come last."""
+    seconds = {part.name: part.seconds for part in PARTS}
+    names = list(seconds)
+    second = names.index("tests-quick")
+    assert sum(seconds[name] for name in names[:second]) <= 540 - 5
+    assert names[second:] == [
+        "tests-quick", "cifar10-speed", "cifar10", "tests-loaders", "tests-faults", "lr-finder",
+        "tests-step", "tests-training",
+    ]  # fmt: skip
+    assert sum(seconds[name] for name in names[second : second + 4]) <= 240 - 5
+    assert sum(seconds[name] for name in TESTS) >= 340
 
 
 def test_every_file_of_gpu_tests_is_a_part() -> None:
     files = (ROOT / "tests" / "gpu").glob("test_*.py")
-    assert {path.stem.removeprefix("test_") for path in files} == set(TESTS)
+    named = {file for file, _, _ in TESTS.values()}
+    assert {path.stem.removeprefix("test_") for path in files} == named
+
+
+def test_few_photographs_make_large_batches(cifar10: Path, tmp_path: Path) -> None:
+    assert named_again(cifar10, tmp_path, 500) == cifar10
+    again = named_again(cifar10, tmp_path, 501)
+    few, many = (read_split(root, "train") for root in (cifar10, again))
+    assert again == tmp_path and len(many) == 2 * len(few)
+    assert many.classes == few.classes and sorted(many.labels) == sorted(2 * list(few.labels))
+    assert len({Path(file.path).resolve() for file in many.files}) == len(few)
+    assert len(read_split(again, "val")) == len(read_split(cifar10, "val"))
 
 
 def part(name: str, script: str, read: Callable[[Path], Row], needs: str = "") -> Part:
     """A part that runs a Python script in its folder."""
 
     def command(_: Setup, folder: Path, __: float) -> list[str]:
-        (folder / "script.py").write_text(f"folder = {str(folder)!r}\n{script}")
+        start = f"import os\nfolder = {str(folder)!r}\n"
+        start += "open(folder + '/process', 'w').write(str(os.getpid()))\n"
+        (folder / "script.py").write_text(start + script)
         return ["timeit", "-n1", "-r1", f"exec(open({str(folder / 'script.py')!r}).read(), {{}})"]
 
     return Part(name=name, title=name, seconds=1, command=command, read=read, needs=needs)
@@ -175,7 +201,7 @@ def test_a_failing_part_is_told_and_the_rest_goes_on(
         part("cifar10", "", left, needs="cifar10"),
         part("stall", "", left),
         part("decode", LEFT + hang, left),
-        part("steps", LEFT, left),
+        part("eager-128", LEFT, left),
     )
     monkeypatch.setattr(gpu_suite, "PARTS", parts)
     monkeypatch.setattr(gpu_suite, "REHEARSAL_TIMES", 3)
@@ -186,15 +212,18 @@ def test_a_failing_part_is_told_and_the_rest_goes_on(
     statuses = {name: one["status"] for name, one in result["parts"].items()}
     assert statuses == {
         "ceilings": "failed", "cifar10": "skipped", "stall": "failed", "decode": "failed",
-        "steps": "done",
+        "eager-128": "done",
     }  # fmt: skip
+    processes = [(folder / name / "process").read_text() for name in statuses if name != "cifar10"]
+    assert processes[1] == processes[2]  # no figures, but no error either
+    assert len({*processes}) == 3
     found = result["parts"]
     assert found["ceilings"]["reason"] == "exit status 1: ValueError: no such thing"
     assert "so far" in found["ceilings"]["log_tail"]
     assert found["cifar10"]["reason"] == "needs --cifar10"
     assert found["stall"]["reason"] == "it left no figures"
     assert found["decode"]["reason"].startswith("not done within ")
-    assert found["decode"]["figures"] == found["steps"]["figures"] == FOUND
+    assert found["decode"]["figures"] == found["eager-128"]["figures"] == FOUND
     orphan = Path(f"/proc/{(folder / 'decode' / 'pid').read_text()}")
     deadline = time.monotonic() + 30
     while orphan.exists():
@@ -210,23 +239,46 @@ def test_a_page_that_cannot_be_drawn_costs_no_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = "import json\njson.dump({'rates': 1}, open(folder + '/left.json', 'w'))\n"
-    monkeypatch.setattr(gpu_suite, "PARTS", (part("steps", odd, left),))
+    monkeypatch.setattr(gpu_suite, "PARTS", (part("eager-128", odd, left),))
     assert gpu_suite.main(["--device", "cpu", "--output", str(tmp_path)]) == 1
     assert "no tables or page" in capsys.readouterr().err
-    assert result_of(tmp_path)["parts"]["steps"]["figures"] == {"rates": 1}
+    assert result_of(tmp_path)["parts"]["eager-128"]["figures"] == {"rates": 1}
 
 
 def test_a_suite_that_is_stopped_leaves_what_it_had(tmp_path: Path) -> None:
-    flags = ["--device", "cpu", "--output", tmp_path, "--only", "ceilings", "steps"]
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", *map(str, flags)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "steps").exists():
+    folder, copy = tmp_path / "suite", tmp_path / "copy"
+    flags = ["--device", "cpu", "--output", folder, "--copy", copy]
+    process = start("benchmarks.gpu_suite", *flags, "--only", "ceilings", "eager-128")
+    while not (folder / "eager-128").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
-    parts = result_of(tmp_path)["parts"]
-    assert parts["ceilings"]["status"] == "done" and "steps" not in parts
+    for place in (folder, copy):
+        parts = result_of(place)["parts"]
+        assert parts["ceilings"]["status"] == "done" and "eager-128" not in parts
+
+
+def test_a_limit_holds_for_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part takes all of its time; of the fourth none is left."""
+    now, limits = 0.0, []
+
+    def run(_: Worker, words: list[str], log: Path, limit: float) -> None:
+        nonlocal now
+        now += limit
+        limits.append(limit)
+
+    names = ("ceilings", "eager-128", "eager-224", "eager-160")
+    parts = tuple(replace(part(name, "", left), seconds=100) for name in names)
+    monkeypatch.setattr(gpu_suite, "PARTS", parts)
+    monkeypatch.setattr(gpu_suite, "REHEARSAL_TIMES", 1)
+    monkeypatch.setattr(gpu_suite, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(Worker, "run", run)
+    flags = ["--device", "cpu", "--limit", "250", "--output", str(tmp_path)]
+    assert gpu_suite.main(flags) == 1
+    assert limits == [100, 100, 45]
+    last = result_of(tmp_path)["parts"]["eager-160"]
+    assert (last["status"], last["reason"]) == ("skipped", "no time left")
 
 
 def test_what_pytest_did_not_finish_counts_as_not_passed(tmp_path: Path) -> None:
@@ -242,74 +294,6 @@ def test_what_pytest_did_not_finish_counts_as_not_passed(tmp_path: Path) -> None
         "not_passed": ["tests/gpu/test_a.py::test_two", "tests/gpu/test_a.py::test_four"],
         "skipped": ["tests/gpu/test_a.py::test_three (needs more)"],
     }
-
-
-def step_rate(size: int, variant: str, batch: int, rate: float, error: str = "") -> StepRate:
-    return StepRate(
-        image_size=size, variant=variant, batch_size=batch,
-        images_per_sec=Estimate(rate, rate, rate), peak_memory_bytes=1, flops_per_image=1.0,
-        bytes_per_image=1.0, floor_images_per_sec=None if error else 2 * rate, error=error,
-    )  # fmt: skip
-
-
-def test_batches_grow_while_that_pays_and_end_with_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """224 px: 1,024 images are no faster. 288 px: memory ends at 512, of graphs at 256."""
-    asked: list[tuple[int, str, int]] = []
-    eager = {(224, 128): 100, (224, 256): 120, (224, 512): 130, (224, 1024): 131, (288, 256): 50}
-
-    def sweep(
-        sizes: list[int], variants: list[str], batches: list[int], *, report: Any, **_: object
-    ) -> None:
-        (size,), (variant,) = sizes, variants
-        for batch in batches:
-            asked.append((size, variant, batch))
-            gone = size == 288 and batch == (256 if variant == "graphs" else 512)
-            error = "the GPU is out of memory with batch_size" if gone else ""
-            report(step_rate(size, variant, batch, eager.get((size, batch), 10), error))
-            if error:
-                break
-
-    monkeypatch.setattr(suite_steps, "sweep", sweep)
-    flags = ["--device", "cpu", "--json", str(tmp_path / "steps.json")]
-    assert suite_steps.main([*flags, "--image-size", "224", "288"]) == 0
-    assert asked == [
-        *((224, "eager", batch) for batch in (128, 256, 512, 1024)),
-        *((224, variant, 1024) for variant in ("compiled", "graphs")),
-        *((288, "eager", batch) for batch in (128, 256, 512)),
-        *(
-            (288, variant, batch)
-            for variant, batch in (("compiled", 256), ("graphs", 256), ("graphs", 128))
-        ),
-    ]
-    written = read_object(tmp_path / "steps.json")
-    assert not written["cut_by_limit"] and len(written["rates"]) == len(asked)
-    asked.clear()
-    assert suite_steps.main([*flags, "--image-size", "224", "288"]) == 0
-    assert asked == []  # all of it is there
-
-
-def test_a_cuda_error_is_left_to_another_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def sweep(sizes: list[int], *_: object, report: Any, **__: object) -> None:
-        report(step_rate(sizes[0], "eager", 128, 0, "CUDA error: an illegal memory access"))
-
-    class Replaced(BaseException):
-        pass
-
-    def execv(program: str, words: list[str]) -> None:
-        assert program == sys.executable and words[1:3] == ["-m", "benchmarks.gpu_suite.steps"]
-        raise Replaced
-
-    monkeypatch.setattr(suite_steps, "sweep", sweep)
-    monkeypatch.setattr(suite_steps.os, "execv", execv)
-    flags = ["--device", "cpu", "--json", str(tmp_path / "steps.json"), "--variants"]
-    with pytest.raises(Replaced):
-        suite_steps.main([*flags, "--image-size", "224"])
-    (rate,) = read_object(tmp_path / "steps.json")["rates"]
-    assert rate["error"].startswith("CUDA error")
 
 
 def test_the_decode_sweep_carries_the_best_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:

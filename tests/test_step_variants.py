@@ -323,13 +323,14 @@ def test_the_command_measures_writes_and_goes_on(
     file = tmp_path / "step.json"
     flags = ["--model", "smallnet", "--sizes", "32", "--batches", "2", "--seconds", "0.1"]
     flags += ["--variants", "graphs", "eager", "--device", "cpu", "--json", str(file)]
-    assert main(flags) == 0
+    assert main(flags) == 1
     graphs, eager = read_object(file)["rates"]
     assert "needs a GPU" in graphs["error"] and graphs["floor_images_per_sec"] is None
     assert eager["images_per_sec"]["mean"] > 0 and eager["peak_memory_bytes"] > 2**20
     layers = count_layers(with_model("smallnet"), 32)
     assert eager["flops_per_image"] == sum(layer.flops for layer in layers)
-    assert "| 32 px eager" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "| 32 px eager" in out and err.startswith("error: 32 px  graphs")
 
 
 def test_a_wrong_flag_is_named() -> None:

@@ -1,12 +1,13 @@
-"""Everything that a GPU has to show, in one command of less than eight minutes, without network.
+"""Everything that a GPU has to show, in one command, the most telling first, without network.
 
-    python -m benchmarks.gpu_suite --data PHOTOGRAPHS --cifar10 CIFAR10 --output DIR
+    python -m benchmarks.gpu_suite --data PHOTOGRAPHS --cifar10 CIFAR10 --output DIR --limit 540
 
-Ceilings of the device, the tests of tests/gpu, CIFAR-10 time to accuracy, the LR finder, stall of
-the recipe `imagenet` phase by phase, DALI's decoding with its settings swept, the training step of
-ResNet-50 by size, variant and batch, peak memory. Each part is a process of its own with a time
-limit; one that fails is reported, the others follow, and the exit status is 1. DIR gets a dated
-JSON, a table in Markdown and a page of plots, rewritten after every part, and a folder for each.
+Facts and ceilings of the device, pixels of mixed decoding, ResNet-50's training step by size and
+batch, DALI's decoding with its settings swept, stall, the step compiled and with CUDA graphs, quick
+tests, CIFAR-10 time to accuracy, the LR finder, and tests that compile. Each part has a time limit,
+the whole may have one. A part that fails is reported, the others follow in a new process, and the
+exit status is 1. DIR gets a dated JSON, a table in Markdown and a page of plots, rewritten after
+every part, and a folder for each.
 
 On a CPU the same commands run at tiny sizes. That is a rehearsal, and marked as one everywhere.
 """
@@ -18,37 +19,38 @@ import ctypes
 import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from benchmarks.common.measuring import begin, command_parser
 from benchmarks.gpu_suite.parts import PARTS, Part, Setup
+from benchmarks.gpu_suite.processes import GRACE_SECONDS, Worker
 from benchmarks.gpu_suite.report import REHEARSAL, PartResult, Result, write_results
 from benchmarks.research.window_decoding import failure
 from fastimagenet import cli
 from fastimagenet.distributed.world import Launch
-from pipelines.cli import output_folder
+from pipelines.cli import output_folder, positive
 from pipelines.datasets.folders import find_split
 from pipelines.errors import UserError
+from pipelines.files import atomic_write
 from pipelines.loader import WHOLE_IMAGES
-from pipelines.signals import STOP_SIGNALS
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = tuple(part.name for part in PARTS)
 REHEARSAL_TIMES = 10
 """What a part is given on a CPU that others may be using, in place of what it has on a GPU."""
+LEAST_SECONDS = 15
+"""A part that would have less is not begun."""
 TAIL_LINES = 40
-GRACE_SECONDS = 5
-"""For a part that is told to end, before it is killed."""
+LARGEST_BYTES = 1 << 20
+"""Of a file of a part that is copied: no checkpoint is."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
+    start = time.monotonic()
     parser = command_parser(__doc__)
     cli.add_device_flag(parser)
     add = parser.add_argument
@@ -59,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     some = f"some of {', '.join(NAMES)}"
     add("--only", nargs="+", choices=NAMES, default=NAMES, metavar="PART", help=some)
     add("--skip", nargs="+", choices=NAMES, default=(), metavar="PART")
+    add("--from", dest="first", choices=NAMES, default=NAMES[0], metavar="PART", help="and on")
+    add("--limit", type=positive, metavar="SECONDS", help="of all; default: the sum of the parts'")
+    help_text = "after every part, copies of the results and all small files, four in all, go here"
+    add("--copy", type=output_folder, metavar="DIR", help=help_text)
     args, about = begin(parser, argv)
     setup = make_setup(args)
     if not setup.small:
@@ -75,30 +81,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not setup.small and setup.data is not None and (told := failure(setup.data)):
         print(f"DALI does not decode windows here ({told}): all parts decode whole images")
         os.environ[WHOLE_IMAGES] = "1"
-    shown = run_parts(setup, result, folder, set(args.only) - set(args.skip))
+    wanted = set(args.only) & set(NAMES[NAMES.index(args.first) :]) - set(args.skip)
+    deadline = start + (args.limit or float("inf"))
+    shown = run_parts(setup, result, folder, wanted, deadline, args.copy)
     print(f"results: {folder / result.name}.json, .md and .html")
     if result.failed:
         print(f"failed: {', '.join(result.failed)}", file=sys.stderr)
     return 1 if result.failed or not shown else 0
 
 
-def run_parts(setup: Setup, result: Result, folder: Path, wanted: set[str]) -> bool:
-    """Run the parts one after the other; returns whether tables and page could be made."""
-    given, shown, start = 0, True, time.monotonic()
-    for part in PARTS:
-        given += part.seconds * (REHEARSAL_TIMES if setup.small else 1)
-        if part.name not in wanted:
-            found = PartResult(title=part.title, status="skipped", reason="not asked for")
-        elif part.needs and getattr(setup, part.needs) is None:
-            reason = f"needs --{part.needs}"
-            found = PartResult(title=part.title, status="skipped", reason=reason)
-        else:
-            limit = given - (time.monotonic() - start)
-            print(f"{part.name}: at most {limit:.0f} s", flush=True)
-            found = run_part(part, setup, folder / part.name, limit, result.hardware)
-            print(f"  {found.status} after {found.seconds:.0f} s  {found.reason}", flush=True)
-        result.parts[part.name] = found
-        shown = write_all(result, folder)
+def run_parts(
+    setup: Setup,
+    result: Result,
+    folder: Path,
+    wanted: set[str],
+    deadline: float,
+    copy: Path | None,
+) -> bool:
+    """Run the parts one after the other; returns whether tables and page could be made.
+
+    `deadline`: of `time.monotonic`, at which the last process has ended.
+    """
+    shown, until = True, time.monotonic()
+    shared = Worker(folder / "compiled")
+    try:
+        for part in PARTS:
+            reason = ""
+            if part.name not in wanted:
+                reason = "not asked for"
+            elif part.needs and getattr(setup, part.needs) is None:
+                reason = f"needs --{part.needs}"
+            elif deadline - time.monotonic() < LEAST_SECONDS:
+                reason = "no time left"
+            if reason:
+                found = PartResult(title=part.title, status="skipped", reason=reason)
+            else:
+                until += part.seconds * (REHEARSAL_TIMES if setup.small else 1)
+                limit = min(until, deadline - GRACE_SECONDS) - time.monotonic()
+                print(f"{part.name}: at most {limit:.0f} s", flush=True)
+                worker = Worker(folder / "compiled") if part.alone else shared
+                found = run_part(part, setup, folder / part.name, limit, result.hardware, worker)
+                if part.alone:
+                    worker.end()
+                print(f"  {found.status} after {found.seconds:.0f} s  {found.reason}", flush=True)
+            result.parts[part.name] = found
+            shown = write_all(result, folder)
+            if copy is not None:
+                copy_results(result, folder, copy)
+    finally:
+        shared.end()
     return shown
 
 
@@ -110,6 +141,23 @@ def write_all(result: Result, folder: Path) -> bool:
         print(f"no tables or page: {error!r}", file=sys.stderr)
         return False
     return True
+
+
+def copy_results(result: Result, folder: Path, copy: Path) -> None:
+    """Copy NAME.json, .md and .html, and all that the parts have left and is small, as one file:
+    a call that is killed later keeps what it had."""
+    for path in folder.glob(f"{result.name}.*"):
+        with atomic_write(copy / path.name) as temporary:
+            shutil.copyfile(path, temporary)
+    with (
+        atomic_write(copy / f"{result.name}-parts.tar.gz") as temporary,
+        tarfile.open(temporary, "w:gz") as archive,
+    ):
+        for name in result.parts:
+            for path in sorted((folder / name).rglob("*")):
+                if path.is_file() and not path.is_symlink():
+                    if path.stat().st_size <= LARGEST_BYTES:
+                        archive.add(path, path.relative_to(folder))
 
 
 def make_setup(args: argparse.Namespace) -> Setup:
@@ -137,13 +185,16 @@ def gpu_name() -> str:
     return name.value.decode()
 
 
-def run_part(part: Part, setup: Setup, folder: Path, limit: float, hardware: str) -> PartResult:
+def run_part(
+    part: Part, setup: Setup, folder: Path, limit: float, hardware: str, worker: Worker
+) -> PartResult:
     """Run a part for `limit` seconds at most and take what it has left, whatever became of it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    words = ["-m", *part.command(setup, folder, limit)]
+    words = part.command(setup, folder, limit)
     log, start = folder / "log.txt", time.monotonic()
-    status = run(words, log, limit)
+    log.touch()
+    status = worker.run(words, log, limit)
     seconds = time.monotonic() - start
     lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
     figures, reason = {}, ""
@@ -163,48 +214,13 @@ def run_part(part: Part, setup: Setup, folder: Path, limit: float, hardware: str
         status="failed" if reason else "done",
         device=hardware,
         rehearsal=setup.small,
-        command=shlex.join(["python", *words]),
+        command=shlex.join(["python", "-m", *words]),
         seconds=round(seconds, 1),
         limit_seconds=round(limit, 1),
         reason=reason,
         log_tail="\n".join(lines[-TAIL_LINES:]) if reason else "",
         figures=figures,
     )
-
-
-def run(words: list[str], log: Path, limit: float) -> int | None:
-    """Run `python WORDS`; returns its exit status, None where it was ended at its limit."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-    unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS)
-    with log.open("wb") as output:
-        # One of them in between would leave a child that nobody knows of.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        child = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that all of its processes can be ended
-            preexec_fn=unblock,
-        )
-        try:
-            unblock()
-            return child.wait(max(limit, 1.0))
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            end(child)
-
-
-def end(child: subprocess.Popen[bytes]) -> None:
-    """End what is left of a part's processes."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(child.pid, number)
-            child.wait(GRACE_SECONDS)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
 
 
 if __name__ == "__main__":

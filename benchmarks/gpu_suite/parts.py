@@ -1,7 +1,7 @@
 """The parts of the GPU suite: what each runs, for how long at most, and what it leaves.
 
-Every part is a command of its own, so that an error on the GPU ends with its process. On a CPU the
-same commands run at tiny sizes: that rehearses the suite, and its figures say nothing of a GPU.
+Every part is a command of its own. On a CPU the same commands run at tiny sizes: that rehearses the
+suite, and its figures say nothing of a GPU.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastimagenet.recipes import RECIPES, named_recipe
+from benchmarks.common.measuring import training_images
+from fastimagenet.recipes import named_recipe
 from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
+from pipelines.datasets.folders import find_split
 from pipelines.files import Row, read_object
+from pipelines.workers import num_cores
 
 Words = list[str]
 
@@ -49,6 +52,8 @@ class Part:
     """The figures in its folder, as far as it got; {} for none."""
     needs: str = ""
     """The field of the setup without which it cannot run."""
+    alone: bool = False
+    """In a process of its own, which it may take down, in place of the one of the others."""
 
 
 def ceilings(setup: Setup, folder: Path, _: float) -> Words:
@@ -56,11 +61,19 @@ def ceilings(setup: Setup, folder: Path, _: float) -> Words:
     return [*run, "--seconds", "0.6" if setup.small else "6"]
 
 
-def gpu_tests(name: str) -> Callable[[Setup, Path, float], Words]:
-    """Return the command of a file of tests, in a process that it can take down."""
+def parity(setup: Setup, folder: Path, _: float) -> Words:
+    """Compare few photographs: what decodes wrong on a GPU is wrong in the first of them."""
+    sizes = ["32", "--images", "8", "--threads", "1"] if setup.small else ["224", "--images", "64"]
+    run = [*words("pipelines.parity", setup), str(setup.data), "--image-size", *sizes]
+    return [*run, "--output", str(folder)]
+
+
+def gpu_tests(file: str, keyword: str) -> Callable[[Setup, Path, float], Words]:
+    """Return the command of the tests in a file that the keyword chooses."""
 
     def command(setup: Setup, folder: Path, _: float) -> Words:
-        return ["pytest", f"tests/gpu/test_{name}.py", "-v", "--color=no", "-p", "no:cacheprovider"]
+        run = ["pytest", f"tests/gpu/test_{file}.py", "-v", "--color=no", "-p", "no:cacheprovider"]
+        return [*run, "-k", keyword] if keyword else run
 
     return command
 
@@ -72,7 +85,7 @@ def training(recipe: str) -> Callable[[Setup, Path, float], Words]:
         flags = flags_of(["compile=true"]) if recipe == "cifar10-speed" else []
         if setup.small:
             flags = ["--epochs", "2", *small_batches(recipe)]
-        run = words("fastimagenet.train", setup, "cifar10", "memory")
+        run = words("fastimagenet.train", setup, setup.cifar10, "memory")
         return [*run, "--recipe", recipe, *flags, "--output", str(folder / "run")]
 
     return command
@@ -80,20 +93,40 @@ def training(recipe: str) -> Callable[[Setup, Path, float], Words]:
 
 def lr_finder(setup: Setup, folder: Path, _: float) -> Words:
     sweep = ["--num-it", "12", *small_batches("cifar10")] if setup.small else []
-    run = words("fastimagenet.lr_find", setup, "cifar10", "memory")
+    run = words("fastimagenet.lr_find", setup, setup.cifar10, "memory")
     return [*run, "--recipe", "cifar10", *sweep, "--output", str(folder / "sweep")]
 
 
 def stall(setup: Setup, folder: Path, _: float) -> Words:
-    """Measure the recipe `imagenet` on the photographs themselves even where there are copies."""
-    settings = [f"phases.{i}.data=original" for i in range(len(named_recipe("imagenet").phases))]
-    turns = ["--rounds", "3", "--seconds", "0.8"]
+    """Measure batches that a fast GPU needs, of the photographs themselves."""
+    sizes, batch_size, turns = (128, 224), 512, ["--rounds", "3", "--seconds", "0.8"]
     if setup.small:
-        settings = ["phases=[{epochs=1,image_size=32,batch_size=2,data='original'}]"]
-        settings += ["lr_spans=[[0,1,1,1]]"]
-        turns = ["--rounds", "2", "--seconds", "0.1"]
-    run = words("benchmarks.throughput", setup, "data", "auto")
+        sizes, batch_size, turns = (32,), 2, ["--rounds", "2", "--seconds", "0.1"]
+    one = "{{epochs=1,image_size={},batch_size={},data='original'}}"
+    phases = ",".join(one.format(size, batch_size) for size in sizes)
+    settings = [f"phases=[{phases}]", f"lr_spans=[[0,{len(sizes)},1,1]]"]
+    assert setup.data is not None
+    data = named_again(setup.data, folder / "photographs", 4 * batch_size)
+    run = words("benchmarks.throughput", setup, data, "auto")
     return [*run, "--recipe", "imagenet", *flags_of(settings), *turns, "--output", str(folder)]
+
+
+def named_again(data: Path, folder: Path, count: int) -> Path:
+    """Return the image folder; or `folder`, filled with links to its training images under so many
+    names that there are at least `count`."""
+    split = training_images(data)
+    if len(split) >= count:
+        return data
+    for turn in range(-(-count // len(split))):
+        for file, label in zip(split.files, split.labels, strict=True):
+            image = Path(file.path)
+            # Images of the same name may lie in several folders below that of their class.
+            inside = image.relative_to(find_split(data, "train") / split.classes[label])
+            link = folder / "train" / split.classes[label] / str(turn) / inside
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(image.resolve())
+    (folder / "val").symlink_to(find_split(data, "val").resolve())
+    return folder
 
 
 def decode(setup: Setup, folder: Path, seconds: float) -> Words:
@@ -102,24 +135,38 @@ def decode(setup: Setup, folder: Path, seconds: float) -> Words:
     if setup.small:
         sizes = ["--image-size", "32", "48", "--batch-size", "8", "--threads", "1", "2"]
         return [*run, *sizes, "--entries", "200", "--seconds", "0.1"]
-    return [*run, "--limit", f"{seconds - 8:.0f}"]
+    run += ["--image-size", "128", "224", "--batch-size", "512", "--seconds", "0.9"]
+    return [*run, "--threads", str(min(16, num_cores())), "--limit", f"{seconds - 8:.0f}"]
 
 
-def steps(setup: Setup, folder: Path, seconds: float) -> Words:
-    run = [*words("benchmarks.gpu_suite.steps", setup), *json(folder)]
-    if setup.small:  # compiling takes minutes on a small CPU
-        sizes = ["--image-size", "32", "--batch-size", "2", "--variants"]
-        return [*run, "--seconds", "0.2", *sizes]
-    # A variant begun within the limit compiles for up to a minute.
-    return [*run, "--limit", f"{max(30.0, seconds - 60):.0f}"]
+def step(
+    size: int, variant: str, batches: tuple[int, ...]
+) -> Callable[[Setup, Path, float], Words]:
+    """Return the command of ResNet-50's training step."""
+
+    def command(setup: Setup, folder: Path, _: float) -> Words:
+        run = [*words("benchmarks.training_step", setup), *json(folder)]
+        if setup.small:  # compiling takes minutes on a small CPU
+            sizes = ["--sizes", "32", "--variants", "eager", "--batches", "2"]
+            return [*run, "--seconds", "0.2", *sizes]
+        run += ["--seconds", "1", "--sizes", str(size), "--variants", variant]
+        return [*run, "--batches", *map(str, batches)]
+
+    return command
 
 
-def words(module: str, setup: Setup, data: str = "", backend: str = "") -> Words:
+def step_rates(figures: dict[str, Row]) -> list[Row]:
+    """Return all rates of the training step in the parts' figures, smallest images first."""
+    rates = [rate for name in STEPS for rate in figures.get(name, {"rates": []})["rates"]]
+    return sorted(rates, key=lambda rate: rate["image_size"])
+
+
+def words(module: str, setup: Setup, data: Path | None = None, backend: str = "") -> Words:
     """Return the module with its device; with `data`: one process, which reads by `backend`."""
     found = [module, "--device", setup.device]
-    if data:
+    if data is not None:
         one_process = ["--nproc-per-node", "1", "--backend", backend]
-        found += ["--data", str(getattr(setup, data)), *one_process]
+        found += ["--data", str(data), *one_process]
     return found
 
 
@@ -188,48 +235,80 @@ def read_run(folder: Path) -> Row:
     return {name: summary[name] for name in RUN_FIELDS if name in summary} | {"evaluated": epochs}
 
 
-TESTS = {"loaders": 30, "training": 50, "training_step": 50, "gpu_faults": 30}
-"""Files in tests/gpu and seconds."""
-CIFAR10 = {"cifar10": 35, "cifar10-speed": 55}
-"""Recipes and seconds; the second one is compiled before its clock starts."""
+STEPS: dict[str, tuple[int, str, tuple[int, ...], int]] = {
+    "eager-128": (128, "eager", (128, 512, 1024), 45),
+    "eager-224": (224, "eager", (128, 512, 1024), 35),
+    "eager-160": (160, "eager", (128, 512, 1024), 30),
+    "compiled-224": (224, "compiled", (512,), 65),
+    "graphs-224": (224, "graphs", (512,), 65),
+    "graphs-128": (128, "graphs", (128, 1024), 60),
+}
+"""Image size, variant, batches and seconds."""
+QUICK = "eager and not resnet50"
+TESTS = {
+    "tests-quick": ("training_step", QUICK, 50),
+    "tests-loaders": ("loaders", "", 70),
+    "tests-faults": ("gpu_faults", "", 70),
+    "tests-step": ("training_step", f"not ({QUICK})", 150),
+    "tests-training": ("training", "", 150),
+}
+"""Files in tests/gpu, which of their tests, and seconds."""
+CIFAR10 = {"cifar10-speed": 70, "cifar10": 45}
+"""Recipes and seconds; the first one is compiled before its clock starts."""
+
+
+def step_part(name: str) -> Part:
+    size, variant, batches, seconds = STEPS[name]
+    return Part(
+        name=name, title=f"ResNet-50's training step, {variant}, {size} px", seconds=seconds,
+        command=step(size, variant, batches), read=read_json("result.json"),
+    )  # fmt: skip
+
+
+def test_part(name: str) -> Part:
+    file, keyword, seconds = TESTS[name]
+    chosen = f", {keyword}" if keyword else ""
+    return Part(
+        name=name, title=f"The tests in tests/gpu/test_{file}.py{chosen}", seconds=seconds,
+        command=gpu_tests(file, keyword), read=read_tests, alone=True,
+    )  # fmt: skip
 
 
 PARTS = (
     Part(
-        name="ceilings", title="What the device does at most", seconds=15,
+        name="ceilings", title="What the device does at most", seconds=30,
         command=ceilings, read=read_json("result.json"),
     ),
-    *(
-        Part(
-            name=f"tests-{name}", title=f"The tests in tests/gpu/test_{name}.py", seconds=seconds,
-            command=gpu_tests(name), read=read_tests,
-        )
-        for name, seconds in TESTS.items()
+    Part(
+        name="parity", title="DALI's pixels against torchvision's", seconds=40,
+        command=parity, read=read_json("parity.json"), needs="data",
     ),
+    *(step_part(name) for name in STEPS if name.startswith("eager")),
+    Part(
+        name="decode", title="DALI's decoding of photographs", seconds=75,
+        command=decode, read=read_json("result.json"), needs="data",
+    ),
+    Part(
+        name="stall", title="What reading costs the training, phase by phase", seconds=90,
+        command=stall, read=read_json("throughput.json"), needs="data",
+    ),
+    *(step_part(name) for name in STEPS if not name.startswith("eager")),
+    test_part("tests-quick"),
     *(
         Part(
             name=recipe, title=f"CIFAR-10, recipe {recipe}", seconds=seconds,
             command=training(recipe), read=read_run, needs="cifar10",
         )
         for recipe, seconds in CIFAR10.items()
-        if recipe in RECIPES
     ),
+    test_part("tests-loaders"),
+    test_part("tests-faults"),
     Part(
         name="lr-finder", title="LR finder on CIFAR-10", seconds=25,
         command=lr_finder, read=read_json("sweep/lr_find.json"), needs="cifar10",
     ),
-    Part(
-        name="stall", title="What reading costs the training, phase by phase", seconds=60,
-        command=stall, read=read_json("throughput.json"), needs="data",
-    ),
-    Part(
-        name="decode", title="DALI's decoding of photographs", seconds=30,
-        command=decode, read=read_json("result.json"), needs="data",
-    ),
-    Part(
-        name="steps", title="The training step of ResNet-50", seconds=90,
-        command=steps, read=read_json("result.json"),
-    ),
+    test_part("tests-step"),
+    test_part("tests-training"),
 )  # fmt: skip
-"""In the order in which they run: together less than eight minutes, and the last ones, which
-measure as much as there is time for, get what the others left."""
+"""In the order in which they run, the most telling first: a visit of 15 minutes ends before the
+last ones. What a part leaves of its time goes to those after it."""

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.common.plots import look
+from benchmarks.gpu_suite import parts
 from fastimagenet.report.figures import draw_line, new_figure, thousands, with_legend
 from pipelines.files import Row
 from pipelines.formats import time_unit
@@ -15,9 +16,8 @@ def figures(result: Row) -> dict[str, Figure]:
     """Plot the parts that have figures, by heading."""
     own = {name: part["figures"] for name, part in result["parts"].items() if part["figures"]}
     drawn: dict[str, Figure | None] = {}
-    if "steps" in own:
-        drawn["ResNet-50: images/s of the training step, at its best batch"] = step_rates(own)
-        drawn["ResNet-50: peak memory of the training step"] = step_memory(own["steps"])
+    drawn["ResNet-50: images/s of the training step, at its best batch"] = step_rates(own)
+    drawn["ResNet-50: peak memory of the training step"] = step_memory(own)
     if "decode" in own:
         heading = "DALI: images/s by threads and share of the hardware decoder"
         drawn[heading] = decode_sweep(own["decode"])
@@ -47,18 +47,20 @@ def line_plot(rows: list[tuple[str, float, float]], xlabel: str, ylabel: str) ->
 
 def step_rates(own: Row) -> Figure | None:
     """Plot every variant at its best batch, and beside them what DALI decodes."""
-    rates = [(rate["variant"], rate) for rate in own["steps"]["rates"] if not rate["error"]]
+    rates = [(rate["variant"], rate) for rate in parts.step_rates(own) if not rate["error"]]
+    if not rates:
+        return None
     decoded = own.get("decode", {"rates": []})["rates"]
     rates += [("DALI alone", rate) for rate in decoded if rate["images_per_sec"]]
     rows = [(name, rate["image_size"], rate["images_per_sec"]["mean"]) for name, rate in rates]
     return line_plot(rows, "image size (px)", "images/s")
 
 
-def step_memory(steps: Row) -> Figure | None:
+def step_memory(own: Row) -> Figure | None:
     """Plot the GiB of the eager step by batch, a line for each size."""
     rows = [
         (f"{rate['image_size']} px", rate["batch_size"], rate["peak_memory_bytes"] / 2**30)
-        for rate in steps["rates"]
+        for rate in parts.step_rates(own)
         if rate["variant"] == "eager" and not rate["error"]
     ]
     return line_plot(rows, "batch", "peak memory (GiB)")

@@ -12,7 +12,7 @@ from benchmarks.common.measuring import document, markdown
 from benchmarks.common.plots import svgs
 from benchmarks.common.statistics import shown
 from benchmarks.common.tables import Table
-from benchmarks.gpu_suite.parts import TESTS
+from benchmarks.gpu_suite.parts import STEPS, TESTS, step_rates
 from benchmarks.gpu_suite.plots import figures
 from pipelines import pages
 from pipelines.files import Row, write_object, write_text
@@ -136,8 +136,13 @@ class Section:
 def sections(result: Row) -> list[Section]:
     """Make a table of the parts and what became of them, then one for each that has figures."""
     found = [overview(result)]
-    for name, part in result["parts"].items():
-        if part["figures"]:
+    parts = {name: part for name, part in result["parts"].items() if part["figures"]}
+    own = {name: part["figures"] for name, part in parts.items()}
+    if ran := [name for name in STEPS if name in parts]:  # one table of them all
+        rates = {"title": "ResNet-50's training step", "figures": {"rates": step_rates(own)}}
+        parts[ran[0]] |= rates
+    for name, part in parts.items():
+        if name not in ran[1:]:
             rows, note = TABLES[name](part["figures"])
             mark = " (CPU rehearsal)" if part["rehearsal"] else ""
             measured = f"On {part['device']}{mark}. {note}".rstrip()
@@ -174,6 +179,16 @@ def ceilings(figures: Row) -> Shown:
     )
     rows += [(name.replace("_", " "), str(figures[name])) for name in names if name in figures]
     return rows, f"Means with 95 % intervals over {figures['rounds']} turns."
+
+
+def parity(figures: Row) -> Shown:
+    rows: Table = [("split", "px", "mean", "99 %", "max", "bound of the mean", "images")]
+    for one in figures["comparisons"]:
+        cells = (f"{one[name]:.3f}" for name in ("mean", "percentile_99", "max"))
+        bound, images = f"{one['bound_mean']:g}", str(one["images"])
+        rows.append((one["split"], str(one["image_size"]), *cells, bound, images))
+    verdict = "Within" if figures["within"] else "Outside"
+    return rows, f"{verdict} the bounds; differences of 255."
 
 
 def tests(figures: Row) -> Shown:
@@ -220,7 +235,7 @@ def lr_finder(figures: Row) -> Shown:
 
 def stall(figures: Row) -> Shown:
     note = f"Images/s with 95 % intervals over {figures['rounds']} rounds of {figures['seconds']:g}"
-    note += f" s; {figures['images']:,} photographs, back end {figures['backend']}, "
+    note += f" s; {figures['images']:,} names of photographs, back end {figures['backend']}, "
     note += f"{figures['precision']}. stall = 1 - both / model. Percentages: of the ceilings."
     return tables.phases(figures), note
 
@@ -229,26 +244,23 @@ def decode(figures: Row) -> Shown:
     rows = [tables.decode_row(rate, figures["decoder"]) for rate in figures["rates"]]
     note = f"{figures['decoder']} decoding of {figures['photographs']:,} photographs as "
     note += f"{figures['entries']:,} entries, from the page cache."
-    return [tables.DECODE_HEADER, *rows], note + cut(figures)
+    note += " The time ended before the sweep." if figures["cut_by_limit"] else ""
+    return [tables.DECODE_HEADER, *rows], note
 
 
 def steps(figures: Row) -> Shown:
     note = "Forward, backward and update on a synthetic batch that stays on the device."
-    rates = sorted(figures["rates"], key=lambda rate: rate["image_size"])
-    return tables.steps(rates), note + cut(figures)
-
-
-def cut(figures: Row) -> str:
-    return " The time ended before the sweep." if figures["cut_by_limit"] else ""
+    return tables.steps(figures["rates"]), note
 
 
 TABLES: dict[str, Callable[[Row], Shown]] = {
     "ceilings": ceilings,
-    **{f"tests-{name}": tests for name in TESTS},
+    "parity": parity,
+    **dict.fromkeys(STEPS, steps),
+    **dict.fromkeys(TESTS, tests),
     "cifar10": run,
     "cifar10-speed": run,
     "lr-finder": lr_finder,
     "stall": stall,
     "decode": decode,
-    "steps": steps,
 }
