@@ -99,7 +99,8 @@ def lr_finder(setup: Setup, folder: Path, _: float) -> Words:
 
 def stall(setup: Setup, folder: Path, _: float) -> Words:
     """Measure batches that a fast GPU needs, of the photographs themselves."""
-    sizes, batch_size, turns = (128, 224), 512, ["--rounds", "3", "--seconds", "0.8"]
+    sizes: tuple[int, ...] = (128, 224)
+    batch_size, turns = 512, ["--rounds", "3", "--seconds", "0.8"]
     if setup.small:
         sizes, batch_size, turns = (32,), 2, ["--rounds", "2", "--seconds", "0.1"]
     one = "{{epochs=1,image_size={},batch_size={},data='original'}}"
