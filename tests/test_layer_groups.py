@@ -106,7 +106,7 @@ def test_it_does_what_a_loop_over_torchs_groups_does(name: str, clip: float) -> 
     ]
     optimizer: torch.optim.Optimizer
     if name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+        optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, fused=True)
     else:
         optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.99), fused=True)
     trainer = trainer_of(recipe)

@@ -237,7 +237,8 @@ def test_blur_pool_starts_from_the_same_weights() -> None:
 
 
 def test_unknown_names_and_options_are_named() -> None:
-    with pytest.raises(UserError, match=r"field model .* resnet18, .*speednet, not 'resnet51'$"):
+    near = r"resnet18, .*speednet \(perhaps resnet56\), not 'resnet51'$"
+    with pytest.raises(UserError, match=r"field model .* " + near):
         make_model("resnet51", 10)
     for name in ("resnet56", "smallnet"):
         for option in ("blur_pool", "small_stem"):
