@@ -265,16 +265,14 @@ class Sweep:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """Show the same in a notebook, and what was recorded against the LR."""
-        from fastimagenet.report.figures import OUTCOMES, draw_line, finite, stack, with_text
+        """Show the same in a notebook, and the loss against the LR."""
+        from fastimagenet.report.figures import draw_line, new_figure, with_text
 
-        records = self.shown()
-        figure, panels = stack(without_top5=not any(finite(each.top5) for each in records))
-        for name, axes in panels.items():
-            factor = OUTCOMES[name][1]
-            draw_line(axes, [(each.lr, factor * getattr(each, name)) for each in records])
+        figure, (axes,) = new_figure()
+        draw_line(axes, [(record.lr, record.loss) for record in self.shown()])
         axes.set_xscale("linear" if self.linear else "log")
         axes.set_xlabel("learning rate")
+        axes.set_ylabel("training loss (nats)")
         return with_text(repr(self), figure)
 
     @cached_property
