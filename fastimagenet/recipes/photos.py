@@ -19,6 +19,10 @@ def photos(nodes: int = 1) -> Recipe:
     head alone for an epoch, then all layers, the stem at a hundredth of the head's LR; growing
     sizes, 1cycle, TrivialAugment; images are turned upright; batch, sizes and epochs fit the
     folder: see `fitted`.
+
+    Of smallnet, pretrained on five classes of CIFAR-10, on 100 images each of the other five, 300
+    updates at 32 px: 82.30 % to 82.56 % top-1, n = 3, two cores of an AMD EPYC (2026-11-29). On
+    photographs not yet measured.
     """
     return Recipe(
         name="photos",
@@ -42,7 +46,7 @@ def photos_scratch(nodes: int = 1) -> Recipe:
     """A folder of photographs, from random weights: where no pretrained ones can be had.
 
     python -m fastimagenet.train --data PHOTOS --recipe photos-scratch. Far behind `photos` on a few
-    hundred images.
+    hundred images: 66.34 % to 68.40 % where `photos` is measured.
     """
     return replace(
         photos(nodes),
