@@ -24,6 +24,7 @@ GROUPS = Recipe(
     phases=(Phase(epochs=4, image_size=8, batch_size=16),),
     max_lr=0.05,
     weight_decay=1e-2,
+    pretrained="weights.pt",
     layer_lrs=(0.01, 0.1, 1.0),
     frozen_epochs=2,
 )
@@ -191,6 +192,7 @@ def test_class_weights_sum_over_the_batch_and_divide_by_its_images() -> None:
         ({"layer_lrs": (float("nan"), 1.0)}, "layer_lrs must be finite"),
         ({"frozen_epochs": -1}, "frozen_epochs must be from 0 to the 4 epochs"),
         ({"frozen_epochs": 5}, "frozen_epochs must be from 0 to the 4 epochs"),
+        ({"pretrained": ""}, "frozen_epochs must be 0 where nothing is pretrained"),
         ({"clip_grad_norm": -1.0}, "clip_grad_norm must be 0 or more"),
         ({"class_weight_power": -0.5}, "class_weight_power must be 0 or more"),
         ({"optimizer": "adam"}, "optimizer must be one of sgd, adamw, muon"),

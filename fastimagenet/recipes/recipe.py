@@ -246,6 +246,8 @@ class Recipe(Transforms):
         frozen = self.frozen_epochs
         valid = 0 <= frozen <= self.epochs
         require(valid, "frozen_epochs", f"from 0 to the {self.epochs} epochs", frozen)
+        rule = "0 where nothing is pretrained (of photos, photos-scratch is that)"
+        require(not frozen or bool(self.pretrained), "frozen_epochs", rule, frozen)
         every = self.eval_every_epochs
         require(every >= 1, "eval_every_epochs", "at least 1", every)
         smallest = min(phase.image_size for phase in self.phases)

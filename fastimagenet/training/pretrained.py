@@ -133,7 +133,7 @@ def torchvisions_weights(recipe: Recipe) -> tuple[str, dict[str, Tensor]]:
             reason = str(getattr(error, "reason", error))
             raise UserError(
                 f"{where}: {path} is not there and cannot be had from {weights.url} ({reason}): "
-                "put it there, or --set pretrained= for none"
+                f"put it there, or {from_scratch(recipe)}"
             ) from None
     return f"{recipe.model} {weights.name}", dict(state)
 
@@ -155,8 +155,15 @@ def timms_weights(recipe: Recipe, num_classes: int) -> dict[str, Tensor]:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"recipe field pretrained: timm has no weights for {recipe.model} here and cannot "
-            f"fetch any ({reason}): --set pretrained= for none"
+            f"fetch any ({reason}): {from_scratch(recipe)}"
         ) from None
+
+
+def from_scratch(recipe: Recipe) -> str:
+    """Say how to start from random weights."""
+    if recipe.name == "photos":
+        return "--recipe photos-scratch starts from random weights"
+    return "--set pretrained= starts from random weights"
 
 
 def _safetensors(where: str) -> Any:
