@@ -169,7 +169,7 @@ def test_copies_and_shards_keep_the_orientation(folders: tuple[Path, Path], tmp_
     assert packed.orientations.tolist() == [int(name[0]) for name in names]
 
     upright = [Image.open(file.path).convert("RGB") for file in read_split(folders[1], "val").files]
-    images = first_batch("torchvision", copies, CASES["validation"])
+    images = first_batch("torchvision", copies, {"training": False, "resize_ratio": 1.0})
     for image, picture in zip(images, upright, strict=True):
         small = np.asarray(picture.resize((48, 32), T_LANCZOS).crop((8, 0, 40, 32)), np.float32)
         pixels = image.permute(1, 2, 0).numpy() * STD + MEAN
