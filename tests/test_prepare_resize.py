@@ -347,6 +347,7 @@ def test_a_second_call_makes_what_is_missing_or_older_than_its_source(
     assert missing.read_bytes() == expected and emptied.stat().st_size > 0
     assert pixels_of(changed).shape == (160, 320, 3)
     assert [path.stat().st_ino for path in others] == inodes
+    os.utime(changed, (time.time() + 10,) * 2)  # or else it is older than its source, soon after
     source = min(src.glob("train/*/*"))
     replacement = Path(shutil.copy2(max(src.glob("val/*/*")), tmp_path))
     os.utime(replacement, (1, 1))
