@@ -212,7 +212,8 @@ def test_pixels_that_really_differ_end_with_1_and_are_shown_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Pillow's own conversion clips 16-bit grey to 255, where DALI and our rule scale it."""
-    monkeypatch.setattr("pipelines.parity.compare.rgb", lambda image: image.convert("RGB"))
+    clipping = lambda image, upright=False: image.convert("RGB")  # noqa: E731
+    monkeypatch.setattr("pipelines.parity.compare.rgb", clipping)
     for split in ("train", "val"):
         folder = tmp_path / split / "a"
         folder.mkdir(parents=True)
