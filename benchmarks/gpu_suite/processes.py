@@ -33,7 +33,8 @@ class Worker:
 
     def run(self, words: list[str], log: Path, limit: float) -> int | None:
         """Run `python -m WORDS`; returns its exit status, None where it was ended at its limit."""
-        deadline, status = time.monotonic() + limit, None
+        deadline = time.monotonic() + limit
+        status: int | None = None
         if self._child is not None and self._child.poll() is not None:
             self.end()  # it has said that all went well, and ended
         try:

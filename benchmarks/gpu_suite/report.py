@@ -140,7 +140,7 @@ def sections(result: Row) -> list[Section]:
     own = {name: part["figures"] for name, part in parts.items()}
     if ran := [name for name in STEPS if name in parts]:  # one table of them all
         rates = {"title": "ResNet-50's training step", "figures": {"rates": step_rates(own)}}
-        parts[ran[0]] |= rates
+        parts[ran[0]] = parts[ran[0]] | rates  # the page's figures have each part's own
     for name, part in parts.items():
         if name not in ran[1:]:
             rows, note = TABLES[name](part["figures"])
