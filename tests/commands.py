@@ -133,7 +133,7 @@ def stop_soon(*arguments: Any, after: str = "") -> str:
         out, _ = train(*arguments, status=143)
         kill.join()
         return out
-    process = start_afresh("fastimagenet.train", *arguments)
+    process = start("fastimagenet.train", *arguments)
     kill_at_first_row(folder, process.pid, after)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143, out + err

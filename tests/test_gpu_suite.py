@@ -70,7 +70,12 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_suite_is_rehearsed_on_a_cpu(cifar10: Path, tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali")
     steps = ("eager-128", "compiled-224")
-    left_out = [*TESTS, "cifar10-speed", *(name for name in STEPS if name not in steps)]
+    left_out = [
+        *TESTS,
+        "cifar10-speed",
+        "lr-finder",
+        *(name for name in STEPS if name not in steps),
+    ]
     copy = tmp_path / "copy"
     flags = ["--device", "cpu", "--data", cifar10, "--cifar10", cifar10, "--copy", copy]
     flags += ["--output", tmp_path, "--skip", *left_out]
@@ -88,7 +93,6 @@ def test_the_suite_is_rehearsed_on_a_cpu(cifar10: Path, tmp_path: Path) -> None:
     figures = {name: part["figures"] for name, part in result["parts"].items()}
     assert figures["ceilings"]["matmul_flops_per_sec"]["mean"] > 0
     assert figures["cifar10"]["epochs"] == 2 and len(figures["cifar10"]["evaluated"]) >= 1
-    assert figures["lr-finder"]["sweeps"][0]["iterations"] > 0
     assert [phase["image_size"] for phase in figures["stall"]["phases"]] == [32]
     assert figures["decode"]["decoder"] == "cpu"
     assert all(rate["images_per_sec"]["mean"] > 0 for rate in figures["decode"]["rates"])

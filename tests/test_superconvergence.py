@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +22,8 @@ from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object
-from tests.commands import Child, call
+from tests.commands import Child, call, start
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     *("--only", "3b", "steps", "--epochs", "2", "--precision", "fp32", "--device", "cpu"),
     *("--set", "model=smallnet", "--set", "phases.0.image_size=16", "--set", "max_lr=0.05"),
@@ -33,17 +31,6 @@ SMALL = (
 )
 """Two runs of two epochs of 50 updates."""
 MODULE = "benchmarks.superconvergence"
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", MODULE, *map(str, arguments)],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def curves(folder: Path) -> list[tuple[Any, ...]]:
@@ -138,11 +125,11 @@ def test_a_stopped_study_resumes_to_the_same_end(
     """SIGTERM in the middle of the second run: the first is in the table, and stays as it is."""
     first, second = tmp_path / "3b-seed0", tmp_path / "steps-seed0"
     shutil.copytree(output / first.name, first)
-    process = start("--data", cifar10, "--output", tmp_path, *SMALL)
+    process = start(MODULE, "--data", cifar10, "--output", tmp_path, *SMALL)
     deadline = time.monotonic() + 300
     while not rows_of("step", read_rows(second)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143, out + err
     assert "run steps, seed 0: stopped" in out

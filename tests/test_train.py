@@ -213,6 +213,10 @@ def test_evaluate_names_an_image_size_that_is_too_large(
     backend: str, size: int, message: str, finished: Path, cifar10: Path
 ) -> None:
     flags = ("--data", cifar10, "--device", "cpu", "--backend", backend, "--image-size", size)
+    if backend == "torchvision":  # refused before there is any
+        _, err = evaluate(finished / "checkpoints" / "last.pt", *flags, status=2)
+        assert err.startswith(f"error: {message}")
+        return
     process = start_afresh("fastimagenet.evaluate", finished / "checkpoints" / "last.pt", *flags)
     # A kernel that promises more memory than there is would kill other processes, too.
     resource.prlimit(process.pid, resource.RLIMIT_AS, (1 << 36, 1 << 36))
