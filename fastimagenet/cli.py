@@ -40,6 +40,16 @@ if TYPE_CHECKING:
     from fastimagenet.training.trainer import Trainer
 
 
+def add_checkpoint(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Add the trained network that a command is about; `more` ends its help."""
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a checkpoint, or the --output folder of a run for its best.pt" + more,
+    )
+
+
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """Add --data and where and how to compute: the same for train, evaluate and lr_find."""
     add_data_flags(parser)

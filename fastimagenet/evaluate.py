@@ -37,13 +37,7 @@ def parser() -> Parser:
         "Evaluate a checkpoint: exact top-1 and top-5 over all validation images.",
         "python -m fastimagenet.evaluate runs/first/checkpoints/best.pt --data imagenet --tta flip",
     )
-    result.add_argument(
-        "checkpoint",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="a checkpoint, or the --output folder of a run for its best.pt; without --data the "
-        "data of that run are taken",
-    )
+    cli.add_checkpoint(result, "; without --data the data of that run are taken")
     cli.add_machine_flags(result)
     result.add_argument(
         "--tta",

@@ -25,12 +25,7 @@ def parser() -> Parser:
         "python -m fastimagenet.export runs/first first.onnx",
     )
     add = result.add_argument
-    add(
-        "checkpoint",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="a checkpoint, or the --output folder of a run for its best.pt",
-    )
+    cli.add_checkpoint(result)
     add(
         "out",
         metavar="OUT",

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastimagenet import cli
@@ -39,12 +38,7 @@ def parser() -> Parser:
         "python -m fastimagenet.predict runs/first holiday/ cat.jpg --top 3 --csv found.csv",
     )
     add = result.add_argument
-    add(
-        "checkpoint",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="a checkpoint, or the --output folder of a run for its best.pt",
-    )
+    cli.add_checkpoint(result)
     add(
         "paths",
         nargs="+",

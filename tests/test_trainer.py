@@ -192,6 +192,21 @@ def test_compiling_leaves_the_model_as_it_was() -> None:
     assert trainer.clock.read()["compile"] > 0
 
 
+@pytest.mark.parametrize("beforehand", [True, False])
+def test_fit_compiles_what_is_not_compiled_yet(
+    monkeypatch: pytest.MonkeyPatch, beforehand: bool
+) -> None:
+    # The commands compile before they listen for signals; a Trainer of one's own may not.
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    trainer = make_trainer(replace(RECIPE, compile=True))
+    if beforehand:
+        trainer.compile_all_sizes()
+    seconds = trainer.clock.read().get("compile", 0.0)
+    assert (seconds > 0) is beforehand
+    trainer.fit()
+    assert (trainer.clock.read()["compile"] == seconds) is beforehand
+
+
 class Killed(Exception):
     """Ends a training in the middle of an update."""
 

@@ -140,6 +140,8 @@ class Trainer:
         self.losses = LossMonitor(self.device, patience_steps)
         self._ddp = self._distributed(bucket_mb) if world.world_size > 1 else None
         self._train_module = compiled(self._ddp or self.model, recipe, self.device)
+        self._all_sizes_compiled = not recipe.compile
+        """So that `fit` need not do it within the training clock."""
         self._updated = torch.cuda.Event() if self.device.type == "cuda" else None
         """Over when the GPU has done all that the last update queued."""
         torch.backends.cudnn.benchmark = not self.deterministic
@@ -160,8 +162,10 @@ class Trainer:
     def fit(self) -> None:
         """Train from the current step to the end of the plan.
 
-        Raises Stopped once a requested stop has been saved.
+        Compiles first what is not compiled yet. Raises Stopped once a requested stop is saved.
         """
+        if not self._all_sizes_compiled:
+            self.compile_all_sizes()
         self.recorder.start(self.step, self.records, renumbered=bool(self.plan_changes))
         if self.step:
             self._record_event(f"resumed{self.plan_changes}", self._note)
@@ -336,6 +340,7 @@ class Trainer:
             self.synchronize()
             if self.communication is not None:
                 self.communication.take_seconds()  # these were spent compiling
+        self._all_sizes_compiled |= not phases
 
     def evaluate_epoch(self, phase: PlannedPhase) -> dict[str, float | None]:
         """Evaluate on all validation images; returns the epoch row's fields.
