@@ -151,7 +151,10 @@ def schedule(rates: list[Row], phases: list[Row]) -> str:
         draw_line(panel, thin(points), color=colour, label=label)
         panel.set_ylabel(name)
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes[0].set_ylim(0, 1.1 * max(lr for _, lr in lrs))
+    if len(by_group) > 1:  # the stem's rate may be a hundredth of the head's; frozen ones have none
+        axes[0].set_yscale("log", nonpositive="mask")
+    else:
+        axes[0].set_ylim(0, 1.1 * max(lr for _, lr in lrs))
     _step_axis(axes, phases)
     return svg(with_legend(figure), "schedule")
 
