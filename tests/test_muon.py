@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -41,9 +42,12 @@ def newton_schulz(matrix: np.ndarray) -> np.ndarray:
     return x
 
 
-def test_filters_go_by_muon_and_all_else_by_sgd() -> None:
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.01), ("auto", 1e-5)])
+def test_filters_go_by_muon_and_all_else_by_sgd(
+    precision: Literal["bf16", "auto"], tolerance: float
+) -> None:
     ours, plain = model(), model()
-    optimizer = make_optimizer(ours, RECIPE, "torch")
+    optimizer = make_optimizer(ours, replace(RECIPE, precision=precision), "torch")
     others = [p for p in plain.parameters() if p.ndim < 4]
     sgd = torch.optim.SGD(param_groups(plain, replace(RECIPE, optimizer="sgd")), nesterov=True,
                           lr=1.0, momentum=0.85)  # fmt: skip
@@ -67,8 +71,9 @@ def test_filters_go_by_muon_and_all_else_by_sgd() -> None:
         optimizer.step()
         sgd.step()
     for index, parameter in enumerate(ours.parameters()):
-        if parameter.ndim == 4:  # the iterations are in bf16
-            np.testing.assert_allclose(parameter.detach().numpy(), expected[index], atol=0.01)
+        if parameter.ndim == 4:
+            found = parameter.detach().numpy()
+            np.testing.assert_allclose(found, expected[index], atol=tolerance, rtol=tolerance)
     for one, two in zip([p for p in ours.parameters() if p.ndim < 4], others, strict=True):
         torch.testing.assert_close(one, two)
 

@@ -76,7 +76,6 @@ def make(
     if recipe is SPEED:
         model = build_model(recipe, 10)
         assert isinstance(model, SpeedNet)
-        # Narrow: Muon's bf16 is emulated on many CPUs.
         model.blocks = nn.Sequential(SpeedBlock(24, 8), SpeedBlock(8, 16), SpeedBlock(16, 16))
         model.fc = nn.Linear(16, 10, bias=False)
         whiten(model, scenario.backend, recipe, train, world)
