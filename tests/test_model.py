@@ -236,12 +236,30 @@ def test_blur_pool_starts_from_the_same_weights() -> None:
         assert torch.equal(blur.state_dict()[name], weight), name
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_resnet_d_is_that_of_timm(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    options = {"resnet_d": True, "silu": True}
+    ours = make_model(name, 5, zero_init_last_gamma=False, **options).eval()
+    theirs = timm.create_model(f"{name}d", num_classes=5, act_layer=nn.SiLU).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 75, 64)
+    torch.testing.assert_close(ours(x), theirs(x))
+    blurred = make_model(name, 5, blur_pool=True, **options)
+    # The shortcuts average.
+    assert sum(isinstance(m, BlurredConv2d) for m in blurred.modules()) == 3
+    assert blurred(x).shape == (2, 5)
+    with pytest.raises(UserError, match="field resnet_d must be false where small_stem is true"):
+        make_model(name, 5, resnet_d=True, small_stem=True)
+
+
 def test_unknown_names_and_options_are_named() -> None:
     near = r"resnet18, .*speednet \(perhaps resnet56\), not 'resnet51'$"
     with pytest.raises(UserError, match=r"field model .* " + near):
         make_model("resnet51", 10)
     for name in ("resnet56", "smallnet"):
-        for option in ("blur_pool", "small_stem"):
+        for option in ("blur_pool", "small_stem", "resnet_d", "silu"):
             with pytest.raises(UserError, match=f"field {option} must be false for model {name}"):
                 make_model(name, 10, **{option: True})
 

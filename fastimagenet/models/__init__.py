@@ -28,6 +28,10 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
         model = resnet.torchvision_resnet(recipe.model, num_classes, recipe.zero_init_last_gamma)
         if recipe.small_stem:
             resnet.use_small_stem(model)
+        if recipe.resnet_d:
+            resnet.use_resnet_d(model)
+        if recipe.silu:
+            resnet.use_silu(model)
         if recipe.blur_pool:
             resnet.add_blur(model)
     if recipe.dirac_init:

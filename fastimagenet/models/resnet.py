@@ -1,4 +1,4 @@
-"""torchvision's ResNets with a small stem or low-pass filters, and the ResNet-56 that it lacks.
+"""torchvision's ResNets, with what later work has changed in them, and the ResNet-56 that it lacks.
 
 All take images (B, 3, H, W), best in channels_last memory, and return logits (B, num_classes).
 """
@@ -94,6 +94,35 @@ def use_small_stem(model: ResNet) -> None:
     model.maxpool = nn.Identity()
 
 
+def use_resnet_d(model: ResNet) -> None:
+    """Make it a ResNet-D of He et al. 2018, "Bag of Tricks" (arXiv:1812.01187).
+
+    Three 3x3 convolutions to 32, 32 and 64 channels in place of the 7x7; a shortcut that shrinks
+    the image averages 2x2 pixels, where a 1x1 convolution of stride 2 drops three of four. The
+    parameters have the names of timm's resnet18d and so on.
+    """
+    stem: list[nn.Module] = []
+    for in_channels, channels, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
+        stem += [conv(in_channels, channels, 3, stride), nn.BatchNorm2d(channels), nn.ReLU()]
+        nn.init.kaiming_normal_(stem[-3].weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
+    model.conv1 = nn.Sequential(*stem[:-2])  # bn1 and ReLU follow
+    for module in model.modules():
+        shortcut = getattr(module, "downsample", None)
+        if shortcut is not None:
+            first, bn = shortcut
+            pool = nn.Identity() if first.stride == (1, 1) else nn.AvgPool2d(2, ceil_mode=True)
+            first.stride = (1, 1)
+            module.downsample = nn.Sequential(pool, first, bn)
+
+
+def use_silu(model: ResNet) -> None:
+    """Take SiLU (Elfwing et al. 2017, arXiv:1702.03118) for every ReLU."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(parent, name, nn.SiLU())
+
+
 class Blur(nn.Module):
     """Filters each channel by the 3x3 binomial (1 2 1; 2 4 2; 1 2 1) / 16, zero-padded.
 
@@ -136,9 +165,10 @@ def add_blur(model: ResNet) -> None:
     convolution sees the image unfiltered, as in his released networks. The parameters keep their
     names.
     """
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.Conv2d) and child.stride == (2, 2) and child is not model.conv1:
+            if isinstance(child, nn.Conv2d) and child.stride == (2, 2) and child is not first:
                 blurred = BlurredConv2d(child.in_channels, child.out_channels, child.kernel_size[0])
                 blurred.weight = child.weight
                 setattr(parent, name, blurred)

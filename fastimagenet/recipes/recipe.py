@@ -23,6 +23,8 @@ TIMM = "timm:"
 OPTIONS = {
     "blur_pool": RESNETS,
     "small_stem": RESNETS,
+    "resnet_d": RESNETS,
+    "silu": RESNETS,
     "whitening": ("speednet",),
     "dirac_init": ("smallnet", "speednet"),
 }
@@ -164,6 +166,11 @@ class Recipe(Transforms):
     """ResNet-18 to 152: low-pass filters where the image shrinks, see `resnet.add_blur`."""
     small_stem: bool = False
     """ResNet-18 to 152: 3x3 stride-1 stem without max-pool, for images up to 64 px."""
+    resnet_d: bool = False
+    """ResNet-18 to 152: three 3x3 convolutions as the stem, shortcuts that average: see
+    `resnet.use_resnet_d`."""
+    silu: bool = False
+    """ResNet-18 to 152: SiLU in place of ReLU."""
     whitening: bool = False
     """speednet: the first filters whiten patches of the training images: `WhiteningConv2d`."""
     whitening_bias_epochs: int = 3
@@ -214,6 +221,8 @@ class Recipe(Transforms):
         for field, models in OPTIONS.items():
             valid = self.model in models or not getattr(self, field)
             require(valid, field, f"false for model {self.model}", True)
+        valid = not (self.small_stem and self.resnet_d)
+        require(valid, "resnet_d", "false where small_stem is true: each is a stem", True)
         valid = self.mirror or not self.alternating_flip
         require(valid, "alternating_flip", "false where mirror is false", True)
 
