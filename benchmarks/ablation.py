@@ -2,6 +2,10 @@
 
     python -m benchmarks.ablation --data CIFAR10 --runs 3
 
+Without more, each is trained for the recipe's length, and accuracies are compared. With --lengths
+each is trained for the first of these numbers of epochs, then for the next, until it reaches
+--target, and times are compared: what a part gives in seconds.
+
 Every run is a `python -m fastimagenet.train` of its own, in OUTPUT/PART-seedS. The same command
 resumes where it was stopped, and repeats no run that is finished.
 """
@@ -30,10 +34,13 @@ from fastimagenet import cli
 from fastimagenet.config import changed_recipe
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.recipe import Recipe
+from pipelines.cli import at_least
 from pipelines.errors import UserError
 from pipelines.files import Row
 from pipelines.formats import duration, percent
 
+TO_TARGET = "time_to_target_seconds"
+"""In a summary: the training clock where the target was reached; null where it was missed."""
 FULL = "all"
 """The name of the runs in which nothing is switched off."""
 PEER_LR_PER_IMAGE = 11.5 / (1024 * (1 + 1 / 0.15))
@@ -63,6 +70,8 @@ PARTS: dict[str, Callable[[Recipe], list[str]]] = {
     "ema_decay": lambda _: ["ema_decay=0"],
     "optimizer": without_muon,
     "image_size": without_growing,
+    **{part: lambda _, part=part: [f"{part}=false"] for part in ("resnet_d", "silu", "blur_pool")},
+    "precision": lambda _: ["precision=fp32"],
 }
 """Recipe field -> the settings that switch it off. TTA is in every row, on and off."""
 
@@ -76,9 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     help_text = f"some of {', '.join(PARTS)}"
     add("--only", nargs="+", choices=list(PARTS), metavar="FIELD", help=help_text)
     add_matrix_flags(parser, 3, Path("runs/ablation"))
+    help_text = "epochs, ascending: compare times to the target"
+    add("--lengths", nargs="+", type=at_least(1), metavar="E", help=help_text)
+    add("--target", metavar="METRIC=VALUE", help="with --lengths; default: the recipe's")
     args, about = begin(parser, argv)
     data = describe(args.data)
     seeds = range(args.seed, args.seed + args.runs)
+    if args.lengths:
+        return compare_times(args, data, seeds, about["command"])
     matrix = Matrix.of(variants(args, data.train_images), seeds, args.output, args.data)
     status = matrix.run()
     if any(training.run == FULL for training in matrix.finished):
@@ -88,6 +102,101 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print("\nno run of the whole recipe is finished: no table yet")
     return status
+
+
+def compare_times(args: argparse.Namespace, data: Data, seeds: Sequence[int], command: str) -> int:
+    """Train all variants for each number of epochs until they reach the target; write the times.
+
+    Returns the exit status. Raises UserError naming --lengths or --target.
+    """
+    if args.epochs is not None:
+        raise UserError("--epochs: --lengths has the numbers of epochs")
+    args.set += [f"target={args.target}"] if args.target else []
+    whole, _ = changed_recipe(named_recipe(args.recipe), args.set)
+    if whole.target_metric is None:
+        raise UserError(f"--lengths: recipe {args.recipe} has no target: --target top1=0.70")
+    status, trainings = 0, []
+    for seed in seeds:
+        reached: set[str] = set()
+        for epochs in sorted(set(args.lengths)):
+            args.epochs = epochs
+            todo = [v for v in variants(args, data.train_images) if v.name not in reached]
+            folder = args.output / f"{epochs}-epochs"
+            matrix = Matrix.of(todo, [seed], folder, args.data)
+            status = status or matrix.run()
+            if status:
+                break
+            trainings += matrix.finished
+            reached |= {one.run for one in matrix.finished if one.summary[TO_TARGET] is not None}
+    if not any(one.run == FULL for one in trainings):
+        print("\nno run of the whole recipe is finished: no table yet")
+        return status
+    result = read_times(trainings, data, command)
+    write_result(args.output, "times", result, times_table(result))
+    print(f"\n{times_table(result)}\ntable and JSON: {args.output}", flush=True)
+    return status
+
+
+def read_times(trainings: Sequence[Training], data: Data, command: str) -> Row:
+    """Return the time to the target of each part's shortest run that reached it, in plain values.
+
+    A row's `runs` are those of all lengths; its `seconds` and `ratio`, to the whole recipe seed by
+    seed, are null unless every seed has reached the target.
+    """
+    times: dict[str, dict[int, float]] = {}
+    for one in trainings:
+        if one.summary[TO_TARGET] is not None:
+            times.setdefault(one.run, {})[one.seed] = one.summary[TO_TARGET]
+    rows = []
+    for run in dict.fromkeys(one.run for one in trainings):
+        own = [one for one in trainings if one.run == run]
+        seeds = {one.seed for one in own}
+        found = [times.get(run, {}).get(seed) for seed in sorted(seeds)]
+        base = [times.get(FULL, {}).get(seed) for seed in sorted(seeds)]
+        row: Row = {"run": run, "seeds": sorted(seeds), "seconds": None, "ratio": None}
+        if None not in found:
+            row["seconds"] = interval(found) | {"values": found}
+            if None not in base and run != FULL:
+                ratios = [value / other for value, other in zip(found, base, strict=True)]
+                row["ratio"] = interval(ratios) | {"values": ratios}
+        names = (TO_TARGET, "epochs", "top1", "train_seconds", "wall_seconds", "time_split_seconds")
+        row["runs"] = [
+            {"seed": one.seed} | {name: one.summary[name] for name in names} for one in own
+        ]
+        rows.append(row)
+    summaries = [one.summary for one in trainings]
+    about = {"recipe": summaries[0]["recipe"], "target": summaries[0]["target"]}
+    return measured(summaries, command) | about | {"data": asdict(data), "rows": rows}
+
+
+def times_table(result: Row) -> str:
+    """Format the times to the target as Markdown."""
+    target = result["target"]
+    return document(
+        f"# Recipe {result['recipe']} to {percent(target['value'])} {target['metric']}, one part "
+        "switched off at a time",
+        f"{result['hardware']}; {result['precision']}; torch {result['versions']['torch']}; "
+        f"{result['date']}; {Data(**result['data']).counts}.",
+        by_column([time_cells(row) for row in result["rows"]]),
+        "Training clock of the shortest run that reached the target; epochs: the lengths trained, "
+        "of each seed; means over n seeds, with 95 % intervals for n > 1. Data: the share of the "
+        "training clock in which the last run waited for images.",
+    )
+
+
+def time_cells(row: Row) -> dict[str, str]:
+    """Format the row of one part, by column."""
+    last = row["runs"][-1]
+    waiting = last["time_split_seconds"]["data_wait"] / last["train_seconds"]
+    return {
+        "switched off": "nothing" if row["run"] == FULL else row["run"],
+        "n": str(len(row["seeds"])),
+        "to target": interval_text(row["seconds"], duration) if row["seconds"] else "missed",
+        "ratio": interval_text(row["ratio"], "{:.2f}".format) if row["ratio"] else "-",
+        "epochs": ", ".join(str(run["epochs"]) for run in row["runs"]),
+        "top-1 of the last": percent(last["top1"]),
+        "data": percent(waiting),
+    }
 
 
 def variants(args: argparse.Namespace, num_train: int) -> list[Variant]:

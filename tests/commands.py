@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -109,6 +110,10 @@ class Child:
 
     def terminate(self) -> None:
         """It is never running when it could be asked to stop."""
+
+
+CHILDREN = SimpleNamespace(Popen=Child)
+"""For one module's `subprocess`: others, such as matplotlib, which looks for fonts, keep theirs."""
 
 
 def error_of(*arguments: object) -> str:

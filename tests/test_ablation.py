@@ -9,13 +9,13 @@ from statistics import fmean, stdev
 
 import pytest
 
-from benchmarks.ablation import main, read_ablation, table
+from benchmarks.ablation import main, read_ablation, read_times, table, times_table
 from benchmarks.common.matrix import Data, Matrix, Training
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from pipelines.errors import UserError
 from pipelines.files import read_object
-from tests.commands import Child
+from tests.commands import CHILDREN
 
 SMALL = (
     *("--device", "cpu", "--recipe", "digits", "--epochs", "2", "--runs", "1"),
@@ -30,7 +30,7 @@ def test_a_part_is_switched_off_and_nothing_repeated(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("benchmarks.common.matrix.subprocess.Popen", Child)
+    monkeypatch.setattr("benchmarks.common.matrix.subprocess", CHILDREN)
     flags = ["--data", str(cifar10), "--output", str(tmp_path), *SMALL]
     assert main(flags) == 0
     result = read_object(tmp_path / "ablation.json")
@@ -77,9 +77,61 @@ def test_the_figures_are_those_of_the_seeds(tmp_path: Path) -> None:
     assert "-4.50 (-10.85 .. +1.85)" in text
 
 
+def test_a_part_is_trained_no_longer_than_it_needs(
+    cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.common.matrix.subprocess", CHILDREN)
+    flags = ["--data", str(cifar10), "--output", str(tmp_path), "--device", "cpu", "--runs", "1"]
+    flags += ["--recipe", "digits", "--only", "label_smoothing", "--lengths", "2", "1"]
+    assert main([*flags, "--target", "top1=0.001"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "1-epochs",
+        "table.md",
+        "times.json",
+    ]
+    for row in read_object(tmp_path / "times.json")["rows"]:
+        summary = read_object(tmp_path / "1-epochs" / f"{row['run']}-seed0" / "summary.json")
+        assert row["seconds"]["values"] == [summary["time_to_target_seconds"]]
+        assert [run["epochs"] for run in row["runs"]] == [1]
+
+
+def test_times_are_those_of_the_shortest_runs(tmp_path: Path) -> None:
+    plan = Plan.of(named_recipe("digits"), 1, 1000)
+    times = {"all": {4: (None, 40.0), 6: (50.0, None)}, "silu": {4: (None,) * 2, 6: (100.0, 120.0)},
+             "muon": {4: (None,) * 2, 6: (None, 70.0)}}  # fmt: skip
+    trainings = []
+    for run, lengths in times.items():
+        for epochs, values in lengths.items():
+            for seed, value in enumerate(values):
+                if run != "all" or (epochs, seed) != (6, 1):  # it had reached the target before
+                    folder = tmp_path / f"{run}-{epochs}-{seed}"
+                    folder.mkdir()
+                    summary = {
+                        "time_to_target_seconds": value, "epochs": epochs, "top1": 0.7,
+                        "recipe": "r", "train_seconds": 80.0, "wall_seconds": 99.0,
+                        "started": "2026-11-26T00:00", "hardware": "h",
+                        "time_split_seconds": {"data_wait": 4.0},
+                        "target": {"metric": "top1", "value": 0.7}, "precision": "fp32",
+                        "versions": {"torch": "t"},
+                    }  # fmt: skip
+                    (folder / "summary.json").write_text(json.dumps(summary))
+                    one = Training(run=run, seed=seed, plan=plan, folder=folder, flags=[])
+                    trainings.append(one)
+    data = Data(name="d", dataset=None, train_images=1, val_images=1, suffixes={".jpg": 2})
+    result = read_times(trainings, data, "-")
+    whole, slower, missed = result["rows"]
+    assert whole["seconds"]["values"] == [50.0, 40.0] and whole["ratio"] is None
+    assert slower["ratio"]["values"] == [2.0, 3.0]
+    assert missed["seconds"] is None and missed["ratio"] is None
+    text = times_table(result)
+    assert "to 70.00 % top1" in text and "| missed" in text and "5.00 %" in text
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--lengths", "2"], "--epochs: --lengths has the numbers of epochs"),
+        (["--lengths", "0"], "--lengths: must be at least 1, not 0"),
         (["--runs", "0"], "--runs: must be at least 1, not 0"),
         (["--only", "whitening"], "--only whitening: recipe digits does not use it"),
         (["--only", "colour"], "--only: invalid choice: 'colour'"),
@@ -112,7 +164,7 @@ def test_every_part_of_the_speed_recipe_can_be_switched_off(
     whole = recipes.pop("all")
     assert list(recipes) == [
         *("whitening", "dirac_init", "bias_lr_factor", "label_smoothing", "alternating_flip"),
-        *("optimizer", "image_size"),
+        *("optimizer", "image_size", "precision"),
     ]
     assert {phase.image_size for phase in recipes["image_size"].phases} == {32}
     assert recipes["optimizer"].max_lr == pytest.approx(11.5 / 1024 / (1 + 1 / 0.15) * 50, rel=1e-3)

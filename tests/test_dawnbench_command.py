@@ -19,7 +19,7 @@ from fastimagenet.recipes.plan import Plan
 from fastimagenet.report.dawnbench import clocks_at_target, result_hours, write_entry
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object, write_object
-from tests.commands import Child, call
+from tests.commands import CHILDREN, call
 
 SMALL = ("--recipe", "tests/small.toml", "--device", "cpu")
 
@@ -27,7 +27,7 @@ SMALL = ("--recipe", "tests/small.toml", "--device", "cpu")
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainings run in this process."""
-    monkeypatch.setattr("benchmarks.common.matrix.subprocess.Popen", Child)
+    monkeypatch.setattr("benchmarks.common.matrix.subprocess", CHILDREN)
 
 
 @pytest.mark.usefixtures("in_process")

@@ -22,7 +22,7 @@ from fastimagenet.report.run import rows_of
 from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object
-from tests.commands import Child, call, start
+from tests.commands import CHILDREN, call, start
 
 SMALL = (
     *("--only", "3b", "steps", "--epochs", "2", "--precision", "fp32", "--device", "cpu"),
@@ -46,7 +46,7 @@ def output(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished rehearsal, trained in this process."""
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("benchmarks.common.matrix.subprocess.Popen", Child)
+        patch.setattr("benchmarks.common.matrix.subprocess", CHILDREN)
         assert call(MODULE, "--data", cifar10, "--output", folder, *SMALL) == 0
     return folder
 
@@ -138,7 +138,7 @@ def test_a_stopped_study_resumes_to_the_same_end(
     rows = read_object(tmp_path / "superconvergence.json")["runs"]
     assert [row["run"] for row in rows] == ["3b"]
     finished = (first / "summary.json").stat().st_mtime_ns
-    monkeypatch.setattr("benchmarks.common.matrix.subprocess.Popen", Child)
+    monkeypatch.setattr("benchmarks.common.matrix.subprocess", CHILDREN)
     assert call(MODULE, "--data", cifar10, "--output", tmp_path, *SMALL) == 0
     assert (first / "summary.json").stat().st_mtime_ns == finished
     for name in (first.name, second.name):
@@ -156,7 +156,7 @@ def test_a_run_that_fails_ends_the_study_with_its_error(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("benchmarks.common.matrix.subprocess.Popen", Child)
+    monkeypatch.setattr("benchmarks.common.matrix.subprocess", CHILDREN)
     flags = (*SMALL, "--set", "max_lr=1e9")
     assert call(MODULE, "--data", cifar10, "--output", tmp_path, *flags) == 2
     out, err = capfd.readouterr()
