@@ -14,7 +14,9 @@ from pipelines.files import read_object
 from pipelines.prepare.__main__ import main as prepare
 
 FLAGS = ["--recipe", "tests/small.toml", "--device", "cpu", "--set", "reflect_pad=0"]
-SMALL = ["--set", "phases.*.batch_size=20", "--rounds", "2", "--seconds", "0.05"]
+SMALL = ["--set", "phases.*.batch_size=50", "--rounds", "2", "--seconds", "0.05"]
+LIMITS = ("product", "decode")
+ENDS = ("limit: decode", "limit: product")
 
 
 def one_call(call: Callable[[], object], *_: object) -> float:
@@ -28,46 +30,42 @@ def test_all_axes_are_measured_and_drawn(
 ) -> None:
     monkeypatch.setattr("benchmarks.common.rates.MATRIX", {"cpu": 64})
     monkeypatch.setattr(growth, "calls_per_sec", one_call)
-    axes = ["--sizes", "16", "8", "--batches", "10", "40", "--counts", "60", "600"]
+    axes = ["--sizes", "16", "8", "--batches", "25", "100", "--counts", "100", "550"]
     flags = ["--data", str(cifar10), "--output", str(tmp_path), *FLAGS, *SMALL, *axes]
     assert growth.main(flags) == 0
     result = read_object(tmp_path / "growth.json")
     size, batch, count = result["axes"]
-    assert [size["x"], batch["x"], count["x"]] == [[8, 16], [10, 40], [60, 600]]  # of 500 images
+    assert [size["x"], batch["x"], count["x"]] == [[8, 16], [25, 100], [100, 550]]  # of 500 images
     # A convolution costs as much as its image has pixels; a batch costs an image nothing.
     assert size["flops_per_image"][1] / size["flops_per_image"][0] == pytest.approx(4, rel=0.05)
     assert batch["flops_per_image"][0] == pytest.approx(batch["flops_per_image"][1])
     for axis in (size, batch, count):
-        rate = axis["seconds_per_flop"]["mean"]
-        assert axis["product_seconds_per_image"] == [rate * n for n in axis["flops_per_image"]]
-        assert axis["decode_seconds_per_image"]["mean"] == pytest.approx(1 / 20)
-    assert list(size["parts"]) == list(batch["parts"]) == ["loader", "network", "training"]
-    assert list(count["parts"]) == ["loader", "training", "index", "index again"]
+        product, decoded = (axis["parts"][f"limit: {name}"]["rounds"] for name in LIMITS)
+        for row in product:
+            assert row[0] / row[1] == pytest.approx(
+                axis["flops_per_image"][0] / axis["flops_per_image"][1]
+            )
+        assert decoded == [pytest.approx([1 / 50, 1 / 50])] * 2
+    assert list(size["parts"]) == list(batch["parts"]) == ["loader", "network", "training", *ENDS]
+    assert list(count["parts"]) == ["loader", "training", "index", "index again", *ENDS]
     for part in ("loader", "network", "training"):  # a second each
-        assert size["parts"][part]["rounds"] == [pytest.approx([1 / 20, 1 / 20])] * 2
-        assert batch["parts"][part]["rounds"] == [pytest.approx([1 / 10, 1 / 40])] * 2
+        assert size["parts"][part]["rounds"] == [pytest.approx([1 / 50, 1 / 50])] * 2
+        assert batch["parts"][part]["rounds"] == [pytest.approx([1 / 25, 1 / 100])] * 2
         assert batch["parts"][part]["exponent"]["mean"] == pytest.approx(-1)
     for part in ("loader", "training"):  # whole epochs
-        assert count["parts"][part]["rounds"] == [pytest.approx([1 / 60, 1 / 600])] * 2
+        assert count["parts"][part]["rounds"] == [pytest.approx([1 / 100, 1 / 550])] * 2
     assert all(min(row) > 0 for row in count["parts"]["index again"]["rounds"])
     text = (tmp_path / "table.md").read_text()
-    assert "## Along the image size (batch 20)" in text
-    assert "## Along the images of the data set (8 px, batch 20)" in text
+    assert "## image size, px (batch 50)" in text
+    assert "## images of the data set (8 px, batch 50)" in text
     picture = (tmp_path / "growth.svg").read_text()
     assert all(f">{name}</text>" in picture for name in growth.LOOKS)
     assert (tmp_path / "growth.png").stat().st_size > 0
 
 
-def test_a_case_reads_and_trains_on_as_many_batches_as_it_says() -> None:
-    case = growth.Case.__new__(growth.Case)
-    case.steps, case.batches = 3, iter([None] * 4)  # type: ignore[list-item]
-    case.read()
-    assert list(case.batches) == [None]
-
-
 def test_exponents_by_hand() -> None:
     found = growth.power_law([2, 4, 8], [[3.0 * x**2 for x in (2, 4, 8)]] * 2)
-    assert found["exponent"]["mean"] == pytest.approx(2) and found["misfit"] < 1e-9
+    assert found["exponent"]["mean"] == pytest.approx(2) and found["off"] < 1e-9
     assert found["exponent"]["high"] == pytest.approx(2)
     found = growth.power_law([2, 4], [[2.0, 4.0], [2.0, 16.0]])  # 1 and 3
     assert found["exponent"]["mean"] == pytest.approx(2)
@@ -75,7 +73,7 @@ def test_exponents_by_hand() -> None:
     # Logarithms 0, a, 0: a flat line at a / 3, which the middle is 2 a / 3 above.
     found = growth.power_law([1, 2, 4], [[1.0, 8.0, 1.0]] * 2)
     assert found["exponent"]["mean"] == pytest.approx(0, abs=1e-9)
-    assert found["misfit"] == pytest.approx(math.exp(2 / 3 * math.log(8)) - 1)
+    assert found["off"] == pytest.approx(math.exp(2 / 3 * math.log(8)) - 1)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +82,9 @@ def test_exponents_by_hand() -> None:
         (["--sizes", "7", "16"], "--sizes: must be at least 8, not 7"),
         (["--sizes", "16", "16"], "--sizes: name at least two different numbers"),
         (["--batches", "1", "2"], "--batches: must be at least 2, not 1"),
-        (["--batches", "10", "501"], "--batches: 501 in a batch are more than 500 training"),
+        (["--batches", "10", "501"], "--batches: 501 images are more than the 500 of training"),
         (["--counts", "100"], "--counts: name at least two different numbers"),
-        (["--counts", "10", "100"], "--counts 10: fewer images than a batch of 20"),
+        (["--counts", "10", "100"], "--counts 10: fewer images than the 50"),
         (["--rounds", "1"], "--rounds: must be at least 2, not 1"),
     ],
 )

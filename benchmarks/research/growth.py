@@ -2,13 +2,11 @@
 
     python -m benchmarks.research.growth --data DIR --recipe photos-scratch --sizes 64 96 128 160
 
-In each round all sizes take turns, then all batch sizes, then all numbers of images: the loader
-alone (decoding and augmentation), the network alone (forward, backward and update on a synthetic
-batch that stays on the device) and training, which is both. Batch sizes and numbers of images are
-measured at the smallest size, where what does not grow with the pixels shows most. A data set of N
-images costs whole epochs, so that the start of an epoch is in it, and the reading of a folder of N
-links to them: "index" without an index, "index again" with the one that it has left. N may be above
-the number of images: then some have several names. One process on one device.
+In each round all sizes take turns, then in others all batch sizes, and all numbers of images, both
+at the smallest size, where what does not grow with the pixels shows most. The limits are measured
+in every round. A data set of N images costs whole epochs, with their start, and the reading of a
+folder of N links; above the number of images some have several names. One process on one device,
+files that the operating system has in its cache, no copies of the data.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,12 +41,11 @@ from benchmarks.common.rates import (
     this_process,
     update,
 )
-from benchmarks.common.statistics import estimate, short, shown
+from benchmarks.common.statistics import estimate, shown
 from benchmarks.loaders.contestants import Task, decode, decode_crops
 from fastimagenet import cli
 from fastimagenet.config import RunConfig
 from fastimagenet.distributed.world import World
-from fastimagenet.recipes.recipe import Phase
 from fastimagenet.report import figures
 from fastimagenet.run import read_data
 from fastimagenet.training.evaluation import autocast_dtype
@@ -63,6 +60,17 @@ from pipelines.errors import UserError
 from pipelines.files import Row
 from pipelines.workers import num_cores
 
+DEFINITIONS = {
+    "loader": "alone: reading, decoding, augmentation.",
+    "network": "alone: forward, backward and update, on a synthetic batch.",
+    "training": "both together; on a CPU they share the cores.",
+    "index, index again": "listing a folder and reading its headers, and with the index of that.",
+    "limit: decode": "the JPEGs decoded and nothing else, on as many threads of the CPU.",
+    "limit: product": "matrix products and convolutions of the network, as counted, at the rate of "
+    "a large matrix product.",
+    "power": "the k of a x^k, fitted to these points alone: it says nothing of what lies beyond.",
+    "off": "the largest distance of a mean from that fit; where it is large, there is no power.",
+}
 LOOKS: dict[str, dict[str, Any]] = {
     "loader": {"color": figures.BLUE, "marker": "o"},
     "network": {"color": figures.ORANGE, "marker": "s"},
@@ -72,68 +80,75 @@ LOOKS: dict[str, dict[str, Any]] = {
     "limit: decode": {"color": figures.GREEN, "linestyle": (0, (5, 2))},
     "limit: product": {"color": figures.VERMILLION, "linestyle": (0, (1.2, 1.2))},
 }
-TICKS = 30.0
-"""Where costs differ by less, ticks stand at 2 and 5, too."""
-DEFINITIONS = {
-    "loader": "the loader alone: reading, decoding, augmentation.",
-    "network": "forward, backward and update alone, on a synthetic batch.",
-    "training": "both together; on a CPU they share the cores.",
-    "index, index again": "reading a folder of so many links without an index, and with one.",
-    "decode": "limit: the JPEGs decoded and nothing else, by as many threads of the CPU",
-    "product": "limit: the network's matrix products and convolutions as counted, at the rate of a "
-    "large matrix product measured here.",
-    "power": "the exponent k of a x^k, fitted to the points of this table alone: it says nothing "
-    "beyond them, and little where the fit is far off; off: of the means, at most.",
-}
 Costs = dict[str, float]
 """Seconds of this machine for an image, by part."""
 
 
-@dataclass
+class Limits:
+    """What no training can be faster than: mere decoding of these files, and a matrix product."""
+
+    def __init__(self, config: RunConfig, world: World, train: Split, batch_size: int) -> None:
+        kind = world.device.partition(":")[0]
+        self.device, self.batch_size = torch.device(world.device), batch_size
+        self.dtype = autocast_dtype(config.recipe.precision, kind) or torch.float32
+        self.threads = max(1, num_cores() // world.local_world_size)
+        crops = chosen_backend(config.data.backend) == "dali" and not config.recipe.reflect_pad
+        self.decoder = "DALI, windows of 25 to 100 %" if crops else "Pillow, whole images"
+        task = Task(split=train, image_size=0, batch_size=batch_size, threads=self.threads)
+        self.batches = (decode_crops if crops else decode)(task)
+        try:
+            next(self.batches)
+        except UserError as error:
+            raise UserError(f"--data {config.data.root}: {error}") from None
+
+    def turn(self, seconds: float) -> tuple[float, float]:
+        """Measure seconds an image of decoding, and seconds a FLOP of a product."""
+        rate = calls_per_sec(lambda: next(self.batches), self.device, seconds, WARM_UP_BATCHES)
+        product = matmul_flops_per_sec(self.device, self.dtype, seconds)
+        return 1 / rate / self.batch_size, 1 / product
+
+
 class Case:
-    """A trainer that takes its turns, warmed up; `steps`: batches that are measured as one."""
+    """A trainer that takes its turns; `folder`: links to its images, whole epochs are measured."""
 
-    trainer: Trainer
-    train: Split
-    seed: int
-    steps: int = 1
-
-    def __post_init__(self) -> None:
-        if self.trainer.plan.recipe.compile:
-            self.trainer.compile_all_sizes()
-        self.size = self.trainer.plan.phases[0].batch_size
-        self.batches = endless(self.trainer.train_loader)
-        self.batch = synthetic_batch(self.trainer, self.train, self.seed)
-        self.flops = step_costs(self.trainer, *self.batch)[0] / self.size
-        self.refill()
-
-    def refill(self) -> None:
-        """Use up the loader's stock; what it makes ahead, it then makes during one update."""
-        for _ in range(WARM_UP_BATCHES):
-            batch = next(self.batches)
-        update(self.trainer, *batch)
+    def __init__(self, trainer: Trainer, train: Split, seed: int, folder: Path | None) -> None:
+        self.trainer, self.folder = trainer, folder
+        if trainer.plan.recipe.compile:
+            trainer.compile_all_sizes()
+        self.batches = endless(trainer.train_loader)
+        self.batch = synthetic_batch(trainer, train, seed)
+        size = len(self.batch[1])
+        self.flops = step_costs(trainer, *self.batch)[0] / size
+        self.steps = len(train) // size if folder else 1
+        self.images = size * self.steps
 
     def read(self) -> None:
-        """Read so many batches, as many as an epoch has where epochs are measured."""
+        """Read a batch, or an epoch."""
         for _ in range(self.steps):
             next(self.batches)
 
     def learn(self) -> None:
-        """Train on so many batches."""
+        """Read a batch, or an epoch, and train on it."""
         for _ in range(self.steps):
             update(self.trainer, *next(self.batches))
 
-    def turn(self, seconds: float) -> Costs:
-        """Measure each part for at least `seconds`."""
-        device, images = self.trainer.device, self.steps * self.size
+    def empty(self) -> None:
+        """Use up the loader's stock."""
         for _ in range(WARM_UP_BATCHES):
             next(self.batches)
-        costs = {"loader": 1 / calls_per_sec(self.read, device, seconds, 0) / images}
-        if self.steps == 1:  # a network does not know how many images there are
+
+    def turn(self, seconds: float) -> Costs:
+        """Measure each part for at least `seconds`."""
+        device, costs = self.trainer.device, {}
+        self.empty()
+        costs["loader"] = 1 / calls_per_sec(self.read, device, seconds, 0) / self.images
+        if self.folder is None:  # a network does not know how many images there are
             rate = calls_per_sec(lambda: update(self.trainer, *self.batch), device, seconds)
-            costs["network"] = 1 / rate / images
-        self.refill()
-        return costs | {"training": 1 / calls_per_sec(self.learn, device, seconds, 0) / images}
+            costs["network"] = 1 / rate / self.images
+        self.empty()
+        update(self.trainer, *self.batch)  # meanwhile a loader that is faster fills its stock
+        costs["training"] = 1 / calls_per_sec(self.learn, device, seconds, 0) / self.images
+        return costs | (read_folder(self.folder) if self.folder else {})
 
 
 def spread(train: Split, count: int) -> Split:
@@ -144,17 +159,14 @@ def spread(train: Split, count: int) -> Split:
 def make_links(train: Split, root: Path) -> Path:
     """Make a data folder of links to these images; returns it."""
     for index, (file, label) in enumerate(zip(train.files, train.labels, strict=True)):
-        target = root / "data" / "train" / train.classes[label] / f"{index}_{Path(file.path).name}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(os.path.realpath(file.path))
+        link = root / "data" / "train" / train.classes[label] / f"{index}_{Path(file.path).name}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.realpath(file.path))
     return root / "data"
 
 
 def read_folder(data: Path) -> Costs:
-    """Measure the seconds of reading a folder of images as the first and as the second start do.
-
-    The index is kept beside the folder in place of the user's cache.
-    """
+    """Measure what a first and a second start do with a folder, whose index is kept beside it."""
     source, path = find_source(data, "train", BY_FOLDERS), data.parent / "index.npz"
     start = time.perf_counter()
     stamps = source.stamps()
@@ -163,146 +175,63 @@ def read_folder(data: Path) -> Costs:
     kept = time.perf_counter()
     assert load(path, source.stamps()) is not None, "nobody else writes there"
     found = {"index": kept - start, "index again": time.perf_counter() - kept}
-    return {part: seconds / len(index.listing.images) for part, seconds in found.items()}
+    return {part: seconds / len(index.sizes) for part, seconds in found.items()}
 
 
 def power_law(xs: Sequence[int], rounds: Sequence[Sequence[float]]) -> Row:
-    """Fit cost = a x^k by least squares of the logarithms.
+    """Fit cost = a x^k by least squares of the logarithms, round by round, and to their means.
 
-    Returns k, with its interval over the rounds, and the share by which the fit of the means is off
-    at most: intervals say nothing of costs that follow no power.
+    Returns k with its interval, and the share by which the means are off their fit at most.
     """
     logs = np.log(xs)
     slopes = [float(np.polyfit(logs, np.log(row), 1)[0]) for row in rounds]
     means = np.log(np.mean(rounds, axis=0))
     off = np.abs(means - np.polyval(np.polyfit(logs, means, 1), logs)).max()
-    return {"exponent": asdict(estimate(slopes, signed=True)), "misfit": float(np.expm1(off))}
+    return {"exponent": asdict(estimate(slopes, signed=True)), "off": float(np.expm1(off))}
 
 
-class Limits:
-    """What no training can be faster than: mere decoding of these files, and a matrix product."""
-
-    def __init__(self, config: RunConfig, world: World, train: Split, batch_size: int) -> None:
-        recipe, kind = config.recipe, world.device.partition(":")[0]
-        self.device = torch.device(world.device)
-        self.dtype = autocast_dtype(recipe.precision, kind) or torch.float32
-        self.batch_size, self.threads = batch_size, max(1, num_cores() // world.local_world_size)
-        crops = chosen_backend(config.data.backend) == "dali" and not recipe.reflect_pad
-        self.decoder = "windows of 25 to 100 %, DALI" if crops else "whole images, Pillow"
-        task = Task(split=train, image_size=0, batch_size=batch_size, threads=self.threads)
-        self.batches = (decode_crops if crops else decode)(task)
-        try:
-            next(self.batches)
-        except UserError as error:
-            raise UserError(f"--data {config.data.root}: {error}") from None
-
-    def turn(self, seconds: float) -> Costs:
-        """Measure seconds an image of decoding, and seconds a FLOP of a product."""
-        rate = calls_per_sec(lambda: next(self.batches), self.device, seconds, WARM_UP_BATCHES)
-        product = matmul_flops_per_sec(self.device, self.dtype, seconds)
-        return {"decode": 1 / rate / self.batch_size, "product": 1 / product}
+def along(
+    xs: list[int], cases: Sequence[Case], limits: Limits, rounds: int, seconds: float
+) -> dict[str, Row]:
+    """Measure in turns what one number costs that grows; returns the parts and limits by name."""
+    found: list[list[Costs]] = []
+    for _ in range(rounds):
+        row = [case.turn(seconds) for case in cases]
+        decoding, product = limits.turn(seconds)
+        ends = [{"limit: decode": decoding, "limit: product": product * c.flops} for c in cases]
+        found.append([costs | end for costs, end in zip(row, ends, strict=True)])
+    parts: dict[str, Row] = {}
+    for part in found[0][0]:
+        values = [[costs[part] for costs in row] for row in found]
+        means = [asdict(estimate(column)) for column in zip(*values, strict=True)]
+        parts[part] = {"seconds_per_image": means, **power_law(xs, values), "rounds": values}
+    return parts
 
 
-@dataclass(frozen=True, kw_only=True)
-class Growth:
-    """What is measured, and on what."""
-
-    config: RunConfig
-    world: World
-    train: Split
-    val: Split
-    phase: Phase
-    """At the smallest size."""
-    limits: Limits
-    rounds: int
-    seconds: float
-
-    def along(
-        self, name: str, xs: list[int], phases: list[Phase], folders: Sequence[Path] = ()
-    ) -> Row:
-        """Measure what one number costs that grows: x and the phase of each.
-
-        With `folders` of images, by x: whole epochs of so many images, and reading their folders.
-        """
-        found: list[list[Costs]] = []
-        limits: list[Costs] = []
-        with ExitStack() as stack:
-            cases = []
-            for x, phase in zip(xs, phases, strict=True):
-                train = spread(self.train, x) if folders else self.train
-                trainer = phase_trainer(self.config, phase, self.world, train, self.val)
-                steps = x // phase.batch_size if folders else 1
-                seed = self.config.seed
-                cases.append(Case(stack.enter_context(trainer), train, seed, steps))
-            for number in range(self.rounds):
-                print(f"{name} {xs}: round {number + 1} of {self.rounds}", flush=True)
-                found.append([case.turn(self.seconds) for case in cases])
-                for costs, folder in zip(found[-1], folders, strict=False):
-                    costs |= read_folder(folder)
-                limits.append(self.limits.turn(self.seconds))
-        parts: Row = {}
-        for part in found[0][0]:
-            rounds = [[costs[part] for costs in row] for row in found]
-            means = [asdict(estimate(column)) for column in zip(*rounds, strict=True)]
-            parts[part] = {"seconds_per_image": means, **power_law(xs, rounds), "rounds": rounds}
-        ends = {key: estimate([row[key] for row in limits]) for key in limits[0]}
-        product = [ends["product"].mean * case.flops for case in cases]
-        return {
-            "name": name,
-            "x": xs,
-            "batch_size": sorted({phase.batch_size for phase in phases}),
-            "image_size": sorted({phase.image_size for phase in phases}),
-            "parts": parts,
-            "decode_seconds_per_image": asdict(ends["decode"]),
-            "seconds_per_flop": asdict(ends["product"]),
-            "flops_per_image": [case.flops for case in cases],
-            "product_seconds_per_image": product,
-        }
-
-    def axes(self, sizes: list[int], batches: list[int], counts: list[int]) -> Iterator[Row]:
-        """Measure along one axis after the other."""
-        by_size = [replace(self.phase, image_size=size) for size in sizes]
-        yield self.along("image size", sizes, by_size)
-        by_batch = [replace(self.phase, batch_size=batch) for batch in batches]
-        yield self.along("images of a batch", batches, by_batch)
-        with TemporaryDirectory(prefix="growth-") as scratch:
-            folders = [
-                make_links(spread(self.train, count), Path(scratch, str(count))) for count in counts
-            ]
-            yield self.along("images of the data set", counts, [self.phase] * len(counts), folders)
-
-
-def different(flag: str, numbers: Sequence[int]) -> list[int]:
-    """Sort the numbers. Raises UserError for fewer than two different ones."""
-    if len(set(numbers)) < 2:
-        raise UserError(f"{flag}: name at least two different numbers, to see a growth")
-    return sorted(set(numbers))
+def numbers(args: argparse.Namespace, name: str) -> list[int]:
+    """Sort what a flag has. Raises UserError for fewer than two different numbers."""
+    if len(found := sorted(set(getattr(args, name)))) < 2:
+        raise UserError(f"--{name}: name at least two different numbers, to see a growth")
+    return found
 
 
 def measure(config: RunConfig, args: argparse.Namespace) -> Iterator[Row]:
     """Measure all; yields what is known after each axis. Raises UserError naming the flag."""
-    sizes, batches, counts = (
-        different(f"--{name}", getattr(args, name)) for name in ("sizes", "batches", "counts")
-    )
+    sizes, batches, counts = (numbers(args, name) for name in ("sizes", "batches", "counts"))
     # All layers learn from the start; every size reads the same files.
     config = replace(config, recipe=replace(config.recipe, frozen_epochs=0))
     world, first = this_process(config), config.recipe.phases[0]
     phase = replace(first, epochs=1, image_size=sizes[0], eval_size=0, data=ORIGINAL)
+    size, most = phase.batch_size, max(batches[-1], phase.batch_size)
     train, val = read_data(config.data, say_notes=True)
     if train.in_shards:
         raise UserError(f"--data {config.data.root} holds shards: name a folder of images")
-    if counts[0] < phase.batch_size:
-        least = f"a batch of {phase.batch_size}: --set phases.0.batch_size={counts[0]} or less"
-        raise UserError(f"--counts {counts[0]}: fewer images than {least}, or larger counts")
-    if max(batches[-1], phase.batch_size) > len(train):
-        asked = max(batches[-1], phase.batch_size)
-        raise UserError(f"--batches: {asked} in a batch are more than {len(train)} training images")
-    limits = Limits(config, world, train, phase.batch_size)
-    growth = Growth(config=config, world=world, train=train, val=val, phase=phase, limits=limits,
-                    rounds=args.rounds, seconds=args.seconds)  # fmt: skip
-    on_gpu = limits.device.type == "cuda"
+    if counts[0] < size:
+        raise UserError(f"--counts {counts[0]}: fewer images than the {size} of the recipe's batch")
+    if most > len(train):
+        raise UserError(f"--batches: {most} images are more than the {len(train)} of training")
+    limits, done = Limits(config, world, train, size), []
     found: Row = {
-        **({"hardware": torch.cuda.get_device_name(limits.device)} if on_gpu else {}),
         "precision": str(limits.dtype).removeprefix("torch."),
         "backend": chosen_backend(config.data.backend),
         "decoder": limits.decoder,
@@ -314,88 +243,98 @@ def measure(config: RunConfig, args: argparse.Namespace) -> Iterator[Row]:
         "rounds": args.rounds,
         "seconds": args.seconds,  # of each turn, at least
     }
-    done: list[Row] = []
-    with closing(limits.batches):
-        for axis in growth.axes(sizes, batches, counts):
-            done.append(axis)
+    if limits.device.type == "cuda":
+        found["hardware"] = torch.cuda.get_device_name(limits.device)
+    axes = (
+        ("image size, px", f"batch {size}", sizes, [replace(phase, image_size=x) for x in sizes]),
+        (
+            "images of a batch",
+            f"{sizes[0]} px",
+            batches,
+            [replace(phase, batch_size=x) for x in batches],
+        ),
+        ("images of the data set", f"{sizes[0]} px, batch {size}", counts, [phase] * len(counts)),
+    )
+    with closing(limits.batches), TemporaryDirectory(prefix="growth-") as scratch:
+        for name, held, xs, phases in axes:
+            print(f"{name}: {' '.join(map(str, xs))}; {held}", flush=True)
+            with ExitStack() as stack:
+                cases = []
+                for x, each in zip(xs, phases, strict=True):
+                    images = spread(train, x) if xs is counts else train
+                    folder = make_links(images, Path(scratch, str(x))) if xs is counts else None
+                    trainer = phase_trainer(config, each, world, images, val)
+                    entered = stack.enter_context(trainer)
+                    cases.append(Case(entered, images, config.seed, folder))
+                parts = along(xs, cases, limits, args.rounds, args.seconds)
+                flops = [case.flops for case in cases]
+            done.append(
+                {"name": name, "held": held, "x": xs, "flops_per_image": flops, "parts": parts}
+            )
             yield found | {"axes": done}
 
 
-def held(axis: Row) -> str:
-    """Say what stays as it is along an axis."""
-    size, batch = axis["image_size"], axis["batch_size"]
-    kept = [f"{size[0]} px"] if len(size) == 1 else []
-    return ", ".join(kept + ([f"batch {batch[0]}"] if len(batch) == 1 else []))
+def exponent(part: Row) -> str:
+    """Format the exponent with its interval: "1.93 (1.90 .. 1.96)"."""
+    k, low, high = (f"{round(part['exponent'][key], 2) + 0:.2f}" for key in ("mean", "low", "high"))
+    return f"{k} ({low} .. {high})"
 
 
 def table(result: Row) -> str:
     """Format the result as Markdown."""
     blocks = []
     for axis in result["axes"]:
-        parts, xs = axis["parts"], axis["x"]
-        decode = shown(axis["decode_seconds_per_image"], 1000)
-        rows = [[axis["name"], *parts, "decode", "product"]]
+        parts, xs = axis["parts"].values(), axis["x"]
+        rows = [[axis["name"], *axis["parts"]]]
         for index, x in enumerate(xs):
-            costs = [shown(part["seconds_per_image"][index], 1000) for part in parts.values()]
-            product = short(1000 * axis["product_seconds_per_image"][index])
-            rows.append([f"{x:,}", *costs, decode, product])
-        rows.append(["power", *(shown(part["exponent"]) for part in parts.values()), "", ""])
-        off = [f"{100 * part['misfit']:.1f} %" for part in parts.values()]
-        rows.append([f"off, {xs[0]:,} to {xs[-1]:,}", *off, "", ""])
-        blocks += [f"## Along the {axis['name']} ({held(axis)})", markdown(rows)]
+            costs = [shown(part["seconds_per_image"][index], 1000) for part in parts]
+            rows.append([f"{x:,}", *costs])
+        rows.append(["power", *map(exponent, parts)])
+        rows.append(["off", *(f"{part['off']:.1%}" for part in parts)])
+        blocks += [f"## {axis['name']} ({axis['held']})", markdown(rows)]
     return document(
         f"# {result['recipe']} on {result['data']}: what an image costs",
         f"{result['hardware']}, {result['threads']} threads; {result['model']}, "
         f"{result['precision']}; {result['backend']}; torch {result['versions']['torch']}; "
         f"{result['date']}; load average {result['load_average']:.1f} before. Milliseconds of this "
-        f"machine an image, mean (95 % interval), {result['rounds']} rounds of turns of "
-        f"{result['seconds']:g} s or more; {result['images']:,} different images.",
+        f"machine an image, mean (95 % interval), {result['rounds']} rounds of turns of at least "
+        f"{result['seconds']:g} s; {result['images']:,} images; limit by {result['decoder']}.",
         *blocks,
-        "\n".join(f"- {name}: {words}" for name, words in DEFINITIONS.items()).replace(
-            "of the CPU", f"of the CPU ({result['decoder']})."
-        ),
+        "\n".join(f"- {name}: {words}" for name, words in DEFINITIONS.items()),
     )
 
 
 def draw(result: Row) -> Figure:
     """Plot the costs along every axis, one below the other, with the limits beside them."""
     rows = result["axes"]
-    figure, panels = figures.new_figure(len(rows), size=(figures.WIDTH, 0.6 + 2.6 * len(rows)))
-    for name, look in LOOKS.items():  # the legend has those of all axes
-        if any(name in axis["parts"] for axis in rows) or name.startswith("limit"):
-            panels[0].plot([], [], label=name, markersize=4, **look)
+    figure, panels = figures.new_figure(len(rows), size=(figures.WIDTH, 0.6 + 2.7 * len(rows)))
     for panel, axis in zip(panels, rows, strict=True):
-        xs, means = axis["x"], list(axis["product_seconds_per_image"])
-        for name, part in axis["parts"].items():
-            costs = [part["seconds_per_image"][index] for index in range(len(xs))]
-            ends = [
-                [1000 * (cost["mean"] - cost["low"]) for cost in costs],
-                [1000 * (cost["high"] - cost["mean"]) for cost in costs],
-            ]
-            values = [1000 * cost["mean"] for cost in costs]
-            panel.errorbar(xs, values, ends, markersize=4, elinewidth=0.9, **LOOKS[name])
-            means += [cost["mean"] for cost in costs]
-        decode = axis["decode_seconds_per_image"]["mean"]
-        panel.axhline(1000 * decode, **LOOKS["limit: decode"])
-        product = [1000 * value for value in axis["product_seconds_per_image"]]
-        panel.plot(xs, product, **LOOKS["limit: product"])
-        scale(panel, xs, [*means, decode])
-        power = shown(axis["parts"]["training"]["exponent"])
-        panel.set_title(f"{held(axis)}; training ~ x^{power}", fontsize=figures.SMALL, loc="left")
-        unit = ", px" if axis["name"] == "image size" else ""
-        panel.set(xlabel=axis["name"] + unit, ylabel="ms an image")
+        xs, drawn = axis["x"], []
+        for name, look in LOOKS.items():
+            if name not in axis["parts"]:
+                panel.plot([], [], label=name, markersize=4, **look)  # for the legend of all axes
+                continue
+            costs = axis["parts"][name]["seconds_per_image"]
+            mean, low, high = ([1000 * c[key] for c in costs] for key in ("mean", "low", "high"))
+            panel.plot(xs, mean, label=name, markersize=4, **look)
+            panel.vlines(xs, low, high, look["color"], linewidth=0.9)
+            drawn += mean
+        scale(panel, xs, min(drawn), max(drawn))
+        power = exponent(axis["parts"]["training"])
+        panel.set_title(
+            f"{axis['held']}: training as x^{power}", fontsize=figures.SMALL, loc="left"
+        )
+        panel.set(xlabel=axis["name"], ylabel="ms an image")
     figure.align_ylabels(panels)
     return figures.with_legend(figure, ncols=3, handlelength=2.4)
 
 
-def scale(panel: Axes, xs: list[int], means: list[float]) -> None:
-    """Set logarithmic scales with plain numbers: each x, and what the means (in s) span."""
-    low, high = 1000 * min(means), 1000 * max(means)
+def scale(panel: Axes, xs: list[int], low: float, high: float) -> None:
+    """Set logarithmic scales with plain numbers: the x, and the span of the means."""
     panel.set(xscale="log", yscale="log", ylim=(low / 1.6, high * 1.6))
     panel.set_xticks(xs, [f"{x:,}" for x in xs])
     panel.xaxis.set_minor_locator(NullLocator())
-    if high < TICKS * low:
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -418,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for measured in measure(config, args):
             result = about | measured
             write_result(config.folder, "growth", result, table(result))
-            figures.write_files(draw(result), config.folder, "growth")
+        figures.write_files(draw(result), config.folder, "growth")
     print(f"\n{table(result)}\nall of it: {config.folder}", flush=True)
     return 0
 
