@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks.research import growth
+from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
 from pipelines.files import read_object
 from pipelines.prepare.__main__ import main as prepare
@@ -30,12 +33,17 @@ def test_all_axes_are_measured_and_drawn(
 ) -> None:
     monkeypatch.setattr("benchmarks.common.rates.MATRIX", {"cpu": 64})
     monkeypatch.setattr(growth, "calls_per_sec", one_call)
-    axes = ["--sizes", "16", "8", "--batches", "25", "100", "--counts", "100", "550"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # spends less on so small images
+    axes = ["--sizes", "16", "8", "--batches", "25", "100", "--counts", "50", "150"]
     flags = ["--data", str(cifar10), "--output", str(tmp_path), *FLAGS, *SMALL, *axes]
-    assert growth.main(flags) == 0
+    try:
+        assert growth.main(flags) == 0
+    finally:
+        torch.set_num_threads(threads)
     result = read_object(tmp_path / "growth.json")
     size, batch, count = result["axes"]
-    assert [size["x"], batch["x"], count["x"]] == [[8, 16], [25, 100], [100, 550]]  # of 500 images
+    assert [size["x"], batch["x"], count["x"]] == [[8, 16], [25, 100], [50, 150]]
     # A convolution costs as much as its image has pixels; a batch costs an image nothing.
     assert size["flops_per_image"][1] / size["flops_per_image"][0] == pytest.approx(4, rel=0.05)
     assert batch["flops_per_image"][0] == pytest.approx(batch["flops_per_image"][1])
@@ -53,7 +61,7 @@ def test_all_axes_are_measured_and_drawn(
         assert batch["parts"][part]["rounds"] == [pytest.approx([1 / 25, 1 / 100])] * 2
         assert batch["parts"][part]["exponent"]["mean"] == pytest.approx(-1)
     for part in ("loader", "training"):  # whole epochs
-        assert count["parts"][part]["rounds"] == [pytest.approx([1 / 100, 1 / 550])] * 2
+        assert count["parts"][part]["rounds"] == [pytest.approx([1 / 50, 1 / 150])] * 2
     assert all(min(row) > 0 for row in count["parts"]["index again"]["rounds"])
     text = (tmp_path / "table.md").read_text()
     assert "## image size, px (batch 50)" in text
@@ -61,6 +69,16 @@ def test_all_axes_are_measured_and_drawn(
     picture = (tmp_path / "growth.svg").read_text()
     assert all(f">{name}</text>" in picture for name in growth.LOOKS)
     assert (tmp_path / "growth.png").stat().st_size > 0
+
+
+def test_a_data_set_of_any_number_has_all_classes_alike(cifar10: Path, tmp_path: Path) -> None:
+    train = read_split(cifar10, "train")
+    for count in (20, 1010):
+        images = growth.spread(train, count)
+        assert np.bincount(images.labels).tolist() == [count // 10] * 10
+        found = growth.read_folder(growth.make_links(images, tmp_path / str(count)))
+        links = read_split(tmp_path / str(count) / "data", "train")
+        assert len(links) == count and links.classes == train.classes and min(found.values()) > 0
 
 
 def test_exponents_by_hand() -> None:
