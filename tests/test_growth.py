@@ -100,9 +100,9 @@ def test_exponents_by_hand() -> None:
         (["--sizes", "7", "16"], "--sizes: must be at least 8, not 7"),
         (["--sizes", "16", "16"], "--sizes: name at least two different numbers"),
         (["--batches", "1", "2"], "--batches: must be at least 2, not 1"),
-        (["--batches", "10", "501"], "--batches: 501 images are more than the 500 of training"),
+        (["--batches", "10", "501"], "--batches: must be at most the 500 training images, not 501"),
         (["--counts", "100"], "--counts: name at least two different numbers"),
-        (["--counts", "10", "100"], "--counts 10: fewer images than the 50"),
+        (["--counts", "10", "100"], "--counts 10: must be at least the 50 images"),
         (["--rounds", "1"], "--rounds: must be at least 2, not 1"),
     ],
 )

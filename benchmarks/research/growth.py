@@ -67,7 +67,7 @@ DEFINITIONS = {
     "index, index again": "listing a folder and reading its headers, and with the index of that.",
     "limit: decode": "the JPEGs decoded and nothing else, on as many threads of the CPU.",
     "limit: product": "matrix products and convolutions of the network, as counted, at the rate of "
-    "a large matrix product.",
+    "a large matrix product; a convolution by an algorithm of fewer operations can pass it.",
     "power": "the k of a x^k, fitted to these points alone: it says nothing of what lies beyond.",
     "off": "the largest distance of a mean from that fit; where it is large, there is no power.",
 }
@@ -159,7 +159,8 @@ def spread(train: Split, count: int) -> Split:
 def make_links(train: Split, root: Path) -> Path:
     """Make a data folder of links to these images; returns it."""
     for index, (file, label) in enumerate(zip(train.files, train.labels, strict=True)):
-        link = root / "data" / "train" / train.classes[label] / f"{index}_{Path(file.path).name}"
+        name = f"{index}{Path(file.path).suffix}"
+        link = root / "data" / "train" / train.classes[label] / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.realpath(file.path))
     return root / "data"
@@ -227,9 +228,9 @@ def measure(config: RunConfig, args: argparse.Namespace) -> Iterator[Row]:
     if train.in_shards:
         raise UserError(f"--data {config.data.root} holds shards: name a folder of images")
     if counts[0] < size:
-        raise UserError(f"--counts {counts[0]}: fewer images than the {size} of the recipe's batch")
+        raise UserError(f"--counts {counts[0]}: must be at least the {size} images of a batch")
     if most > len(train):
-        raise UserError(f"--batches: {most} images are more than the {len(train)} of training")
+        raise UserError(f"--batches: must be at most the {len(train)} training images, not {most}")
     limits, done = Limits(config, world, train, size), []
     found: Row = {
         "precision": str(limits.dtype).removeprefix("torch."),
