@@ -251,6 +251,12 @@ def add_matrix_flags(parser: Parser, runs: int, output: Path) -> None:
     add("--seed", type=at_least(0), default=0, metavar="S", help="the first seed; default 0")
     help_text = f"default {output}"
     add("--output", type=output_folder, default=output, metavar="DIR", help=help_text)
+    add_training_flags(parser)
+
+
+def add_training_flags(parser: Parser) -> None:
+    """Add what `variant` reads beside --data."""
+    add = parser.add_argument
     add("--epochs", type=int, metavar="E", help="a rehearsal: stretch the recipes to E epochs")
     help_text = "a rehearsal: change a recipe field in all runs; repeatable"
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help=help_text)
@@ -267,7 +273,7 @@ def set_flags(settings: Sequence[str]) -> list[str]:
 def variant(
     args: argparse.Namespace, name: str, recipe: str, num_train: int, settings: Sequence[str] = ()
 ) -> Variant:
-    """Return the named recipe as the flags of `add_matrix_flags` change it, then `settings`.
+    """Return the named recipe as the flags of `add_training_flags` change it, then `settings`.
 
     One process: the batch size of a recipe is then that of all processes together.
     """
