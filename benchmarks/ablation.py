@@ -31,8 +31,7 @@ from benchmarks.common.matrix import (
 from benchmarks.common.measuring import begin, by_column, command_parser, document, write_result
 from benchmarks.common.statistics import interval, interval_text
 from fastimagenet import cli
-from fastimagenet.config import changed_recipe
-from fastimagenet.recipes import named_recipe
+from fastimagenet.config import changed_recipe, chosen_recipe
 from fastimagenet.recipes.recipe import Recipe
 from pipelines.cli import at_least
 from pipelines.errors import UserError
@@ -81,7 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder")
-    add("--recipe", default="cifar10-speed", metavar="NAME", help="default cifar10-speed")
+    add(
+        "--recipe",
+        default="cifar10-speed",
+        metavar="NAME",
+        help="or FILE.toml; default cifar10-speed",
+    )
     help_text = f"some of {', '.join(PARTS)}"
     add("--only", nargs="+", choices=list(PARTS), metavar="FIELD", help=help_text)
     add_matrix_flags(parser, 3, Path("runs/ablation"))
@@ -205,7 +209,7 @@ def variants(args: argparse.Namespace, num_train: int) -> list[Variant]:
     Raises UserError for a part that was asked for and that the recipe does not have.
     """
     found = [variant(args, FULL, args.recipe, num_train)]
-    whole, _ = changed_recipe(named_recipe(args.recipe), args.set)
+    whole, _ = changed_recipe(chosen_recipe(args.recipe)[0], args.set)
     for part in args.only or PARTS:
         if has(whole, part):
             found.append(variant(args, part, args.recipe, num_train, PARTS[part](whole)))

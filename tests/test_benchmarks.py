@@ -206,8 +206,7 @@ JSON = (
     *("loaders", "training_step"),
 )  # fmt: skip
 OUTPUT = ("ablation", "research.checkpoint_cost", "compare", "dawnbench", "gpu_suite", "plan",
-          "research.growth",
-          "superconvergence", "throughput")  # fmt: skip
+          "peers", "research.growth", "superconvergence", "throughput")  # fmt: skip
 
 
 @pytest.mark.parametrize(

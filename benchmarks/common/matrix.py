@@ -17,8 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastimagenet.config import changed_recipe
-from fastimagenet.recipes import named_recipe
+from fastimagenet.config import changed_recipe, chosen_recipe
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.run import rows_of
@@ -273,14 +272,14 @@ def set_flags(settings: Sequence[str]) -> list[str]:
 def variant(
     args: argparse.Namespace, name: str, recipe: str, num_train: int, settings: Sequence[str] = ()
 ) -> Variant:
-    """Return the named recipe as the flags of `add_training_flags` change it, then `settings`.
+    """Return the recipe as the flags of `add_training_flags` change it, then `settings`.
 
-    One process: the batch size of a recipe is then that of all processes together.
+    `recipe`: its name, or a TOML file. One process: its batch size is then that of all together.
     """
     flags = ["--recipe", recipe, "--data", str(args.data), "--nproc-per-node", "1"]
     flags += ["--backend", args.backend, "--device", args.device]
     changes = [*args.set, *settings]
     flags += set_flags(changes)
     flags += [] if args.epochs is None else ["--epochs", str(args.epochs)]
-    changed, _ = changed_recipe(named_recipe(recipe), changes, args.epochs)
+    changed, _ = changed_recipe(chosen_recipe(recipe)[0], changes, args.epochs)
     return Variant(name=name, recipe=changed, flags=flags, num_train=num_train)

@@ -26,8 +26,7 @@ from benchmarks.common.statistics import short
 from benchmarks.dawnbench import target_recipe
 from benchmarks.peers.watching import OURS, READERS, Contestant, watch
 from fastimagenet import cli
-from fastimagenet.config import changed_recipe
-from fastimagenet.recipes import named_recipe
+from fastimagenet.config import changed_recipe, chosen_recipe
 from pipelines.cli import at_least, output_folder, positive
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object, write_object
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="image folder, for ours")
-    add("--recipe", required=True, metavar="NAME", help="ours")
+    add("--recipe", required=True, metavar="NAME", help="ours, or FILE.toml")
     add("--target", metavar="top1=VALUE", help="default: the recipe's")
     help_text = f"NAME: {', '.join(READERS)}, or one of them and more, such as timm-20; repeatable"
     add("--peer", action="append", type=peer, required=True, metavar="NAME=COMMAND", help=help_text)
@@ -98,7 +97,7 @@ def peer(text: str) -> Contestant:
 
 def our_training(args: argparse.Namespace, data: Data) -> tuple[Contestant, Path, float]:
     """Return our training, its folder, and the top-1 to reach, a fraction. Raises UserError."""
-    recipe, _ = changed_recipe(named_recipe(args.recipe), args.set)
+    recipe, _ = changed_recipe(chosen_recipe(args.recipe)[0], args.set)
     recipe = target_recipe(recipe, args.target)
     metric, mark = recipe.target_metric or ("", 0.0)
     if metric != "top1":

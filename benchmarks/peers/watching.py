@@ -30,30 +30,30 @@ class Reader:
 
     top1: re.Pattern[str]
     """An epoch's accuracy, group "top1"; with group "train" also its training clock in seconds."""
-    unit: float
-    """What 1 of the accuracy is as a fraction."""
+    whole: float
+    """What it prints for all images."""
     evaluation: re.Pattern[str] | None = None
     """The last such line before an accuracy is where its evaluation began; None: not needed."""
 
 
 OURS = Reader(
     top1=re.compile(r"epoch +\d+ .*  train (?P<train>[\d.]+) s  top-1 (?P<top1>[\d.]+)%"),
-    unit=0.01,
+    whole=100,
 )
 READERS = {
     "fastai": Reader(  # epoch, training loss, validation loss, accuracy, other metrics, time
         top1=re.compile(r"\d+ +\S+ +\S+ +(?P<top1>[01]\.\d+) .*\d:\d\d *$"),
-        unit=1.0,
+        whole=1,
         evaluation=re.compile(r"Epoch .*\| 0\.00% \["),  # a progress bar, the second of an epoch
     ),
     "timm": Reader(  # the last batch's line has the mean over all
         top1=re.compile(r"Test: \[ *(\d+)/\1\] .*Acc@1: +\S+ +\( *(?P<top1>[\d.]+)\)"),
-        unit=0.01,
+        whole=100,
         evaluation=re.compile(r"Train: \d"),
     ),
     "torchvision": Reader(
         top1=re.compile(r"Test: +Acc@1 (?P<top1>[\d.]+)"),
-        unit=0.01,
+        whole=100,
         evaluation=re.compile(r"Epoch: \[\d+\] Total time"),
     ),
 }
@@ -109,7 +109,7 @@ def watch(one: Contestant, mark: float, limit: float | None, log: Path) -> Row:
     began = time.perf_counter()
     evaluation, evaluating = 0.0, None  # seconds so far, and since when
     by_itself = False
-    with stop_signals(lambda: lines.put(None)) as signals, log.open("w", encoding="utf-8") as file:
+    with stop_signals(lambda: lines.put(None)) as signals, open(log, "w", 1) as file:
         child = subprocess.Popen(
             one.words,
             stdin=subprocess.DEVNULL,
@@ -140,7 +140,7 @@ def watch(one: Contestant, mark: float, limit: float | None, log: Path) -> Row:
             evaluation += 0.0 if evaluating is None else now - evaluating
             evaluating = None
             train = float(told["train"]) if "train" in told.groupdict() else now - evaluation
-            top1 = one.reader.unit * float(told["top1"])
+            top1 = float(told["top1"]) / one.reader.whole
             seconds = {"wall_seconds": now, "train_seconds": train}
             row["epochs"].append({"top1": top1} | seconds)
             print(f"{one.name}: {percent(top1)} after {duration(now)}", flush=True)
