@@ -109,7 +109,7 @@ def watch(one: Contestant, mark: float, limit: float | None, log: Path) -> Row:
     began = time.perf_counter()
     evaluation, evaluating = 0.0, None  # seconds so far, and since when
     by_itself = False
-    with stop_signals(lambda: lines.put(None)) as signals, open(log, "w", 1) as file:
+    with stop_signals(lambda: lines.put(None)) as signals, log.open("w", 1) as file:
         child = subprocess.Popen(
             one.words,
             stdin=subprocess.DEVNULL,
