@@ -109,13 +109,16 @@ def watch(one: Contestant, mark: float, limit: float | None, log: Path) -> Row:
     began = time.perf_counter()
     evaluation, evaluating = 0.0, None  # seconds so far, and since when
     by_itself = False
-    with stop_signals(lambda: lines.put(None)) as signals, log.open("w", 1) as file:
+    with (
+        stop_signals(lambda: lines.put(None)) as signals,
+        log.open("w", buffering=1, encoding="utf-8") as file,  # line by line, to be followed
+    ):
         child = subprocess.Popen(
             one.words,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             start_new_session=True,  # Ctrl-C reaches it by us alone, and its workers with it
             env=os.environ | {"PYTHONUNBUFFERED": "1"},  # lines arrive as they are printed
