@@ -116,7 +116,7 @@ def compare_times(args: argparse.Namespace, data: Data, seeds: Sequence[int], co
     if args.epochs is not None:
         raise UserError("--epochs: --lengths has the numbers of epochs")
     args.set += [f"target={args.target}"] if args.target else []
-    whole, _ = changed_recipe(named_recipe(args.recipe), args.set)
+    whole, _ = changed_recipe(chosen_recipe(args.recipe)[0], args.set)
     if whole.target_metric is None:
         raise UserError(f"--lengths: recipe {args.recipe} has no target: --target top1=0.70")
     status, trainings = 0, []
