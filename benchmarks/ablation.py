@@ -69,7 +69,9 @@ PARTS: dict[str, Callable[[Recipe], list[str]]] = {
     "ema_decay": lambda _: ["ema_decay=0"],
     "optimizer": without_muon,
     "image_size": without_growing,
-    **{part: lambda _, part=part: [f"{part}=false"] for part in ("resnet_d", "silu", "blur_pool")},
+    "resnet_d": lambda _: ["resnet_d=false"],
+    "silu": lambda _: ["silu=false"],
+    "blur_pool": lambda _: ["blur_pool=false"],
     "precision": lambda _: ["precision=fp32"],
 }
 """Recipe field -> the settings that switch it off. TTA is in every row, on and off."""
@@ -147,21 +149,20 @@ def read_times(trainings: Sequence[Training], data: Data, command: str) -> Row:
     A row's `runs` are those of all lengths; its `seconds` and `ratio`, to the whole recipe seed by
     seed, are null unless every seed has reached the target.
     """
-    times: dict[str, dict[int, float]] = {}
+    times: dict[tuple[str, int], float] = {}
     for one in trainings:
         if one.summary[TO_TARGET] is not None:
-            times.setdefault(one.run, {})[one.seed] = one.summary[TO_TARGET]
+            times[one.run, one.seed] = one.summary[TO_TARGET]
     rows = []
     for run in dict.fromkeys(one.run for one in trainings):
         own = [one for one in trainings if one.run == run]
-        seeds = {one.seed for one in own}
-        found = [times.get(run, {}).get(seed) for seed in sorted(seeds)]
-        base = [times.get(FULL, {}).get(seed) for seed in sorted(seeds)]
-        row: Row = {"run": run, "seeds": sorted(seeds), "seconds": None, "ratio": None}
-        if None not in found:
+        seeds = sorted({one.seed for one in own})
+        row: Row = {"run": run, "seeds": seeds, "seconds": None, "ratio": None}
+        if all((run, seed) in times for seed in seeds):
+            found = [times[run, seed] for seed in seeds]
             row["seconds"] = interval(found) | {"values": found}
-            if None not in base and run != FULL:
-                ratios = [value / other for value, other in zip(found, base, strict=True)]
+            if run != FULL and all((FULL, seed) in times for seed in seeds):
+                ratios = [times[run, seed] / times[FULL, seed] for seed in seeds]
                 row["ratio"] = interval(ratios) | {"values": ratios}
         names = (TO_TARGET, "epochs", "top1", "train_seconds", "wall_seconds", "time_split_seconds")
         row["runs"] = [
