@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from benchmarks.ablation import main, read_ablation, read_times, table, times_table
+from benchmarks.ablation import main, read_ablation, table
 from benchmarks.common.matrix import Data, Matrix, Training
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
@@ -80,50 +80,40 @@ def test_the_figures_are_those_of_the_seeds(tmp_path: Path) -> None:
 def test_a_part_is_trained_no_longer_than_it_needs(
     cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.common.matrix.subprocess", CHILDREN)
-    flags = ["--data", str(cifar10), "--output", str(tmp_path), "--device", "cpu", "--runs", "1"]
-    flags += ["--recipe", "digits", "--only", "label_smoothing", "--lengths", "2", "1"]
-    assert main([*flags, "--target", "top1=0.001"]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "1-epochs",
-        "table.md",
-        "times.json",
-    ]
-    for row in read_object(tmp_path / "times.json")["rows"]:
-        summary = read_object(tmp_path / "1-epochs" / f"{row['run']}-seed0" / "summary.json")
-        assert row["seconds"]["values"] == [summary["time_to_target_seconds"]]
-        assert [run["epochs"] for run in row["runs"]] == [1]
+    times = {
+        "all": {4: (None, 40.0), 6: (50.0, None)},
+        "label_smoothing": {4: (None, None), 6: (100.0, 120.0)},
+        "image_size": {4: (None, None), 6: (None, 70.0)},
+    }
+    asked = []
 
+    def run(matrix: Matrix) -> int:
+        for one in matrix.trainings:
+            epochs = one.plan.epochs
+            asked.append((epochs, one.run, one.seed))
+            one.folder.mkdir(parents=True)
+            summary = {
+                "time_to_target_seconds": times[one.run][epochs][one.seed], "epochs": epochs,
+                "top1": 0.7, "train_seconds": 80.0, "wall_seconds": 99.0, "recipe": "digits",
+                "started": "2026-11-26T00:00", "hardware": "h", "precision": "fp32",
+                "time_split_seconds": {"data_wait": 4.0}, "versions": {"torch": "t"},
+                "target": {"metric": "top1", "value": 0.7},
+            }  # fmt: skip
+            (one.folder / "summary.json").write_text(json.dumps(summary))
+        return 0
 
-def test_times_are_those_of_the_shortest_runs(tmp_path: Path) -> None:
-    plan = Plan.of(named_recipe("digits"), 1, 1000)
-    times = {"all": {4: (None, 40.0), 6: (50.0, None)}, "silu": {4: (None,) * 2, 6: (100.0, 120.0)},
-             "muon": {4: (None,) * 2, 6: (None, 70.0)}}  # fmt: skip
-    trainings = []
-    for run, lengths in times.items():
-        for epochs, values in lengths.items():
-            for seed, value in enumerate(values):
-                if run != "all" or (epochs, seed) != (6, 1):  # it had reached the target before
-                    folder = tmp_path / f"{run}-{epochs}-{seed}"
-                    folder.mkdir()
-                    summary = {
-                        "time_to_target_seconds": value, "epochs": epochs, "top1": 0.7,
-                        "recipe": "r", "train_seconds": 80.0, "wall_seconds": 99.0,
-                        "started": "2026-11-26T00:00", "hardware": "h",
-                        "time_split_seconds": {"data_wait": 4.0},
-                        "target": {"metric": "top1", "value": 0.7}, "precision": "fp32",
-                        "versions": {"torch": "t"},
-                    }  # fmt: skip
-                    (folder / "summary.json").write_text(json.dumps(summary))
-                    one = Training(run=run, seed=seed, plan=plan, folder=folder, flags=[])
-                    trainings.append(one)
-    data = Data(name="d", dataset=None, train_images=1, val_images=1, suffixes={".jpg": 2})
-    result = read_times(trainings, data, "-")
-    whole, slower, missed = result["rows"]
+    monkeypatch.setattr(Matrix, "run", run)
+    flags = ["--data", str(cifar10), "--output", str(tmp_path), "--recipe", "digits", "--runs", "2"]
+    flags += ["--only", "label_smoothing", "image_size", "--lengths", "6", "4"]
+    assert main([*flags, "--target", "top1=0.7"]) == 0
+    shorter = [(4, run, seed) for seed in (0, 1) for run in times]
+    longer = [(6, run, seed) for seed in (0, 1) for run in times if (run, seed) != ("all", 1)]
+    assert sorted(asked) == sorted(shorter + longer)
+    whole, slower, missed = read_object(tmp_path / "times.json")["rows"]
     assert whole["seconds"]["values"] == [50.0, 40.0] and whole["ratio"] is None
     assert slower["ratio"]["values"] == [2.0, 3.0]
     assert missed["seconds"] is None and missed["ratio"] is None
-    text = times_table(result)
+    text = (tmp_path / "table.md").read_text()
     assert "to 70.00 % top1" in text and "| missed" in text and "5.00 %" in text
 
 
