@@ -126,10 +126,10 @@ def test_one_file_reads_the_launchers_environment() -> None:
         assert not mentions or path.name == "world.py", path
 
 
-def test_only_the_trainer_wraps_in_ddp() -> None:
+def test_one_file_wraps_in_ddp() -> None:
     for path in files("fastimagenet"):
         users = "DistributedDataParallel(" in path.read_text(encoding="utf-8")
-        assert not users or path.name == "trainer.py", path
+        assert not users or path.name == "updates.py", path
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from benchmarks.common.floor import (
 from benchmarks.training_step import StepRate, best, main, sweep, synthetic_trainer, variant_recipe
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.recipe import Recipe
-from fastimagenet.training import trainer as trainer_module
+from fastimagenet.training import updates
 from pipelines.errors import UserError
 from pipelines.files import read_object
 from tests.networks import make_model
@@ -213,7 +213,7 @@ def test_gradients_of_several_batches_add_up_outside_the_graphs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same sums as without graphs; only the compilation itself is left out here."""
-    monkeypatch.setattr(trainer_module, "compiled", lambda module, recipe, device: module)
+    monkeypatch.setattr(updates, "compiled", lambda module, recipe, device: module)
     found = []
     for variant in ("eager", "graphs"):
         trainer = synthetic_trainer(small_recipe(variant), "cpu", CLASSES)

@@ -6,41 +6,32 @@ Nothing here waits for the device but the log steps, the end of an epoch and the
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 
 from fastimagenet.distributed.collectives import (
     all_reduce_sum,
     any_process,
-    collective,
     gather_objects,
 )
 from fastimagenet.distributed.world import World, launched_before
 from fastimagenet.errors import Stopped
 from fastimagenet.recipes import toml
 from fastimagenet.recipes.plan import Plan, PlannedPhase
-from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.training import checkpoint
 from fastimagenet.training.average import MovingAverage
 from fastimagenet.training.checkpoint import CheckpointWriter
 from fastimagenet.training.clock import Stopwatch, train_seconds
-from fastimagenet.training.ddp import CommunicationTimer, synchronised
-from fastimagenet.training.evaluation import Counts, autocast_dtype, evaluate
+from fastimagenet.training.evaluation import Counts, evaluate
 from fastimagenet.training.failures import (
     SCALER_PATIENCE_STEPS,
     LossMonitor,
-    check_single_images,
-    compile_advice,
     out_of_memory_advice,
 )
-from fastimagenet.training.optimizer import forget_frozen, make_optimizer, set_rates
+from fastimagenet.training.optimizer import forget_frozen
 from fastimagenet.training.profiling import StepProfiler
 from fastimagenet.training.recorder import (
     EpochRecord,
@@ -49,6 +40,7 @@ from fastimagenet.training.recorder import (
     StepRecord,
     best_record,
 )
+from fastimagenet.training.updates import MicroBatches, Updates
 from pipelines.errors import UserError
 from pipelines.loader import Loader
 
@@ -56,13 +48,9 @@ LOG_EVERY_STEPS = 10
 SAVE_AFTER_SECONDS = 10.0
 """An evaluation that takes longer begins with a checkpoint of what was trained before it. The end
 of a shorter one saves soon enough: 15 MB take .11 s of a core of an AMD EPYC (2026-11-29)."""
-GRAPH_PASSES = 3
-"""torch's CUDA graph trees run a function eagerly, then record it, then replay it."""
-MicroBatches = tuple[tuple[Tensor, Tensor], ...]
-"""The batches of one process that make one update."""
 
 
-class Trainer:
+class Trainer(Updates):
     """Trains `model` as `plan` says, on the device of `world`.
 
     The loaders yield images (B, 3, S, S), channels_last, and labels on that device: (B,) int64, or
@@ -91,10 +79,18 @@ class Trainer:
         bucket_mb: float = 25,
         class_weights: Tensor | None = None,
     ) -> None:
+        super().__init__(
+            plan,
+            model,
+            world=world,
+            clock=clock or Stopwatch(),
+            optimizer_backend=optimizer_backend,
+            bucket_mb=bucket_mb,
+            class_weights=class_weights,
+        )
         recipe = plan.recipe
-        self.plan, self.world, self.recorder = plan, world, recorder or NullRecorder()
+        self.recorder = recorder or NullRecorder()
         self.train_loader, self.eval_loader = train_loader, eval_loader
-        self.clock = clock or Stopwatch()
         self.folder, self.checkpoint_steps = folder, checkpoint_steps
         facts = {"recipe": toml.dumps(recipe), "num_train": plan.num_train}
         self.about: dict[str, Any] = {"classes": [], "seed": 0} | facts | (about or {})
@@ -103,22 +99,8 @@ class Trainer:
         self.writer: CheckpointWriter | None = None
         if folder is not None and world.is_main:
             self.writer = CheckpointWriter(folder / "checkpoints", self.recorder)
-        self.device = torch.device(world.device)
-        self.dtype = autocast_dtype(recipe.precision, self.device.type)
-        self.class_weights = None if class_weights is None else class_weights.to(self.device)
-        check_single_images(model, plan.phases)
-        if recipe.sync_bn:
-            model = synchronised(model, self.device)
-        self.model = model.to(self.device).to(memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(self.model, recipe, optimizer_backend)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.ema = MovingAverage(self.model, recipe.ema_decay) if recipe.ema_decay else None
         self.profiler: StepProfiler | None = None
-        self.communication: CommunicationTimer | None = None
-        self.step = 0
-        """Number of updates done."""
-        self.epoch = 0
-        """Index of the current epoch, from 0."""
         self.records: list[EpochRecord] = []
         self.plan_changes = ""
         """How the plan differs from that of the checkpoint resumed from, for the user."""
@@ -133,31 +115,11 @@ class Trainer:
         """When the state before the evaluation in progress is saved, by time.monotonic."""
         self._rate_before = 0.0
         """Images/s of this epoch before it was resumed."""
-        patience_steps = SCALER_PATIENCE_STEPS if self.scaler.is_enabled() else 1
         self._unsaved: dict[str, Any] | None = None
         """The state before the evaluation in progress, which changes nothing of it, as long as no
         checkpoint has been begun."""
+        patience_steps = SCALER_PATIENCE_STEPS if self.scaler.is_enabled() else 1
         self.losses = LossMonitor(self.device, patience_steps)
-        self._ddp = self._distributed(bucket_mb) if world.world_size > 1 else None
-        self._train_module = compiled(self._ddp or self.model, recipe, self.device)
-        self._all_sizes_compiled = not recipe.compile
-        """So that `fit` need not do it within the training clock."""
-        self._updated = torch.cuda.Event() if self.device.type == "cuda" else None
-        """Over when the GPU has done all that the last update queued."""
-        torch.backends.cudnn.benchmark = not self.deterministic
-
-    def _distributed(self, bucket_mb: float) -> DistributedDataParallel:
-        """Wrap the model in DDP and time what it waits for."""
-        with collective("the comparison of the models", self.world):
-            module = DistributedDataParallel(
-                self.model,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                bucket_cap_mb=bucket_mb,
-                gradient_as_bucket_view=True,
-                static_graph=self.plan.accumulation == 1,
-            )
-        self.communication = CommunicationTimer(module, self.plan.recipe.bf16_gradients)
-        return module
 
     def fit(self) -> None:
         """Train from the current step to the end of the plan.
@@ -181,16 +143,6 @@ class Trainer:
             self._finish_save()
             self.recorder.close()
             self.clock.switch("other")
-
-    @property
-    def precision(self) -> str:
-        """The precision in which the model runs, as --precision has it."""
-        return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether torch takes only algorithms that repeat themselves bit for bit."""
-        return torch.are_deterministic_algorithms_enabled()
 
     @property
     def finished(self) -> bool:
@@ -251,97 +203,6 @@ class Trainer:
         self.step += 1
         return loss
 
-    def update(
-        self, micro_batches: MicroBatches, lr: float, momentum: float, phase: PlannedPhase
-    ) -> Tensor:
-        """Update the weights once at these rates; returns the loss as `train_step` does."""
-        set_rates(self.optimizer, lr, momentum, self.epoch)
-        clip = self.plan.recipe.clip_grad_norm
-        with out_of_memory_advice(phase, phase.image_size):
-            with collective(f"the gradients of step {self.step}", self.world):
-                loss = self._accumulate_gradients(micro_batches)
-            if clip:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self._updated is not None:
-            self._updated.record()
-        return loss
-
-    def busy(self) -> bool:
-        """Tell whether a GPU is still at the last update, without waiting for it.
-
-        A CPU, which queues nothing, never is.
-        """
-        return self._updated is not None and not self._updated.query()
-
-    def _accumulate_gradients(self, micro_batches: MicroBatches) -> Tensor:
-        """Accumulate the gradients of the mean loss over the micro-batches.
-
-        DDP all-reduces them on the last one.
-        """
-        total, share = torch.zeros((), device=self.device), 1 / len(micro_batches)
-        if self.plan.recipe.cuda_graphs and len(micro_batches) > 1:
-            # The gradients that a CUDA graph returns are in memory that its next pass overwrites.
-            for parameter in self.model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-        for images, labels in micro_batches[:-1]:
-            with self._ddp.no_sync() if self._ddp is not None else nullcontext():
-                total += self.forward_backward(images, labels, share)
-        return total + self.forward_backward(*micro_batches[-1], share)
-
-    def forward_backward(self, images: Tensor, labels: Tensor, share: float = 1) -> Tensor:
-        """Add `share` times the gradients of a batch's mean loss; returns `share` x that loss."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            logits = self._train_module(images)
-        loss = self.loss(logits.float(), labels) * share
-        self.scaler.scale(loss).backward()
-        if self.communication is not None:
-            self.communication.after_backward()
-        return loss.detach()
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the training loss of logits (B, classes), a scalar: the mean over the batch.
-
-        With class weights it is their weighted sum divided by B, not by the sum of the weights as
-        torch's mean is: so the mean over micro-batches and processes is that of their images.
-        """
-        smoothing, weights = self.plan.recipe.label_smoothing, self.class_weights
-        if weights is None:
-            return cross_entropy(logits, labels, label_smoothing=smoothing)
-        total = cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing)
-        return total / len(logits)
-
-    def compile_all_sizes(self, phases: Sequence[PlannedPhase] = ()) -> None:
-        """Compile the training step for every batch shape of the plan; the model stays as it was.
-
-        `phases`: of these only. Nothing to do but time where the recipe does not compile.
-        """
-        passes = GRAPH_PASSES if self.plan.recipe.cuda_graphs else 1
-        with self.clock.section("compile"):
-            before = {name: value.clone() for name, value in self.model.state_dict().items()}
-            self._train_module.train()
-            # The first phase of each shape; later ones find it compiled.
-            shapes = {(p.image_size, p.batch_size): p for p in (phases or self.plan.phases)[::-1]}
-            for (size, batch_size), phase in shapes.items():
-                images = torch.zeros(batch_size, 3, size, size, device=self.device)
-                images = images.to(memory_format=torch.channels_last)
-                if self.device.type == "cuda" and self.dtype is not None:
-                    images = images.half()
-                # Labels of either kind will do, since the loss is not compiled.
-                labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-                for _ in range(passes):
-                    with compile_advice(), out_of_memory_advice(phase, size):
-                        self.forward_backward(images, labels)
-                    self.optimizer.zero_grad(set_to_none=True)
-            self.model.load_state_dict(before)
-            self.synchronize()
-            if self.communication is not None:
-                self.communication.take_seconds()  # these were spent compiling
-        self._all_sizes_compiled |= not phases
-
     def evaluate_epoch(self, phase: PlannedPhase) -> dict[str, float | None]:
         """Evaluate on all validation images; returns the epoch row's fields.
 
@@ -391,11 +252,6 @@ class Trainer:
         """The averaged weights where the recipe keeps them; never the compiled module, so that a
         smaller last batch costs no compilation."""
         return self.model if self.ema is None else self.ema.module
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def _log(self, loss: Tensor, phase: PlannedPhase) -> None:
         """Record a step row. Raises UserError if the loss has diverged."""
@@ -455,11 +311,6 @@ class Trainer:
         peak: int = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
-
-    @property
-    def threads(self) -> int | None:
-        """CPU threads, by whose number sums differ in their last bits; None on a GPU."""
-        return torch.get_num_threads() if self.device.type == "cpu" else None
 
     def _record_event(self, message: str, note: str = "") -> None:
         self.recorder.event(
@@ -661,19 +512,3 @@ class Trainer:
 def in_mid_epoch(state: dict[str, Any]) -> bool:
     """Tell whether a saved state is from within an epoch."""
     return bool(state["ranks"][0]["loader"]["step"])
-
-
-def compiled(module: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
-    """Compile the module if the recipe says so. Raises UserError for CUDA graphs on a CPU."""
-    if recipe.cuda_graphs and device.type == "cpu":
-        raise UserError(
-            "recipe field cuda_graphs = true needs a GPU: --set cuda_graphs=false on a CPU"
-        )
-    if not recipe.compile:
-        return module
-    # Above it torch would run a size that comes late uncompiled, without a word.
-    shapes = {(phase.image_size, phase.batch_size) for phase in recipe.phases}
-    dynamo: Any = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(shapes) + 2)
-    mode = "reduce-overhead" if recipe.cuda_graphs else None
-    return torch.compile(module, dynamic=False, mode=mode)  # type: ignore[return-value]
