@@ -11,10 +11,17 @@ import pytest
 import torch
 from test_trainer import RECIPE, SPLIT, make_trainer
 
-from benchmarks.common.rates import ByteCounter, PhaseRates, step_costs, synthetic_batch
+from benchmarks.common.rates import (
+    ByteCounter,
+    PhaseRates,
+    one_phase,
+    step_costs,
+    synthetic_batch,
+)
 from benchmarks.common.statistics import estimate
 from benchmarks.throughput import main, phase_result
 from fastimagenet.distributed.world import World
+from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from pipelines.errors import UserError
 from pipelines.files import read_object
@@ -92,3 +99,9 @@ def test_operations_of_a_linear_network_by_hand() -> None:
 def test_a_wrong_flag_is_named(flags: list[str]) -> None:
     with pytest.raises(UserError, match=flags[0]):
         main(flags)
+
+
+def test_a_phase_by_itself_has_no_frozen_layers() -> None:
+    recipe = replace(named_recipe("photos"), frozen_epochs=9)
+    (phase,) = one_phase(recipe, recipe.phases[1]).phases
+    assert phase.epochs < recipe.frozen_epochs  # which that phase alone could not have

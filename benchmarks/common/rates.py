@@ -150,9 +150,10 @@ class PhaseRates:
 
 
 def one_phase(recipe: Recipe, phase: Phase) -> Recipe:
-    """Return the recipe with this phase alone, at a constant learning rate."""
+    """Return the recipe with this phase alone, at a constant LR at which all layers learn."""
     span = (0.0, float(phase.epochs), 1.0, 1.0)
-    return replace(recipe, phases=(phase,), schedule="piecewise", lr_spans=(span,))
+    schedule = {"schedule": "piecewise", "lr_spans": (span,), "frozen_epochs": 0}
+    return replace(recipe, phases=(phase,), **schedule)
 
 
 @contextmanager

@@ -219,9 +219,8 @@ def numbers(args: argparse.Namespace, name: str) -> list[int]:
 def measure(config: RunConfig, args: argparse.Namespace) -> Iterator[Row]:
     """Measure all; yields what is known after each axis. Raises UserError naming the flag."""
     sizes, batches, counts = (numbers(args, name) for name in ("sizes", "batches", "counts"))
-    # All layers learn from the start; every size reads the same files.
-    config = replace(config, recipe=replace(config.recipe, frozen_epochs=0))
     world, first = this_process(config), config.recipe.phases[0]
+    # Every size reads the same files.
     phase = replace(first, epochs=1, image_size=sizes[0], eval_size=0, data=ORIGINAL)
     size, most = phase.batch_size, max(batches[-1], phase.batch_size)
     train, val = read_data(config.data, say_notes=True)
