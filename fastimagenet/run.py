@@ -263,7 +263,7 @@ def start_from_pretrained(trainer: Trainer) -> None:
 
     recipe = trainer.plan.recipe
     if recipe.pretrained:
-        found = load_pretrained(trainer.model, recipe, len(trainer.about["classes"]))
+        found = load_pretrained(trainer.model, recipe, trainer.about["classes"])
         cli.say(trainer.world, found)
 
 

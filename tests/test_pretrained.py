@@ -48,6 +48,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+TEN = [*map(str, range(10))]
+
+
 def same_but_head(one: nn.Module, other: nn.Module) -> bool:
     ours, theirs = one.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(
@@ -61,7 +64,7 @@ def test_torchvisions_weights_come_from_its_cache(hub: Path, wanted: str) -> Non
     torch.save(theirs.state_dict(), hub / FILE)
     ours = drawn(2, 10, blur_pool=True)
     head = ours.fc.weight.detach().clone()
-    line = load_pretrained(ours, replace(RECIPE, pretrained=wanted, blur_pool=True), 10)
+    line = load_pretrained(ours, replace(RECIPE, pretrained=wanted, blur_pool=True), TEN)
     assert "resnet18 IMAGENET1K_V1; its head is drawn anew for 10 classes" in line
     assert same_but_head(ours, theirs) and torch.equal(ours.fc.weight, head)
 
@@ -69,13 +72,13 @@ def test_torchvisions_weights_come_from_its_cache(hub: Path, wanted: str) -> Non
 def test_a_head_of_the_same_shape_is_taken_too(hub: Path) -> None:
     theirs, ours = drawn(1), drawn(2)
     torch.save(theirs.state_dict(), hub / FILE)
-    line = load_pretrained(ours, RECIPE, 1000)
+    line = load_pretrained(ours, RECIPE, [*map(str, range(1000))])
     assert "anew" not in line and torch.equal(ours.fc.weight, theirs.fc.weight)
 
 
 def test_without_a_network_one_line_says_where_the_file_would_be(hub: Path) -> None:
     with pytest.raises(UserError) as caught:
-        load_pretrained(drawn(1, 10), RECIPE, 10)
+        load_pretrained(drawn(1, 10), RECIPE, TEN)
     message = str(caught.value)
     assert message.startswith(f"recipe field pretrained = 'imagenet': {hub / FILE} is not there")
     assert "put it there" in message and "\n" not in message
@@ -92,7 +95,7 @@ def test_files_of_weights_are_read(tmp_path: Path, kind: str) -> None:
         prefix = "module." if kind == "DDP" else ""
         state = {prefix + name: value for name, value in state.items()}
         torch.save({"state_dict": state, "epoch": 3} if kind == "state_dict" else state, path)
-    load_pretrained(ours, replace(RECIPE, pretrained=str(path)), 10)
+    load_pretrained(ours, replace(RECIPE, pretrained=str(path)), TEN)
     assert same_but_head(ours, theirs)
 
 
@@ -103,8 +106,26 @@ def test_of_our_checkpoints_the_weights_that_are_evaluated(tmp_path: Path, avera
     ema["n_averaged"] = torch.tensor(4)
     path = tmp_path / "best.pt"
     checkpoint.save(path, {"model": theirs.state_dict(), "ema": ema if averaged else None})
-    load_pretrained(ours, replace(RECIPE, pretrained=str(path)), 10)
+    load_pretrained(ours, replace(RECIPE, pretrained=str(path)), TEN)
     assert same_but_head(ours, average if averaged else theirs)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "safetensors"])
+def test_the_head_of_as_many_other_classes_is_drawn_anew(tmp_path: Path, kind: str) -> None:
+    theirs = small(1, 10)
+    for classes, taken in ((TEN, True), ([*TEN[1:], "10"], False)):
+        ours = small(2, 10)
+        if kind == "checkpoint":
+            path = tmp_path / "best.pt"
+            checkpoint.save(path, {"model": theirs.state_dict(), "ema": None, "classes": classes})
+        else:
+            path = tmp_path / "w.safetensors"
+            facts = {"recipe": "", "classes": json.dumps(classes)}
+            save_file = pytest.importorskip("safetensors.torch").save_file
+            save_file(theirs.state_dict(), path, facts)
+        line = load_pretrained(ours, replace(RECIPE, pretrained=str(path)), TEN)
+        assert torch.equal(ours.fc.weight, theirs.fc.weight) is taken
+        assert ("anew for 10 classes" in line) is not taken and same_but_head(ours, theirs)
 
 
 def test_any_other_difference_is_one_line(hub: Path, tmp_path: Path) -> None:
@@ -113,7 +134,7 @@ def test_any_other_difference_is_one_line(hub: Path, tmp_path: Path) -> None:
 
     def message(recipe: Recipe, model: nn.Module) -> str:
         with pytest.raises(UserError, match=r"^recipe field pretrained") as caught:
-            load_pretrained(model, recipe, 10)
+            load_pretrained(model, recipe, TEN)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import urllib.error
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,27 +27,32 @@ PREFIXES = ("module.", "_orig_mod.")
 """Of the names that DDP, an average of weights and torch.compile wrap a network in."""
 
 
-def load_pretrained(model: nn.Module, recipe: Recipe, num_classes: int) -> str:
+def load_pretrained(model: nn.Module, recipe: Recipe, classes: Sequence[str]) -> str:
     """Copy the weights that the recipe's `pretrained` names into the model.
 
-    A head of another shape stays as it was drawn. Of the processes of a node one downloads, the
-    others wait for it. Returns a line for the user that says what was loaded. Raises UserError
-    naming `pretrained` for any other difference, and where the weights cannot be had.
+    A head of another shape stays as it was drawn, and so does one of a file of ours whose classes
+    are others, even if as many. Of the processes of a node one downloads, the others wait for it.
+    Returns a line for the user that says what was loaded. Raises UserError naming `pretrained` for
+    any other difference, and where the weights cannot be had.
     """
+    of_classes: Sequence[str] | None = None
     if recipe.pretrained.endswith(FILES):
-        source, state = recipe.pretrained, read_weights(Path(recipe.pretrained))
+        source = recipe.pretrained
+        state, of_classes = read_weights(Path(source))
     elif recipe.model.startswith(TIMM):
-        source, state = f"{recipe.model}, timm's", timms_weights(recipe, num_classes)
+        source, state = f"{recipe.model}, timm's", timms_weights(recipe, len(classes))
     else:
         source, state = torchvisions_weights(recipe)
     own, head = model.state_dict(), [*map(id, head_of(model).parameters())]
     in_head = [name for name, value in model.named_parameters() if id(value) in head]
     anew = [name for name in in_head if name not in state or state[name].shape != own[name].shape]
+    if of_classes is not None and list(of_classes) != list(classes):
+        anew = in_head
     for name in anew:
         state[name] = own[name]
     check_names(recipe.pretrained, own, state)
     model.load_state_dict(state, strict=False)
-    about = f"; its head is drawn anew for {num_classes} classes" if anew else ""
+    about = f"; its head is drawn anew for {len(classes)} classes" if anew else ""
     return f"pretrained: starts from the weights of {source}{about}"
 
 
@@ -69,16 +75,24 @@ def check_names(pretrained: str, own: Mapping[str, Tensor], state: Mapping[str, 
         )
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     """Read the weights of a file: a checkpoint of ours, averaged where it averages, or others'.
+
+    With them come the classes, where it was written here; None: not told.
 
     .safetensors holds tensors by name; .pt and .pth, too, or an entry "state_dict" or "model" of
     them. Raises UserError naming `pretrained`.
     """
     where = f"recipe field pretrained = {str(path)!r}"
+    classes: list[str] | None = None
     try:
         if path.suffix == ".safetensors":
-            content = _safetensors(where).load_file(path)
+            safetensors = _safetensors(where)
+            content = safetensors.load_file(path)
+            with safetensors.safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+            if {"recipe", "classes"} <= facts.keys():  # written by fastimagenet.export
+                classes = json.loads(facts["classes"])
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -91,7 +105,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise
         raise UserError(f"{where} cannot be read as weights: {error}") from None
     if isinstance(content, Mapping) and "model" in content and "ema" in content:
-        return checkpoint.weights(dict(content))
+        return checkpoint.weights(dict(content)), content.get("classes") or None
     for entry in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
             content = content[entry]
@@ -100,7 +114,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for prefix in PREFIXES:
         if content and all(name.startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): value for name, value in content.items()}
-    return dict(content)
+    return dict(content), classes
 
 
 def torchvisions_weights(recipe: Recipe) -> tuple[str, dict[str, Tensor]]:
