@@ -152,8 +152,7 @@ class PhaseRates:
 def one_phase(recipe: Recipe, phase: Phase) -> Recipe:
     """Return the recipe with this phase alone, at a constant LR at which all layers learn."""
     span = (0.0, float(phase.epochs), 1.0, 1.0)
-    schedule = {"schedule": "piecewise", "lr_spans": (span,), "frozen_epochs": 0}
-    return replace(recipe, phases=(phase,), **schedule)
+    return replace(recipe, phases=(phase,), schedule="piecewise", lr_spans=(span,), frozen_epochs=0)
 
 
 @contextmanager

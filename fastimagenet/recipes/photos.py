@@ -16,7 +16,7 @@ def photos(nodes: int = 1) -> Recipe:
     """A folder of photographs, from pretrained weights: the default for data of your own.
 
     python -m fastimagenet.train --data PHOTOS. ResNet-18 of torchvision's ImageNet weights: the
-    head alone for an epoch, then all layers, the stem at a hundredth of the head's LR; growing
+    head alone for an epoch, then all layers, the stem at a tenth of the head's LR; growing
     sizes, 1cycle, TrivialAugment; images are turned upright; batch, sizes and epochs fit the
     folder: see `fitted`.
 
