@@ -18,7 +18,7 @@ from fastimagenet.recipes.imagenet import (
     imagenet_2018_16,
     imagenet_one_gpu,
 )
-from fastimagenet.recipes.imagewoof import imagewoof_5
+from fastimagenet.recipes.imagewoof import imagewoof_5, imagewoof_20
 from fastimagenet.recipes.photos import photos, photos_scratch
 from fastimagenet.recipes.recipe import Recipe
 from pipelines.errors import UserError, did_you_mean
@@ -31,6 +31,7 @@ RECIPES: dict[str, Callable[[int], Recipe]] = {
     "cifar10-speed": cifar10_speed,
     **superconvergence.RECIPES,
     "imagewoof-5": imagewoof_5,
+    "imagewoof-20": imagewoof_20,
     "imagenet": imagenet,
     "imagenet-one-gpu": imagenet_one_gpu,
     "imagenet-2018-1": imagenet_2018_1,
