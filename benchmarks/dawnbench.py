@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from statistics import median_high
 
-from benchmarks.common.matrix import Matrix, Training, Variant, measured, set_flags
+from benchmarks.common.matrix import DATA_AND_DEVICE, Matrix, Training, Variant, measured, set_flags
 from benchmarks.common.measuring import begin, command_parser, document, markdown, write_result
 from benchmarks.common.statistics import interval, interval_text
 from fastimagenet import cli
@@ -35,18 +35,8 @@ from pipelines.files import Row, read_object, write_object
 from pipelines.formats import duration, percent
 
 PASSED_ON = (
-    *(
-        "data",
-        "recipe",
-        "skip_list",
-        "on_bad_image",
-        "val_fraction",
-        "labels",
-        "backend",
-        "device",
-        "precision",
-    ),
-    *("nproc_per_node", "timeout", "global_batch", "epochs"),
+    *DATA_AND_DEVICE,
+    *("recipe", "precision", "nproc_per_node", "global_batch", "epochs"),
     *("author", "author_email", "hardware", "cost_per_hour"),
 )
 """Flags that train has, too."""

@@ -31,6 +31,12 @@ from pipelines.errors import UserError
 from pipelines.files import Row, read_object
 from pipelines.signals import stop_signals
 
+DATA_AND_DEVICE = (
+    *("data", "skip_list", "on_bad_image", "val_fraction", "labels"),
+    *("backend", "device", "timeout"),
+)
+"""Flags of `train` that the commands have, too, and pass on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:

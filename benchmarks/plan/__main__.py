@@ -18,6 +18,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.common.matrix import DATA_AND_DEVICE
 from benchmarks.common.measuring import begin, by_column, command_parser, document
 from benchmarks.common.plots import time_bars
 from benchmarks.plan.prediction import MIN_STEPS, Candidate, candidates, with_fitting_batch
@@ -37,17 +38,7 @@ from pipelines.errors import UserError
 from pipelines.files import Row, read_object, write_object, write_text
 from pipelines.formats import NO_BREAK, duration, percent, time_unit
 
-PASSED_ON = (
-    "data",
-    "skip_list",
-    "on_bad_image",
-    "val_fraction",
-    "labels",
-    "backend",
-    "device",
-    "seed",
-    "timeout",
-)
+PASSED_ON = (*DATA_AND_DEVICE, "seed")
 """Flags that train has with the same defaults."""
 
 
