@@ -34,6 +34,7 @@ from benchmarks.common.rates import (
 from benchmarks.common.statistics import Estimate, estimate
 from benchmarks.common.tables import gibibytes, steps
 from fastimagenet import cli
+from fastimagenet.config import chosen_recipe
 from fastimagenet.distributed.world import Launch, World
 from fastimagenet.models import build_model
 from fastimagenet.recipes import named_recipe
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     parser = command_parser(__doc__, json=True)
     add = parser.add_argument
-    add("--recipe", default="imagenet", metavar="NAME", help="default imagenet")
+    add("--recipe", default="imagenet", metavar="NAME|FILE.toml", help="default imagenet")
     add("--model", choices=MODELS, help="in place of the recipe's")
     add("--sizes", type=at_least(8), nargs="+", default=SIZES, metavar="S")
     add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
@@ -248,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     args, about = begin(parser, argv)
     kind = Launch(1, 1, args.device).resolved().device
-    recipe = named_recipe(args.recipe, 1)
+    recipe, _ = chosen_recipe(args.recipe)
     if args.model:
         others: dict[str, Any] = {
             name: False for name, models in OPTIONS.items() if args.model not in models

@@ -22,6 +22,7 @@ from PIL import Image
 from benchmarks.common.statistics import Estimate, estimate, ratio, shown
 from benchmarks.loaders.contestants import LOADERS, Task, by_pillow, by_torchvision, spdl
 from benchmarks.research import loader_memory, start_up
+from fastimagenet.recipes import named_recipe, toml
 from pipelines.datasets.digits import digits_folder
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
@@ -198,6 +199,17 @@ def test_numbers_that_nothing_can_be_measured_with_are_named(name: str, flags: s
     flag, number, *_ = flags.split()
     with pytest.raises(UserError, match=rf"{flag}: must be .*, not {number}"):
         called(name, *flags.split())
+
+
+def test_the_floor_of_a_recipe_of_ones_own(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(toml.dumps(named_recipe("digits")))
+    for recipe in ("digits", str(file)):
+        called("research.step_floor", "--recipe", recipe, "--sizes", "8")
+    once, again = capfd.readouterr().out.split("\nsmallnet at 8 px")[1:]
+    assert once == again
 
 
 JSON = (

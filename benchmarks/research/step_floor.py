@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from benchmarks.common.floor import Layer, count_layers, floor_images_per_sec
 from benchmarks.common.measuring import command_parser, markdown
 from fastimagenet import cli
-from fastimagenet.recipes import named_recipe
+from fastimagenet.config import chosen_recipe
 from pipelines.cli import at_least, positive
 
 
@@ -37,12 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. Raises UserError for the user's mistakes."""
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("--recipe", default="imagenet", metavar="NAME", help="default imagenet")
+    add("--recipe", default="imagenet", metavar="NAME|FILE.toml", help="default imagenet")
     add("--sizes", type=at_least(8), nargs="+", default=[224], metavar="S", help="default 224")
     add("--batch-size", type=at_least(1), default=256, help="to divide weights by; default 256")
     add("--ceilings", type=positive, nargs=2, metavar=("TFLOPS", "TBS"), help="of a device")
     args = parser.parse_args(argv)
-    recipe = named_recipe(args.recipe, 1)
+    recipe, _ = chosen_recipe(args.recipe)
     ceilings = [value * 1e12 for value in args.ceilings or ()]
     for size in args.sizes:
         layers = count_layers(recipe, size)
