@@ -211,14 +211,24 @@ class Muon(torch.optim.SGD):
 
 
 def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return about U V^T of the matrix's SVD, in `dtype`, by Newton-Schulz iterations."""
+    """Return about U V^T of the matrix's SVD, in `dtype`, by Newton-Schulz iterations.
+
+    Each iteration multiplies the matrix by a polynomial of its Gram matrix. These commute, so that
+    the Gram matrix alone is iterated, in float32, and the matrix multiplied once by the product:
+    half the work for ResNet-18's banks, which are nine times as wide as they are high.
+    """
     a, b, c = NEWTON_SCHULZ
     wide = len(matrix) <= matrix.shape[1]
     x = (matrix if wide else matrix.T).to(dtype)
     x = x / x.norm().clamp(min=1e-7)
+    gram = (x @ x.T).float()
+    product = torch.eye(len(gram), device=gram.device)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor @ product
+        gram = factor @ gram @ factor
+    x = product.to(dtype) @ x
     return x if wide else x.T
 
 

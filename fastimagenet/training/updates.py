@@ -1,6 +1,6 @@
 """One update of a network's weights: forward and backward passes, all-reduce, optimizer.
 
-Nothing here knows of data, epochs or files, and nothing waits for the device.
+Nothing here knows of data or files, and an update does not wait for the device.
 """
 
 from __future__ import annotations
