@@ -75,6 +75,8 @@ PARTS: dict[str, Callable[[Recipe], list[str]]] = {
     "precision": lambda _: ["precision=fp32"],
 }
 """Recipe field -> the settings that switch it off. TTA is in every row, on and off."""
+LOADER = "loader"
+"""With --lengths a part, too: `--backend torchvision` in its place."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="or FILE.toml; default cifar10-speed",
     )
-    help_text = f"some of {', '.join(PARTS)}"
-    add("--only", nargs="+", choices=list(PARTS), metavar="FIELD", help=help_text)
+    help_text = f"some of {', '.join(PARTS)} and, with --lengths, {LOADER}"
+    add("--only", nargs="+", choices=[*PARTS, LOADER], metavar="FIELD", help=help_text)
     add_matrix_flags(parser, 3, Path("runs/ablation"))
     help_text = "epochs, ascending: compare times to the target"
     add("--lengths", nargs="+", type=at_least(1), metavar="E", help=help_text)
@@ -211,11 +213,17 @@ def variants(args: argparse.Namespace, num_train: int) -> list[Variant]:
     """
     found = [variant(args, FULL, args.recipe, num_train)]
     whole, _ = changed_recipe(chosen_recipe(args.recipe)[0], args.set)
-    for part in args.only or PARTS:
-        if has(whole, part):
+    for part in args.only or [*PARTS, LOADER]:
+        if part == LOADER and args.lengths and args.backend != "torchvision":
+            other = argparse.Namespace(**vars(args) | {"backend": "torchvision"})
+            found.append(variant(other, part, args.recipe, num_train))
+        elif part != LOADER and has(whole, part):
             found.append(variant(args, part, args.recipe, num_train, PARTS[part](whole)))
         elif args.only:
-            raise UserError(f"--only {part}: recipe {args.recipe} does not use it")
+            why = f"recipe {args.recipe} does not use it"
+            if part == LOADER:
+                why = "it takes --lengths, and a --backend that is not torchvision"
+            raise UserError(f"--only {part}: {why}")
     return found
 
 

@@ -79,11 +79,14 @@ def test_a_part_is_trained_no_longer_than_it_needs(
         "all": {4: (None, 40.0), 6: (50.0, None)},
         "label_smoothing": {4: (None, None), 6: (100.0, 120.0)},
         "image_size": {4: (None, None), 6: (None, 70.0)},
+        "loader": {4: (80.0, 80.0)},
     }
     asked = []
 
     def run(matrix: Matrix) -> int:
         for one in matrix.trainings:
+            backend = "torchvision" if one.run == "loader" else "memory"
+            assert one.flags[one.flags.index("--backend") + 1] == backend
             epochs = one.plan.epochs
             asked.append((epochs, one.run, one.seed))
             one.folder.mkdir(parents=True)
@@ -99,12 +102,13 @@ def test_a_part_is_trained_no_longer_than_it_needs(
 
     monkeypatch.setattr(Matrix, "run", run)
     flags = ["--data", str(cifar10), "--output", str(tmp_path), "--recipe", "digits", "--runs", "2"]
-    flags += ["--only", "label_smoothing", "image_size", "--lengths", "6", "4"]
+    flags += ["--only", "label_smoothing", "image_size", "loader", "--lengths", "6", "4"]
     assert main([*flags, "--target", "top1=0.7"]) == 0
     shorter = [(4, run, seed) for seed in (0, 1) for run in times]
-    longer = [(6, run, seed) for seed in (0, 1) for run in times if (run, seed) != ("all", 1)]
+    longer = [(6, run, seed) for seed in (0, 1) for run in times if run != "loader"]
+    longer.remove((6, "all", 1))
     assert sorted(asked) == sorted(shorter + longer)
-    whole, slower, missed = read_object(tmp_path / "times.json")["rows"]
+    whole, slower, missed, _ = read_object(tmp_path / "times.json")["rows"]
     assert whole["seconds"]["values"] == [50.0, 40.0] and whole["ratio"] is None
     assert slower["ratio"]["values"] == [2.0, 3.0]
     assert missed["seconds"] is None and missed["ratio"] is None
@@ -119,6 +123,7 @@ def test_a_part_is_trained_no_longer_than_it_needs(
         (["--lengths", "0"], "--lengths: must be at least 1, not 0"),
         (["--runs", "0"], "--runs: must be at least 1, not 0"),
         (["--only", "whitening"], "--only whitening: recipe digits does not use it"),
+        (["--only", "loader"], "--only loader: it takes --lengths, and a --backend that is not"),
         (["--only", "colour"], "--only: invalid choice: 'colour'"),
         (
             ["--recipe", "digit"],
