@@ -40,6 +40,12 @@ from fastimagenet.training.recorder import (
     StepRecord,
     best_record,
 )
+from fastimagenet.training.resuming import (
+    check_same_run,
+    find_checkpoint,
+    plan_changes,
+    rounding_note,
+)
 from fastimagenet.training.updates import MicroBatches, Updates
 from pipelines.errors import UserError
 from pipelines.loader import Loader
@@ -391,12 +397,7 @@ class Trainer(Updates):
         Raises UserError for another model and, in mid-epoch, for another number of processes or of
         micro-batches an update.
         """
-        changes = self._changes_since(state)
-        if changes and in_mid_epoch(state):
-            raise UserError(
-                f"--resume: the checkpoint was saved in mid-epoch{changes}: resume from the end of "
-                f"the epoch before, --resume DIR/checkpoints/{checkpoint.EPOCH}, or as it was"
-            )
+        changes = plan_changes(self.plan, state)
         try:
             self.model.load_state_dict(state["model"])
             if self.ema is not None:
@@ -421,26 +422,6 @@ class Trainer(Updates):
         if self.device.type == "cuda" and cuda_rng is not None:  # None: the run began on a CPU
             torch.cuda.set_rng_state(cuda_rng, self.device)
 
-    def _changes_since(self, state: dict[str, Any]) -> str:
-        """Say how the plan differs from the checkpoint's: ", processes 2 -> 1, ..."; or "".
-
-        The number of processes and of micro-batches an update may differ, and with them the global
-        batch and, by the recipe's rule, the LR.
-        """
-        plan, processes, accumulation = self.plan, len(state["ranks"]), state["accumulation"]
-        if (processes, accumulation) == (plan.world_size, plan.accumulation):
-            return ""
-        first = plan.recipe.phases[0].batch_size
-        before = Plan.of(plan.recipe, processes, plan.num_train, first * processes * accumulation)
-        epoch = min(state["epoch"], plan.epochs - 1)
-        numbers = [
-            (p.world_size, p.phase_of_epoch(epoch).global_batch, p.lr(round(p.step_at(epoch))))
-            for p in (before, plan)
-        ]
-        names = ("processes", "global batch", "lr")
-        pairs = zip(names, *numbers, strict=True)
-        return "".join(f", {name} {old:g} -> {new:g}" for name, old, new in pairs)
-
     def resume(self, source: str, *, elastic: bool = False) -> None:
         """Restore the checkpoint at the path `source`; "auto": the newest in the run's folder.
 
@@ -448,27 +429,11 @@ class Trainer(Updates):
         the number of processes has changed in mid-epoch, that epoch starts again.
         Raises UserError for a checkpoint of another run and for one that not all nodes see.
         """
-        found = self._find_checkpoint(source, elastic)
+        found = find_checkpoint(source, self.folder, self.plan, self.world, elastic)
         if found is None:
             return
         path, state = found
-        remedies = {
-            "recipe": "another recipe: give the --recipe, --set, --epochs and --precision that it "
-            "began with",
-            "classes": "other classes: name the --data that it began with",
-            "num_train": f"{state['num_train']} training images: name the --data and --skip-list "
-            "that it began with",
-            "seed": f"another seed: --seed {state['seed']}",
-            "images": "other images, though as many (their names, classes or sizes): name the "
-            "--data that it began with, as they were",
-        }
-        # As a value: releases write a recipe's fields in different orders.
-        state["recipe"] = toml.loads(state["recipe"], f"the recipe in {path}")
-        own = self.about | {"recipe": self.plan.recipe}
-        for name, remedy in remedies.items():
-            # Releases before had no digest of the images.
-            if name in state and name in own and state[name] != own[name]:
-                raise UserError(f"--resume: {path} is of a run with {remedy}")
+        check_same_run(path, state, self.about | {"recipe": self.plan.recipe})
         self.load_state_dict(state)
         # A run that its launcher restarts is still the same one: its clock ran on since the save.
         saved_at = state["saved_at"]
@@ -476,39 +441,6 @@ class Trainer(Updates):
         self.clock.carry_over(state["clock"], lost_seconds)
         # Releases before had no such entries.
         self.started = state.get("started", self.started)
-        self._note = self._rounding_note(state)
+        self._note = rounding_note(state, self.threads, self.deterministic)
         if self.folder is not None and self.world.is_main:
             checkpoint.adopt(self.folder / "checkpoints", path, state["epoch"])
-
-    def _rounding_note(self, state: dict[str, Any]) -> str:
-        """Say what of this process sums in another order than before: "" for the same bits."""
-        changes = []
-        before, now = state.get("threads"), self.threads
-        if before and now and before != now:
-            changes.append(f"on {now} threads in place of {before}")
-        if state.get("deterministic", self.deterministic) != self.deterministic:
-            changes.append(f"{'with' if self.deterministic else 'without'} --deterministic")
-        same = "equal to a run without a stop up to rounding only"
-        return f", {' and '.join(changes)}: {same}" if changes else ""
-
-    def _find_checkpoint(self, source: str, elastic: bool) -> tuple[Path, dict[str, Any]] | None:
-        """Load the checkpoint that `resume` is asked for; None where "auto" finds none."""
-        if source != "auto":
-            return Path(source), checkpoint.load(Path(source), *checkpoint.ENTRIES)
-        assert self.folder is not None, "resuming from the run's folder takes one"
-        folder = self.folder / "checkpoints"
-        found = gather_objects((folder / checkpoint.LAST).exists(), self.world, "a check")
-        if not any(found):
-            return None
-        if not all(found):
-            raise UserError(f"--output {self.folder} must be a folder that all nodes see")
-        path, state = checkpoint.newest_intact(folder, say=self.world.is_main)
-        if elastic and self._changes_since(state) and in_mid_epoch(state):
-            path = folder / checkpoint.EPOCH
-            return (path, checkpoint.load(path, *checkpoint.ENTRIES)) if path.exists() else None
-        return path, state
-
-
-def in_mid_epoch(state: dict[str, Any]) -> bool:
-    """Tell whether a saved state is from within an epoch."""
-    return bool(state["ranks"][0]["loader"]["step"])
