@@ -217,19 +217,24 @@ def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     the Gram matrix alone is iterated, in float32, and the matrix multiplied once by the product:
     half the work for ResNet-18's banks, which are nine times as wide as they are high.
     """
-    a, b, c = NEWTON_SCHULZ
     wide = len(matrix) <= matrix.shape[1]
     x = (matrix if wide else matrix.T).to(dtype)
     x = x / x.norm().clamp(min=1e-7)
     gram = (x @ x.T).float()
-    product = torch.eye(len(gram), device=gram.device)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal().add_(a)
-        product = factor @ product
+    factor = product = _polynomial(gram)
+    for _ in range(NEWTON_SCHULZ_STEPS - 1):
         gram = factor @ gram @ factor
+        factor = _polynomial(gram)
+        product = factor @ product
     x = product.to(dtype) @ x
     return x if wide else x.T
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    a, b, c = NEWTON_SCHULZ
+    result = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    result.diagonal().add_(a)
+    return result
 
 
 def as_matrix(filters: Tensor) -> Tensor:
