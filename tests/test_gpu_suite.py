@@ -61,7 +61,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             return call(words[0], *flags)
 
     monkeypatch.setattr(Worker, "run", run_here)
-    monkeypatch.setattr("benchmarks.training_step.named_recipe", lambda *_: recipe)
+    monkeypatch.setattr("benchmarks.training_step.chosen_recipe", lambda _: (recipe, ()))
     monkeypatch.setattr("benchmarks.common.rates.MATRIX", {"cpu": 64})
     monkeypatch.setattr("benchmarks.common.rates.COPY_BYTES", {"cpu": 1 << 16})
 
