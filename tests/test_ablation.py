@@ -9,7 +9,8 @@ from statistics import fmean, stdev
 
 import pytest
 
-from benchmarks.ablation import main, read_ablation, table
+from benchmarks.ablation.__main__ import main
+from benchmarks.ablation.accuracies import accuracies_table, read_accuracies
 from benchmarks.common.matrix import Data, Matrix, Training
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
@@ -60,14 +61,14 @@ def test_the_figures_are_those_of_the_seeds(tmp_path: Path) -> None:
                 (folder / "summary.json").write_text(json.dumps(summary))
             trainings.append(Training(run=run, seed=seed, plan=plan, folder=folder, flags=[]))
     data = Data(name="d", dataset=None, train_images=1, val_images=1, suffixes={".jpg": 2})
-    result = read_ablation([one for one in trainings if one.finished], data, "-")
+    result = read_accuracies([one for one in trainings if one.finished], data, "-")
     whole, other = result["rows"]
     assert whole["tta_top1"]["mean"] == pytest.approx(fmean([0.91, 0.93, 0.92]))
     margin = 4.303 * stdev([0.91, 0.93, 0.92]) / math.sqrt(3)
     assert whole["tta_top1"]["high"] - whole["tta_top1"]["mean"] == pytest.approx(margin)
     assert other["seeds"] == [0, 1] and whole["difference_points"] is None
     assert other["difference_points"]["values"] == pytest.approx([-5.0, -4.0])
-    text = table(result)
+    text = accuracies_table(result)
     assert "| nothing      | 3 | 91.00 % (" in text and "| whitening    | 2 | 86.50 % (" in text
     assert "-4.50 (-10.85 .. +1.85)" in text
 

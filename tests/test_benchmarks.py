@@ -31,7 +31,7 @@ from tests.commands import call
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PACKAGES = ("loaders", "plan", "gpu_suite", "peers")
+PACKAGES = ("ablation", "loaders", "plan", "gpu_suite", "peers")
 
 
 def run(name: str, *flags: object) -> int:
