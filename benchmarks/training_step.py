@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -51,6 +52,7 @@ from pipelines.loader import Loader
 SIZES = (128, 160, 192, 224, 288)
 BATCHES = {"cuda": (64, 128, 256, 512, 1024), "cpu": (8, 16)}
 ROUNDS = 5
+OUT_OF_MEMORY = "out of memory"
 WIDTH = 2
 """Bytes of an activation in bf16."""
 
@@ -182,6 +184,8 @@ def rate_of(
     try:
         rates, peak = measure(recipe, device, seconds)
     except Exception as raised:  # of any kind: what a compiler may raise is no closed list
+        if OUT_OF_MEMORY not in str(raised):
+            traceback.print_exc()
         floor, error = None, " ".join(str(raised).split())[:300] or type(raised).__name__
     return StepRate(
         image_size=phase.image_size,
@@ -273,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     network = f"{recipe.name}, {recipe.model}"
     print(f"\n{about['hardware']}; torch {torch.__version__}; {network}, bf16\n\n{table(rates)}")
-    failed = [rate for rate in rates if rate.error and "out of memory" not in rate.error]
+    failed = [rate for rate in rates if rate.error and OUT_OF_MEMORY not in rate.error]
     for rate in failed:
         print(f"error: {rate}", file=sys.stderr)
     return 1 if failed else 0

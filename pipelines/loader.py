@@ -32,7 +32,9 @@ class DaliSettings:
     """Batches that are prefetched."""
     hw_decoder_load: float = 0.65
     """Share of the images that the hardware decoder takes where there is one. DALI's own default:
-    NVIDIA found .65 steadier than .90, and on an A100 .75 faster than all or none."""
+    NVIDIA found .65 steadier than .90, and on an A100 .75 faster than all or none. On an H100 that
+    decoder is reported to write before its stream lets it (meta-pytorch/torchcodec#1634): whether
+    DALI is spared, `tests/gpu` tells; 0 does without."""
     width_hint: int = 0
     """Width of a wide image in pixels, to allocate buffers at the start; 0: they grow."""
     height_hint: int = 0

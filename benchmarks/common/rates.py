@@ -243,7 +243,8 @@ def synthetic_batch(trainer: Trainer, train: Split, seed: int) -> tuple[Tensor, 
 
 def update(trainer: Trainer, images: Tensor, labels: Tensor) -> None:
     """Do a training step that leaves the weights as they are, except for the running statistics."""
-    trainer.model.train()
+    if not trainer.model.training:  # to set it takes longer than some steps
+        trainer.model.train()
     trainer.update(((images, labels),), 0.0, 0.9, trainer.plan.phases[0])
 
 

@@ -23,6 +23,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.common.measuring import begin, command_parser
@@ -78,9 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts={},
     )
     print(result.rehearsal or result.hardware, flush=True)
-    if not setup.small and setup.data is not None and (told := failure(setup.data)):
-        print(f"DALI does not decode windows here ({told}): all parts decode whole images")
-        os.environ[WHOLE_IMAGES] = "1"
+    if not setup.small and setup.data is not None:
+        setup = replace(setup, dali_fails=look_at_decoding(setup.data))
     wanted = set(args.only) & set(NAMES[NAMES.index(args.first) :]) - set(args.skip)
     deadline = start + (args.limit or float("inf"))
     shown = run_parts(setup, result, folder, wanted, deadline, args.copy)
@@ -102,7 +102,7 @@ def run_parts(
 
     `deadline`: of `time.monotonic`, at which the last process has ended.
     """
-    shown, until = True, time.monotonic()
+    until = time.monotonic()
     shared = Worker(folder / "compiled")
     try:
         for part in PARTS:
@@ -111,36 +111,51 @@ def run_parts(
                 reason = "not asked for"
             elif part.needs and getattr(setup, part.needs) is None:
                 reason = f"needs --{part.needs}"
+            elif part.decodes and setup.dali_fails:
+                reason = f"DALI decodes nothing here: {setup.dali_fails}"
             elif deadline - time.monotonic() < LEAST_SECONDS:
                 reason = "no time left"
             if reason:
-                found = PartResult(title=part.title, status="skipped", reason=reason)
-            else:
-                until += part.seconds * (REHEARSAL_TIMES if setup.small else 1)
-                limit = min(until, deadline - GRACE_SECONDS) - time.monotonic()
-                print(f"{part.name}: at most {limit:.0f} s", flush=True)
-                worker = Worker(folder / "compiled") if part.alone else shared
-                found = run_part(part, setup, folder / part.name, limit, result.hardware, worker)
-                if part.alone:
-                    worker.end()
-                print(f"  {found.status} after {found.seconds:.0f} s  {found.reason}", flush=True)
+                skipped = PartResult(title=part.title, status="skipped", reason=reason)
+                result.parts[part.name] = skipped
+                continue
+            until += part.seconds * (REHEARSAL_TIMES if setup.small else 1)
+            limit = min(until, deadline - GRACE_SECONDS) - time.monotonic()
+            print(f"{part.name}: at most {limit:.0f} s", flush=True)
+            worker = Worker(folder / "compiled") if part.alone else shared
+            found = run_part(part, setup, folder / part.name, limit, result.hardware, worker)
+            if part.alone:
+                worker.end()
+            print(f"  {found.status} after {found.seconds:.0f} s  {found.reason}", flush=True)
             result.parts[part.name] = found
-            shown = write_all(result, folder)
-            if copy is not None:
-                copy_results(result, folder, copy)
+            write_all(result, folder, copy)
     finally:
         shared.end()
-    return shown
+    return write_all(result, folder, copy)  # with what was skipped at last
 
 
-def write_all(result: Result, folder: Path) -> bool:
+def look_at_decoding(data: Path) -> str:
+    """Have all parts decode whole images where windows fail; returns why DALI decodes nothing at
+    all here, "" where it does."""
+    windows = failure(data)
+    os.environ[WHOLE_IMAGES] = "1" if windows else "0"
+    if not windows:
+        return ""
+    print(f"DALI does not decode windows here ({windows}): all parts decode whole images")
+    return failure(data, whole_images=True)
+
+
+def write_all(result: Result, folder: Path, copy: Path | None) -> bool:
     """Write all results; returns whether tables and page could be made of the figures."""
+    shown = True
     try:
         write_results(result, folder)
     except Exception as error:  # nothing that is drawn is worth the time on the GPU
         print(f"no tables or page: {error!r}", file=sys.stderr)
-        return False
-    return True
+        shown = False
+    if copy is not None:
+        copy_results(result, folder, copy)
+    return shown
 
 
 def copy_results(result: Result, folder: Path, copy: Path) -> None:

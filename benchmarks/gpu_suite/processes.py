@@ -23,7 +23,7 @@ GRACE_SECONDS = 5
 class Worker:
     """One process for commands that run one after the other.
 
-    It is replaced after a command that has failed: an error of CUDA leaves a process unusable.
+    It is replaced where it has ended, as it does after an error of CUDA, or had to be.
     """
 
     def __init__(self, compiled: Path) -> None:
@@ -36,7 +36,7 @@ class Worker:
         deadline = time.monotonic() + limit
         status: int | None = None
         if self._child is not None and self._child.poll() is not None:
-            self.end()  # it has said that all went well, and ended
+            self.end()  # by itself
         try:
             child = self._child or self._start(log)
             assert child.stdin is not None
@@ -45,7 +45,7 @@ class Worker:
                 child.stdin.flush()
             status = answer_of(child, deadline)
         finally:
-            if status != 0:
+            if status is None:
                 self.end()
         return status
 
@@ -53,6 +53,11 @@ class Worker:
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(self._compiled)} | os.environ
         environment |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+        def in_child() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+            unblock()
+
         # One of them in between would leave a child that nobody knows of.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
@@ -66,27 +71,27 @@ class Worker:
                     stderr=errors,
                     text=True,
                     start_new_session=True,  # so that all of its processes can be ended
-                    preexec_fn=unblock,
+                    preexec_fn=in_child,
                 )
         finally:
             unblock()
         return self._child
 
     def end(self) -> None:
-        """End the process and all that it has started."""
+        """End the process and all that it has started; pytest says first what has failed."""
         child, self._child = self._child, None
         if child is None:
             return
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        assert child.stdin is not None and child.stdout is not None
+        with suppress(BrokenPipeError):
+            child.stdin.close()  # there are no more commands
+        for number in (signal.SIGINT, signal.SIGKILL):
             try:
                 os.killpg(child.pid, number)
                 child.wait(GRACE_SECONDS)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
-        for pipe in (child.stdin, child.stdout):
-            assert pipe is not None
-            with suppress(BrokenPipeError):
-                pipe.close()
+        child.stdout.close()
 
 
 def answer_of(child: subprocess.Popen[str], deadline: float) -> int | None:

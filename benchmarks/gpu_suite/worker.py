@@ -23,9 +23,9 @@ def main() -> None:
         with open(log, "ab") as output:
             for number in (1, 2):
                 os.dup2(output.fileno(), number)
-        forget()
         status = status_of(words)
         sys.stdout.flush()
+        forget(status)
         print(status, file=answers)
 
 
@@ -44,15 +44,22 @@ def status_of(words: list[str]) -> int:
     return 0
 
 
-def forget() -> None:
-    """Free what the command before has left: networks, compiled code, CUDA graphs."""
-    gc.collect()
+def forget(status: int) -> None:
+    """Free what a command has left: networks, compiled code, CUDA graphs. Where an error of CUDA
+    has made this process useless, end it with the command's status."""
     if dynamo := sys.modules.get("torch._dynamo"):
         dynamo.reset()
+    gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        except RuntimeError:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(status or 1)  # CUDA's own clean-up may hang
 
 
 if __name__ == "__main__":

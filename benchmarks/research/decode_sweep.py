@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -96,7 +97,10 @@ class Task:
                 ]
             found = estimate([rate * self.batch_size for rate in rates])
         except Exception as reason:  # one setting must not end the sweep
-            error = f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
+            traceback.print_exc()
+            # What DALI says begins with the lines that have defined the operator.
+            text = " ".join(str(reason).partition("encountered:")[2].split() or str(reason).split())
+            error = f"{type(reason).__name__}: {text[:300]}"
         return DecodeRate(
             image_size=image_size,
             batch_size=self.batch_size,

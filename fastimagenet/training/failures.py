@@ -125,7 +125,8 @@ def compile_advice() -> Iterator[None]:
 
 TEMPORARY = "set TORCHINDUCTOR_CACHE_DIR to a folder in which programs may be written and run"
 COMPILE = (
-    ("compiler", "torch finds no C++ compiler: install g++, or name one in CXX"),
+    ("C++ compiler", "torch finds no C++ compiler: install g++, or name one in CXX"),
+    ("C compiler", "torch finds no C compiler: install gcc, or name one in CC"),
     ("failed to map segment", f"what was compiled may not be run from its folder: {TEMPORARY}"),
     ("Permission denied", f"the folder for what is compiled cannot be used: {TEMPORARY}"),
     ("Read-only file system", f"the folder for what is compiled cannot be used: {TEMPORARY}"),

@@ -181,16 +181,19 @@ class Updates:
             # The first phase of each shape; later ones find it compiled.
             shapes = {(p.image_size, p.batch_size): p for p in (phases or self.plan.phases)[::-1]}
             for (size, batch_size), phase in shapes.items():
-                images = torch.zeros(batch_size, 3, size, size, device=self.device)
-                images = images.to(memory_format=torch.channels_last)
-                if self.device.type == "cuda" and self.dtype is not None:
-                    images = images.half()
-                # Labels of either kind will do, since the loss is not compiled.
-                labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-                for _ in range(passes):
-                    with compile_advice(), out_of_memory_advice(phase, size):
+                half = self.device.type == "cuda" and self.dtype is not None
+                with compile_advice(), out_of_memory_advice(phase, size):
+                    images = torch.empty(
+                        (batch_size, 3, size, size),
+                        dtype=torch.float16 if half else torch.float32,
+                        device=self.device,
+                        memory_format=torch.channels_last,
+                    ).zero_()
+                    # Labels of either kind will do, since the loss is not compiled.
+                    labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+                    for _ in range(passes):
                         self.forward_backward(images, labels)
-                    self.optimizer.zero_grad(set_to_none=True)
+                        self.optimizer.zero_grad(set_to_none=True)
             self.model.load_state_dict(before)
             self.synchronize()
             if self.communication is not None:

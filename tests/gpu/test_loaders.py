@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from pipelines.augment.mixing import augment
 from pipelines.backends import make_loader
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
-from pipelines.loader import LoaderSpec, Stage, Transforms
+from pipelines.loader import DaliSettings, LoaderSpec, Stage, Transforms
 
 
 def test_dali_decodes_windows(windows_fail: str) -> None:
@@ -29,7 +30,7 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(
     """As near as the GPU's own JPEG decoder allows: 2 of 255 in the mean."""
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
-    split = read_split(photographs, "val")
+    split = read_split(photographs, "val").take(np.arange(5 * 32))
     stages = (Stage(epochs=1, image_size=224, batch_size=32),)
     on_cpu, on_gpu = (
         make_loader(
@@ -45,17 +46,13 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(
         )
         for device in ("cpu", "cuda:0")
     )
-    for step, ((images, labels), (fast, fast_labels)) in enumerate(
-        zip(on_cpu, on_gpu, strict=True)
-    ):
+    for (images, labels), (fast, fast_labels) in zip(on_cpu, on_gpu, strict=True):
         assert fast.device == fast_labels.device == torch.device("cuda:0")
         assert fast.dtype == (torch.float16 if half else torch.float32)
         assert fast.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(fast_labels.cpu(), labels)
         difference = (fast.cpu().float() - images).abs().mean()
         assert difference * 255 * 0.226 < 2
-        if step == 4:
-            break
     on_cpu.close()
     on_gpu.close()
 
@@ -106,7 +103,8 @@ def test_float16_batches_are_handed_over_without_a_copy(photographs: Path) -> No
     loader.close()
 
 
-def test_a_batch_outlives_the_next_ones(photographs: Path) -> None:
+@pytest.mark.parametrize("load", [0.0, DaliSettings.hw_decoder_load])
+def test_a_batch_outlives_the_next_ones(load: float, photographs: Path) -> None:
     """Work that is queued on a batch sees its pixels, however late the GPU gets to it."""
     pytest.importorskip("nvidia.dali")
     spec = LoaderSpec(
@@ -115,6 +113,7 @@ def test_a_batch_outlives_the_next_ones(photographs: Path) -> None:
         training=True,
         device="cuda:0",
         half=True,
+        dali=DaliSettings(hw_decoder_load=load),
     )
     busy = torch.randn(4096, 4096, device="cuda:0")
     late, prompt = [], []

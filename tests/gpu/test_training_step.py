@@ -12,6 +12,7 @@ from test_step_variants import (
     IMAGENET,
     LR,
     MOMENTUM,
+    RESNET50_STEPS,
     batches,
     check_losses,
     with_model,
@@ -42,7 +43,7 @@ def test_losses_are_those_of_plain_fp32_within_rounding(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_of_a_resnet50_are_those_of_plain_fp32_within_rounding(variant: str) -> None:
-    check_losses(variant_recipe(IMAGENET, variant, 64, 16), GPU)
+    check_losses(variant_recipe(IMAGENET, variant, 64, 16), GPU, RESNET50_STEPS)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -57,15 +57,17 @@ class DaliLoader(StreamLoader):
         source = with_bytes(batches, threads) if self.packed else with_paths(batches)
         feed = Feed(self.spec, source, finish=on_gpu)
         pipeline = build(self.spec, feed, self.packed)
+        done = outputs(pipeline, feed)
+        finished = keep_until_consumed(done) if on_gpu else finish_batches(self.spec, done)
         try:
-            done = outputs(pipeline, feed)
-            finished = keep_until_consumed(done) if on_gpu else finish_batches(self.spec, done)
             for images, labels, batch in finished:
                 if batch.crops is not None and self.spec.reflect_pad:
                     images = self.reflect_crop(images, batch.crops)
                 yield images, labels
         finally:
-            del pipeline  # drops the last reference, which ends its threads
+            finished.close()
+            done.close()
+            del pipeline, done, finished  # the last references, which ends its threads
             source.close()
             ReleaseUnusedMemory()
 
@@ -157,8 +159,12 @@ def unreadable(feed: Feed, error: RuntimeError) -> Exception:
             f"DALI is out of memory with batch_size {len(batch.files)} at {batch.shape[0]} px: "
             "--set phases.INDEX.batch_size=... lowers it for a phase"
         )
+    seen = set()  # a benchmark may name few images again and again
     for fed in feed.in_flight:
         for file, (height, width) in zip(fed.batch.files, fed.shapes.tolist(), strict=True):
+            if str(file) in seen:
+                continue
+            seen.add(str(file))
             try:
                 header = check_file(file, pixels=True)
             except Damage as damage:
