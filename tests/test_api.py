@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +19,11 @@ import fastimagenet
 from fastimagenet.cli import run_config
 from fastimagenet.config import DataConfig, EntryFacts, RunConfig
 from fastimagenet.distributed.world import Launch
-from fastimagenet.recipes.plan import Plan
 from fastimagenet.train import main, parser
 from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"recipe": "tests/small.toml", "device": "cpu"}
 
 
@@ -112,21 +114,20 @@ def test_a_loader_reads_batches(cifar10: Path) -> None:
         assert [len(labels) for _, labels in loader] == [150, 50]
 
 
-def test_a_trainer_takes_any_module(cifar10: Path) -> None:
-    """Without a command line: a plan, a network of one's own, and two loaders."""
-    recipe = fastimagenet.Recipe(
-        name="mine", phases=(fastimagenet.Phase(epochs=1, image_size=8, batch_size=100),)
-    )
+def test_a_trainer_takes_any_module(cifar10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README shows: a plan, a network of one's own, and two loaders."""
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
     before = model[2].weight.detach().clone()
-    trainer = fastimagenet.Trainer(
-        Plan.of(recipe, 1, 500),
-        model,
-        fastimagenet.loader(cifar10, "train", image_size=8, batch_size=100),
-        fastimagenet.loader(cifar10, "val", image_size=8, batch_size=100),
-    )
-    trainer.fit()
-    assert trainer.step == 5 and not torch.equal(model[2].weight, before)
+    monkeypatch.setattr("torchvision.models.mobilenet_v3_small", lambda num_classes: model)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "Trainer(" in block)
+    for theirs, ours in (('"photos"', repr(str(cifar10))), ("epochs=5", "epochs=1"), ("96", "8")):
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    trainer = found["trainer"]
+    assert trainer.step == 500 // 32 and not torch.equal(model[2].weight, before)
     assert trainer.records[-1].top1 is not None
 
 

@@ -136,14 +136,20 @@ class Recipe(Transforms):
     momentum: float = 0.9
     """Where the schedule does not cycle it."""
     nesterov: bool = False
+    """Nesterov's form of the momentum, of SGD and of Muon."""
     weight_decay: float = 5e-5
+    """A part of the gradient with SGD, in multiples of the LR taken off the weights with AdamW.
+    What Muon updates does not decay."""
     decay_bn_and_bias: bool = False
+    """Whether BN's weights, and all biases, decay as well."""
     clip_grad_norm: float = 0.0
     """Above 0: scale the gradients of an update down to at most this norm, of all together."""
     class_weight_power: float = 0.0
     """Above 0: weigh the training loss of a class by (images / (classes x images of the class)) to
     this power; 1 is scikit-learn's "balanced". The sum of a batch is divided by its images."""
     label_smoothing: float = 0.0
+    """The part of the target that is spread evenly over all classes (Szegedy et al. 2015,
+    arXiv:1512.00567)."""
     ema_decay: float = 0.0
     """Evaluate an exponential moving average of the weights; 0 is off. The decay grows up to this:
     after n updates it is (1 + n) / (10 + n)."""

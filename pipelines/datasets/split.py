@@ -192,10 +192,11 @@ def bad_images(root: Path, rule: SplitRule, bad: list[Bad]) -> UserError:
     """Make the error that names the first bad file and says what to type."""
     path, reason = bad[0]
     others = f", and {len(bad) - 1:,} more files are bad" if len(bad) > 1 else ""
-    advice = "--on-bad-image skip leaves such files out, or name them in --skip-list FILE"
-    if not has_shards(root):
-        advice += f", which {SCAN} {shlex.quote(str(root))}{rule.flags()} --skip-list FILE writes"
-    return UserError(f"{path} {reason}{others}: {advice}")
+    scan = f", which {SCAN} {shlex.quote(str(root))}{rule.flags()} --skip-list FILE writes"
+    return UserError(
+        f"{path} {reason}{others}: --on-bad-image skip leaves such files out, or name them in "
+        f"--skip-list FILE{'' if has_shards(root) else scan}"
+    )
 
 
 def left_out_note(split: Split) -> str:
