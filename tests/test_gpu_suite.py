@@ -229,6 +229,7 @@ def test_a_failing_part_is_told_and_the_rest_goes_on(
     assert found["cifar10"]["reason"] == "needs --cifar10"
     assert found["stall"]["reason"] == "it left no figures"
     assert found["decode"]["reason"].startswith("not done within ")
+    assert "KeyboardInterrupt" in found["decode"]["log_tail"]  # it can say where it was
     assert found["decode"]["figures"] == found["eager"]["figures"] == FOUND
     orphan = Path(f"/proc/{(folder / 'decode' / 'pid').read_text()}")
     deadline = time.monotonic() + 30

@@ -53,11 +53,6 @@ class Worker:
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(self._compiled)} | os.environ
         environment |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS)
-
-        def in_child() -> None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
-            unblock()
-
         # One of them in between would leave a child that nobody knows of.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
@@ -71,7 +66,7 @@ class Worker:
                     stderr=errors,
                     text=True,
                     start_new_session=True,  # so that all of its processes can be ended
-                    preexec_fn=in_child,
+                    preexec_fn=unblock,
                 )
         finally:
             unblock()

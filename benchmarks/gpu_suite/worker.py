@@ -10,12 +10,15 @@ import gc
 import json
 import os
 import runpy
+import signal
 import sys
 import traceback
 
 
 def main() -> None:
-    """Run what is asked for until standard input ends, which the commands do not see."""
+    """Run what is asked for until standard input ends, which the commands do not see; SIGINT ends a
+    command, and not this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for line in orders:
@@ -32,6 +35,7 @@ def main() -> None:
 def status_of(words: list[str]) -> int:
     """Do as `python -m WORDS` does; returns its exit status."""
     sys.argv = words
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:
@@ -41,6 +45,8 @@ def status_of(words: list[str]) -> int:
     except BaseException:  # Ctrl-C too: whoever asks decides what follows
         traceback.print_exc()
         return 1
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     return 0
 
 
