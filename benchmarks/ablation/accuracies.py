@@ -13,13 +13,13 @@ from pipelines.files import Row
 from pipelines.formats import duration, percent
 
 
-def read_accuracies(finished: Sequence[Training], data: Data, command: str) -> Row:
+def read_accuracies(trainings: Sequence[Training], data: Data, command: str) -> Row:
     """Return all that is finished, in plain values: times in seconds, accuracies as fractions.
 
     Differences to the whole recipe, in points of `judged`, are means over the seeds that both have.
     At least one run of the whole recipe must be finished.
     """
-    summaries = {(training.run, training.seed): training.summary for training in finished}
+    summaries = {(training.run, training.seed): training.summary for training in trainings}
     values = list(summaries.values())
     judged = "top1" if values[0]["tta_top1"] is None else "tta_top1"
     rows = []

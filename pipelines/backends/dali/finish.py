@@ -101,8 +101,8 @@ def finish_piece(
         pixels = pixels[top : top + high, left : left + wide]
         image = images[index]
         if not flip:
-            np.subtract(pixels.numpy(), mean, out=image)
+            image[:] = pixels.numpy()  # to convert first is faster than to subtract bytes
         for row in range(0, high if flip else 0, strip):
-            flipped = pixels[row : row + strip].flip(1).numpy()
-            np.subtract(flipped, mean, out=image[row : row + strip])
+            image[row : row + strip] = pixels[row : row + strip].flip(1).numpy()
+        image -= mean
         image /= std
