@@ -334,7 +334,7 @@ def dali_crops(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
 def test_dali_draws_crops_of_the_area_and_aspect_of_random_resized_crop(tmp_path: Path) -> None:
     """10,000 crops as they come out of DALI against 10,000 boxes of torchvision."""
     stats = pytest.importorskip("scipy.stats")
-    width, height, count = 192, 144, 10_000
+    width, height, count = 128, 96, 10_000
     y, x = np.mgrid[:height, :width].astype(np.uint8)
     Image.fromarray(np.stack((x, y, x), 2)).save(tmp_path / "where.png")
     high, wide = dali_crops(tmp_path / "where.png", count)

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from pipelines.files import Row, atomic_write, write_text
@@ -79,13 +80,13 @@ class NotebookFigure(Figure):
     """A figure that a notebook shows by itself, without pyplot."""
 
     def _repr_svg_(self) -> str:
-        text = _svg_file(self, facecolor="white")
+        text = _svg_file(self, "white")
         return text[text.index("<svg") :]
 
 
 def with_text(text: str, figure: Figure) -> str:
     """Return lines of text and a figure below them, as a notebook shows them."""
-    svg_file = _svg_file(figure, facecolor="white")
+    svg_file = _svg_file(figure, "white")
     return f"<pre>{escape(text)}</pre>{svg_file[svg_file.index('<svg') :]}"
 
 
@@ -147,7 +148,7 @@ def with_legend(figure: Figure, **style: Any) -> Figure:
 
 def svg(figure: Figure, name: str) -> str:
     """Render an `<svg>` element without a fixed size, its ids made unique by `name`."""
-    text = _svg_file(figure, transparent=True)
+    text = _svg_file(figure, "none")
     text = text[text.index("<svg") :]
     text = re.sub(r' (?:width|height)="[0-9.]+pt"', "", text, count=2)
     return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", text)
@@ -156,15 +157,19 @@ def svg(figure: Figure, name: str) -> str:
 def write_files(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write NAME.svg and NAME.png (300 pixels per inch) on white; return both paths."""
     vector, pixels = folder / f"{name}.svg", folder / f"{name}.png"
-    write_text(vector, _svg_file(figure, facecolor="white"))
+    write_text(vector, _svg_file(figure, "white"))
     with atomic_write(pixels) as beside, matplotlib.rc_context(STYLE):
         figure.savefig(beside, format="png", dpi=300, facecolor="white")
     return [vector, pixels]
 
 
-def _svg_file(figure: Figure, **look: Any) -> str:
+def _svg_file(figure: Figure, background: str) -> str:
+    """Render on a colour, or on "none"."""
     text = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set_facecolor(background)
     with matplotlib.rc_context(STYLE):
-        figure.savefig(text, format="svg", metadata=nothing, **look)
+        # `savefig` would draw everything twice: at first to lay it out, which drawing does anyway.
+        FigureCanvasSVG(figure).print_svg(text, metadata=nothing)
     return text.getvalue()
