@@ -26,7 +26,7 @@ from tests.commands import CHILDREN, call, start
 
 SMALL = (
     *("--only", "3b", "steps", "--epochs", "2", "--precision", "fp32", "--device", "cpu"),
-    *("--set", "model=smallnet", "--set", "phases.0.image_size=16", "--set", "max_lr=0.05"),
+    *("--set", "model=smallnet", "--set", "phases.0.image_size=8", "--set", "max_lr=0.05"),
     *("--set", "phases.0.batch_size=10"),
 )
 """Two runs of two epochs of 50 updates."""
