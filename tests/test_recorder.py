@@ -163,6 +163,32 @@ def test_resuming_drops_the_rows_that_come_again(tmp_path: Path) -> None:
         json.loads(line)
 
 
+def test_the_rows_of_earlier_epochs_stay_whoever_counted_their_steps(tmp_path: Path) -> None:
+    """One process made two epochs in 20 updates; of four each takes 2, and is stopped twice."""
+    records = [epoch_record(10), epoch_record(20)]
+    first = Recorder(tmp_path, 40, io.StringIO())
+    first.start(0, [])
+    for record in records:
+        first.step(replace(step_record(record.step), epoch=record.epoch))
+        first.epoch(record)
+    first.step(step_record(30))
+    first.close()
+    four = Recorder(tmp_path, 8, io.StringIO())
+    four.start(4, records, renumbered=True)
+    four.step(replace(step_record(5), epoch=2))
+    four.step(replace(step_record(6), epoch=2))
+    four.epoch(replace(epoch_record(6), epoch=2))  # killed before its checkpoint was there
+    four.close()
+    again = Recorder(tmp_path, 8, io.StringIO())
+    again.start(6, records)
+    again.close()
+    found = [(row["kind"], row["epoch"], row["step"]) for row in read_rows(tmp_path)]
+    assert found == [
+        *(("step", 0, 10), ("epoch", 0, 10), ("step", 1, 20), ("epoch", 1, 20)),
+        *(("step", 2, 5), ("step", 2, 6)),
+    ]
+
+
 def test_rows_that_a_full_disk_does_not_take_are_written_later(
     small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

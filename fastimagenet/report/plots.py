@@ -93,7 +93,7 @@ def losses(steps: list[Row], epochs: list[Row], phases: list[Row]) -> str:
     single = [
         (done, row["loss"])
         for row in steps
-        if finite(row.get("loss")) and (done := _epochs_done(row["step"], phases)) is not None
+        if finite(row.get("loss")) and (done := _epochs_done(row, phases)) is not None
     ]
     training, validation = (
         [(row["epoch"] + 1, row[key]) for row in epochs if finite(row.get(key))]
@@ -201,13 +201,16 @@ def _log_if_spread(axes: Axes, values: list[float]) -> None:
         axes.set_yscale("log")
 
 
-def _epochs_done(step: int, phases: list[Row]) -> float | None:
-    """Convert a step to epochs, with a fraction."""
+def _epochs_done(row: Row, phases: list[Row]) -> float | None:
+    """Convert a row's step to epochs, with a fraction.
+
+    None for a row of an epoch in which another number of processes counted the steps.
+    """
     for phase in reversed(phases):
-        if step >= phase["first_step"]:
-            return float(
-                phase["first_epoch"] + (step - phase["first_step"]) / phase["steps_per_epoch"]
-            )
+        if row["step"] >= phase["first_step"]:
+            steps = row["step"] - phase["first_step"]
+            done: float = phase["first_epoch"] + steps / phase["steps_per_epoch"]
+            return done if row["epoch"] <= done <= row["epoch"] + 1 else None
     return None
 
 

@@ -129,14 +129,17 @@ class Recorder:
     def start(self, step: int, records: list[EpochRecord], *, renumbered: bool = False) -> None:
         """Open the file for a run that starts at `step`: later rows are dropped.
 
-        In a new folder the earlier epochs, `records`, are written first. `renumbered`: steps were
-        counted differently before, so that only the rows of those epochs are kept.
+        The rows of the earlier epochs, `records`, are kept whatever their steps, which another
+        number of processes may have counted; in a new folder those epochs are written first.
+        `renumbered`: of the epoch that `step` is in, too, steps were counted differently before.
         """
-        kept = read_rows(self._folder) if step else []
-        if renumbered:
-            kept = [row for row in kept if row["epoch"] < len(records)]
-        else:
-            kept = [row for row in kept if row["step"] <= step]
+        rows = read_rows(self._folder) if step else []
+        kept = [
+            row
+            for row in rows
+            if row["epoch"] < len(records)
+            or (row["kind"] != "epoch" and not renumbered and row["step"] <= step)
+        ]
         kept = kept or [{"kind": "epoch", **asdict(record)} for record in records]
         path = self._folder / "metrics.jsonl"
         write_text(path, "".join(map(_line, kept)))
