@@ -6,14 +6,19 @@ UserError that names it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from fastimagenet.config import DataConfig, EntryFacts, RunConfig, changed_recipe, chosen_recipe
-from fastimagenet.distributed.world import Launch
+from fastimagenet.distributed.world import STOPPED, Launch
+from fastimagenet.errors import PeerLost
+from fastimagenet.recipes import toml
 from fastimagenet.recipes.recipe import Recipe
 from pipelines.backends import make_loader
+from pipelines.cli import check_seed
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError, did_you_mean
 from pipelines.loader import LoaderSpec, Stage, Transforms
@@ -53,14 +58,13 @@ def train(
 
     An interrupted run (Ctrl-C, a notebook's stop button) is saved: call again with the same output
     and resume="auto". Raises UserError naming the argument, field or file that is wrong, NotWritten
-    for results that a full disk has not taken, PeerLost if another process is gone.
+    for results that a full disk has not taken, PeerLost if another process is gone or has failed.
     """
     from fastimagenet import run
     from fastimagenet.report.run import Run
 
-    _, folder = run.train(_config(data, recipe, output, epochs, set, options))
-    assert folder is not None, "of several nodes, it was asked for"
-    return Run.open(folder)
+    config = _config(data, recipe, output, epochs, set, options)
+    return Run.open(_folder_of(*run.train(config)))
 
 
 def loader(
@@ -90,12 +94,18 @@ def loader(
     """
     if split not in ("train", "val"):
         raise UserError(f'split must be "train" or "val", not {split!r}')
-    for name, value in (("image_size", image_size), ("batch_size", batch_size)):
+    threads = num_cores() if num_threads is None else num_threads
+    numbers = {"image_size": image_size, "batch_size": batch_size, "num_threads": threads}
+    for name, value in numbers.items():
         if _checked(name, value, int) < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
-    hints = get_type_hints(Transforms)
+    if not re.fullmatch(r"cpu|cuda:\d+", _checked("device", device, str)):
+        raise UserError(f'device must be "cpu" or "cuda:INDEX", not {device!r}')
+    check_seed(_checked("seed", seed, int))
     for name in transforms:
-        _known(name, hints)
+        _known(name, get_type_hints(Transforms))
+    phase = {"epochs": 1, "image_size": image_size, "batch_size": batch_size}
+    checked = toml.from_plain({"name": "loader", "max_lr": 1, "phases": [phase], **transforms})
     read = DataConfig(
         folder=_checked("data", data, Path | None),
         val_fraction=_checked("val_fraction", val_fraction, float | None),
@@ -105,10 +115,10 @@ def loader(
         split=read_split(read.root, split, rule=read.rule),
         stages=(Stage(epochs=1, image_size=image_size, batch_size=batch_size),),
         training=split == "train",
-        device=_checked("device", device, str),
-        seed=_checked("seed", seed, int),
-        num_threads=_checked("num_threads", num_threads, int | None) or num_cores(),
-        **transforms,
+        device=device,
+        seed=seed,
+        num_threads=threads,
+        **checked.transforms(),
     )
     return make_loader(_checked("backend", backend, str), spec)
 
@@ -130,27 +140,41 @@ def lr_find(
 ) -> Sweeps:
     """Sweep the learning rate as `python -m fastimagenet.lr_find` does.
 
-    wds, momenta: one sweep for each; by default those of the recipe. Other arguments as for `train`
-    and `lr_find2`. The result has `.plot(skip_first=, skip_last=, smoothed=)`, `.suggestion` and
-    `.runs`, a `Sweep` each; `output`, by default a new folder in runs/, gets rows and figures.
-    Raises UserError naming the argument, field or file that is wrong.
+    wds, momenta: one sweep for each; by default those of the recipe. Other arguments as for
+    `lr_find2` and, but for what concerns checkpoints and results, as for `train`. The result has
+    `.plot(skip_first=, skip_last=, smoothed=)`, `.suggestion` and `.runs`, a `Sweep` each;
+    `output`, by default a new folder in runs/, gets rows and figures.
+    Raises UserError naming the argument, field or file that is wrong, PeerLost as `train` does.
     """
     from fastimagenet import run
     from fastimagenet.lr_finder.results import Sweeps
     from fastimagenet.lr_finder.sweep import SweepConfig
 
     settings = SweepConfig(
-        start_lr=start_lr,
-        end_lr=end_lr,
-        num_it=num_it,
-        weight_decays=_several("wds", wds),
-        momenta=_several("momenta", momenta),
-        linear=linear,
-        stop_dv=stop_dv,
+        start_lr=_checked("start_lr", start_lr, float),
+        end_lr=_checked("end_lr", end_lr, float),
+        num_it=_checked("num_it", num_it, int),
+        weight_decays=_checked("wds", wds, tuple[float, ...]),
+        momenta=_checked("momenta", momenta, tuple[float, ...]),
+        linear=_checked("linear", linear, bool),
+        stop_dv=_checked("stop_dv", stop_dv, bool),
     )
-    _, folder = run.sweep(_config(data, recipe, output, None, set, options), settings)
+    for name in options:
+        if name in _OF_TRAINING:
+            raise UserError(f"lr_find has no argument {name}: it is one of train")
+    config = _config(data, recipe, output, None, set, options)
+    return Sweeps.open(_folder_of(*run.sweep(config, settings)))
+
+
+def _folder_of(status: int, folder: Path | None) -> Path:
+    """Return the folder of a command that has ended with this status.
+
+    Raises PeerLost where a process that it has started has failed.
+    """
+    if status not in (0, *STOPPED):
+        raise PeerLost(f"a process has ended with status {status}: what it has printed says why")
     assert folder is not None, "of several nodes, it was asked for"
-    return Sweeps.open(folder)
+    return folder
 
 
 def _config(
@@ -197,6 +221,12 @@ def _config(
 
 _OWN_ARGUMENT = ("recipe", "data", "folder", "output", "launch", "entry", "notes")
 """Fields that are no options: the functions have arguments for them, or for their parts."""
+_OF_TRAINING = (
+    *("resume", "checkpoint_steps", "bucket_mb", "optimizer_backend", "stop_at_target", "log"),
+    *("profile", "max_restarts", "min_nodes"),
+    *(field.name for field in fields(EntryFacts)),
+)
+"""Options that a sweep has no use for, as the command `lr_find` has no flags for them."""
 
 
 def _known(name: str, known: Collection[str]) -> None:
@@ -206,7 +236,13 @@ def _known(name: str, known: Collection[str]) -> None:
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    """Convert a value to the hint's type: text to a path, a whole number to a float."""
+    """Convert a value to the hint's type: text to a path, a whole number to a float.
+
+    Where several are wanted, one will do.
+    """
+    if get_origin(hint) is tuple:
+        several = value if isinstance(value, list | tuple) else [value]
+        return tuple(_checked(name, each, get_args(hint)[0]) for each in several)
     kinds = get_args(hint) or (hint,)
     if Path in kinds and isinstance(value, str):
         return Path(value)
@@ -216,9 +252,3 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
         raise UserError(f"{name} must be {names.replace('NoneType', 'None')}, not {value!r}")
     return value
-
-
-def _several(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
-    """Convert one number, or several, to a tuple of floats."""
-    several = values if isinstance(values, list | tuple) else [values]
-    return tuple(_checked(name, value, float) for value in several)

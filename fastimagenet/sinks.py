@@ -144,7 +144,6 @@ class WandB:
         identity = folder / "wandb" / "run-id.txt"
         if not (step and identity.exists()):
             write_text(identity, secrets.token_hex(4))
-        self._step = step
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fastimagenet"),
             name=folder.name,

@@ -16,9 +16,12 @@ import torch
 from torch import nn
 
 import fastimagenet
+from fastimagenet.api import _config
 from fastimagenet.cli import run_config
 from fastimagenet.config import DataConfig, EntryFacts, RunConfig
+from fastimagenet.distributed.processes import Processes
 from fastimagenet.distributed.world import Launch
+from fastimagenet.errors import PeerLost
 from fastimagenet.train import main, parser
 from fastimagenet.training.recorder import read_rows
 from pipelines.errors import UserError
@@ -87,6 +90,22 @@ assert callable(fastimagenet.train) and callable(fastimagenet.lr_find)
             lambda: fastimagenet.loader(image_size=8, batch_size=1, mirorr=True),
             "there is no argument mirorr: did you mean mirror?",
         ),
+        (
+            lambda: fastimagenet.loader(image_size=8, batch_size=1, auto_augment="trival"),
+            "field auto_augment must be one of none, trivial, rand (perhaps trivial), not 'trival'",
+        ),
+        (lambda: fastimagenet.loader(image_size=8, batch_size=1, device="cuda"), 'or "cuda:INDEX"'),
+        (lambda: fastimagenet.loader(image_size=8, batch_size=1, seed=-1), "--seed must be from 0"),
+        (
+            lambda: fastimagenet.loader(image_size=8, batch_size=1, num_threads=0),
+            "num_threads must",
+        ),
+        (lambda: fastimagenet.train(log=["csw"]), "--log must be one of tensorboard"),
+        (lambda: fastimagenet.train(log=3), "log must be str, not 3"),
+        (lambda: fastimagenet.train(resume="runs/x/best.pt"), "in no run's folder: name an --outp"),
+        (lambda: fastimagenet.train(resume="tests"), "--resume tests is a folder: --output tests"),
+        (lambda: fastimagenet.lr_find(num_it=1e2), "num_it must be int, not 100.0"),
+        (lambda: fastimagenet.lr_find(resume="auto"), "lr_find has no argument resume"),
         (lambda: fastimagenet.lr_find(start_lr=0), "--start-lr must be above 0"),
         (lambda: fastimagenet.lr_find(wds="x"), "wds must be float, not 'x'"),
         (lambda: fastimagenet.lr_find(numit=3), "there is no argument numit"),
@@ -101,6 +120,24 @@ def test_a_wrong_argument_is_named(call: Callable[[], object], message: str) -> 
     with pytest.raises(UserError) as error:
         call()
     assert message in str(error.value)
+
+
+def test_a_run_whose_processes_have_failed_is_no_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And of several nodes the folder is the one that was asked for."""
+    monkeypatch.setattr(Processes, "run", lambda *_, **__: 137)
+    with pytest.raises(PeerLost, match="a process has ended with status 137"):
+        fastimagenet.train(output=tmp_path / "one", **SMALL)
+    several = {"nodes": 2, "rdzv_endpoint": "localhost:1", "output": tmp_path / "two"}
+    monkeypatch.setattr(Processes, "run", lambda *_, **__: 0)
+    with pytest.raises(UserError, match=r"two/plan\.json: no such file"):
+        fastimagenet.train(**several, **SMALL)
+
+
+def test_a_config_takes_one_tool_or_several() -> None:
+    for log in ("csv", ["csv"], ("csv",)):
+        assert _config(None, None, None, None, None, {"log": log}).log == ("csv",)
 
 
 def test_a_loader_reads_batches(cifar10: Path) -> None:
