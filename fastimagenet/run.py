@@ -149,6 +149,13 @@ def check_same_on_all_ranks(
             "--data: the processes see as many images, but of other names, classes or sizes: give "
             "all of them the same files"
         )
+    if len(recipes) > 1:
+        names = toml.differing_fields(*map(toml.loads, sorted(recipes)[:2]))
+        if all(name.endswith(".data") for name in names):
+            raise UserError(
+                "--data: copies of the images are not there for all processes: give all of them "
+                "the same files"
+            )
     if len(recipes) > 1 or len(seeds) > 1:
         flag = "--seed" if len(seeds) > 1 else "--recipe, --set or --epochs"
         raise UserError(f"{flag}: the processes differ: type the same command on every node")
@@ -337,7 +344,7 @@ def train(
         seconds, name = sum(clock.read().values()), str(config.output or "")
         with deterministic(config.deterministic, recipe):
             status = processes.run("fastimagenet.train", argv, work, seconds, name)
-        return status, folder.path
+        return status, folder.path or config.output
 
 
 def _train(
@@ -352,7 +359,12 @@ def _train(
 ) -> int:
     """Train in one process; on rank 0 write the files of the run."""
     from fastimagenet.errors import Stopped
-    from fastimagenet.report.summary import RESULTS, missing_results, write_result
+    from fastimagenet.report.summary import (
+        RESULTS,
+        missing_results,
+        remove_results,
+        write_result,
+    )
     from fastimagenet.training.profiling import StepProfiler
 
     results = list(RESULTS)
@@ -384,6 +396,8 @@ def _train(
     if plan.recipe.compile:  # minutes, in which a signal has nothing to wait for
         trainer.compile_all_sizes()
     if world.is_main:
+        if not trainer.finished:
+            remove_results(folder)
         write_plan(config, plan, train, val)
     unwritten = trainer.recorder.unwritten
     begun = trainer.step
@@ -444,7 +458,7 @@ def sweep(
         name = str(config.output or "")
         with deterministic(config.deterministic, recipe):
             status = processes.run("fastimagenet.lr_find", argv, work, name=name)
-        return status, folder.path
+        return status, folder.path or config.output
 
 
 def shuffled(split: Split, seed: int) -> Split:

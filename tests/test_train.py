@@ -250,8 +250,11 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_end(
     assert not (folder / "summary.json").exists()
     flags = ("--data", cifar10, "--output", folder, *SMALL, "--resume", "auto")
     assert "another seed: --seed 0" in error_of(*flags, "--seed", 7)
-    assert "another recipe: give the --recipe, --set," in error_of(*flags, "--set", "max_lr=0.1")
+    assert "another recipe (max_lr): give the --rec" in error_of(*flags, "--set", "max_lr=0.1")
+    (folder / "dawnbench").mkdir()
+    (folder / "dawnbench" / "old.tsv").touch()  # as of a run that had ended at its target
     train(*flags)
+    assert not (folder / "dawnbench" / "old.tsv").exists()
     assert losses_of(folder) == losses_of(finished)
     assert summary_of(folder)["top1"] == summary_of(finished)["top1"]
 
@@ -304,6 +307,8 @@ def test_one_process_that_adds_up_gradients_does_what_two_do(
             torch.testing.assert_close(one["model"][name], value, rtol=1e-3, atol=1e-4)
     message = error_of(*flags, "--output", tmp_path / "odd", "--global-batch", 75)
     assert "--global-batch must be a multiple of 50" in message
+    message = error_of(*flags, "--output", tmp_path / "odd", "--global-batch", 5000)
+    assert message.endswith("training images: --global-batch 500 or less")
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
 from fastimagenet.training import checkpoint
 from fastimagenet.training.clock import Stopwatch
+from fastimagenet.training.evaluation import Counts
 from fastimagenet.training.failures import LossMonitor, out_of_memory_advice
 from fastimagenet.training.trainer import Trainer
 from pipelines.backends import make_loader
@@ -388,6 +389,51 @@ def test_it_ends_at_the_evaluation_that_reaches_the_target() -> None:
     assert missed.epoch == RECIPE.epochs
 
 
+def test_a_target_that_is_reached_early_is_counted_on_the_images_of_its_own_epoch() -> None:
+    """With TTA at the size of its phase, not of the next one."""
+    phases = (replace(RECIPE.phases[0], eval_size=24), RECIPE.phases[1])
+    recipe = replace(RECIPE, phases=phases, target="top5=0.01", eval_every_epochs=2, tta="flip")
+    trainer, seen = make_trainer(recipe), set()
+    trainer.model.register_forward_pre_hook(
+        lambda module, inputs: None if module.training else seen.add(inputs[0].shape[-1])
+    )
+    trainer.stop_at_target = True
+    trainer.fit()
+    assert (trainer.epoch, seen, trainer.eval_loader.epoch) == (2, {24}, 1)
+
+
+def test_squares_are_counted_after_rectangles_of_the_last_phase(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the plan's pass for them, however early the target is reached."""
+    phases = tuple(replace(phase, rect=True) for phase in RECIPE.phases)
+    phases = (phases[0], replace(phases[1], epochs=2))
+    trainer, passes = make_trainer(), []
+    trainer.plan = Plan.of(replace(RECIPE, phases=phases, target="top1=0.1"), 1, len(SPLIT))
+    trainer.stop_at_target = True
+    assert [stage.rect for stage in trainer.plan.eval_stages()] == [True] * 4 + [False]
+
+    def evaluate(tta: str = "none") -> Counts:
+        passes.append(trainer.eval_loader.epoch)
+        trainer.eval_loader.epoch += 1
+        return Counts(10, 5, 7, 1.0)
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    for trainer.epoch, expected in ((1, [1]), (2, [2, 4])):
+        passes.clear()
+        trainer.eval_loader.epoch = trainer.epoch
+        fields = trainer.evaluate_epoch(trainer.plan.phase_of_epoch(trainer.epoch))
+        assert passes == expected and ("square_top1" in fields) == (len(expected) == 2)
+        assert trainer.eval_loader.epoch == trainer.epoch + 1
+
+
+def test_a_loader_of_other_epochs_than_the_plans_is_refused() -> None:
+    trainer = make_trainer()
+    trainer.plan = Plan.of(RECIPE, 1, 2 * len(SPLIT))
+    with pytest.raises(UserError, match=r"gives 3 batches in epoch 1 and the plan has 6: open it"):
+        trainer.fit()
+
+
 def test_a_resumed_run_takes_the_clock_and_both_loaders_with_it(tmp_path: Path) -> None:
     first, second = make_trainer(folder=tmp_path), make_trainer(folder=tmp_path)
     first.fit()
@@ -412,7 +458,7 @@ def test_another_folder_gets_the_checkpoints_that_its_rows_speak_of(tmp_path: Pa
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({}, "of a run with another recipe: give the --recipe, --set,"),
+        ({}, r"of a run with another recipe \(max_lr\): give the --recipe, --set,"),
         ({"classes": ["cat"]}, "of a run with other classes: name the --data that"),
         ({"num_train": 49}, "of a run with 50 training images: name the --data and --skip-list"),
         ({"seed": 4}, "of a run with another seed: --seed 0"),
@@ -426,6 +472,16 @@ def test_another_run_is_refused(other: dict[str, Any], message: str, tmp_path: P
     second.about |= other
     checkpoint.save_last(tmp_path / "checkpoints", first.state_dict())
     with pytest.raises(UserError, match=message):
+        second.resume("auto")
+
+
+def test_copies_that_have_come_since_are_named(tmp_path: Path) -> None:
+    first, second = make_trainer(folder=tmp_path), make_trainer(folder=tmp_path)
+    phases = tuple(replace(phase, data="160") for phase in RECIPE.phases)
+    second.plan = Plan.of(replace(RECIPE, phases=phases), 1, len(SPLIT))
+    checkpoint.save_last(tmp_path / "checkpoints", first.state_dict())
+    remedy = r"since: --set phases\.0\.data=auto --set phases\.1\.data=auto"
+    with pytest.raises(UserError, match=remedy):
         second.resume("auto")
 
 

@@ -29,7 +29,10 @@ def loads(text: str, where: str = "recipe") -> Recipe:
         raise UserError(f"{where} is not valid TOML: {error}") from None
     if not {"mean", "std"} & data.keys():
         data |= _normalisation(data.get("model"))
-    return _build(Recipe, data, "")
+    try:
+        return _build(Recipe, data, "")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def from_plain(data: Mapping[str, Any]) -> Recipe:
@@ -87,13 +90,27 @@ def settings_between(base: Recipe, recipe: Recipe) -> list[str]:
     return [f"{name}={_inline(after[name])}" for name in after if after[name] != before[name]]
 
 
+def differing_fields(one: Recipe, other: Recipe) -> list[str]:
+    """Name the fields in which two recipes differ, such as "max_lr" or "phases.0.data"."""
+    before, after = asdict(one), asdict(other)
+    names = [name for name in before if before[name] != after[name]]
+    if "phases" not in names or len(one.phases) != len(other.phases):
+        return names
+    return [name for name in names if name != "phases"] + [
+        f"phases.{index}.{name}"
+        for index, (old, new) in enumerate(zip(before["phases"], after["phases"], strict=True))
+        for name in old
+        if old[name] != new[name]
+    ]
+
+
 def _inline(value: Any) -> str:
     """Write a value as TOML on one line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_inline, value))}]"
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _value(text: str) -> Any:

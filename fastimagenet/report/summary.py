@@ -36,6 +36,13 @@ def missing_results(folder: Path) -> list[str]:
     return [name for name, files in RESULTS.items() if not any(folder.glob(files))]
 
 
+def remove_results(folder: Path) -> None:
+    """Remove the results of a run that goes on: they are of where it has ended before."""
+    for files in (*RESULTS.values(), "dawnbench/*.json"):
+        for path in folder.glob(files):
+            path.unlink(missing_ok=True)
+
+
 def write_result(config: RunConfig, trainer: Trainer, val: Split, command: str, name: str) -> None:
     """Write one of RESULTS to the run's folder; all others follow from summary.json."""
     folder = config.folder

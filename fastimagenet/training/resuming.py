@@ -46,8 +46,6 @@ def check_same_run(path: Path, state: State, own: dict[str, Any]) -> None:
     different orders.
     """
     remedies = {
-        "recipe": "another recipe: give the --recipe, --set, --epochs and --precision that it "
-        "began with",
         "classes": "other classes: name the --data that it began with",
         "num_train": f"{state['num_train']} training images: name the --data and --skip-list "
         "that it began with",
@@ -55,11 +53,22 @@ def check_same_run(path: Path, state: State, own: dict[str, Any]) -> None:
         "images": "other images, though as many (their names, classes or sizes): name the "
         "--data that it began with, as they were",
     }
-    facts = state | {"recipe": toml.loads(state["recipe"], f"the recipe in {path}")}
     for name, remedy in remedies.items():
         # Releases before had no digest of the images.
-        if name in facts and name in own and facts[name] != own[name]:
+        if name in state and name in own and state[name] != own[name]:
             raise UserError(f"--resume: {path} is of a run with {remedy}")
+    before = toml.loads(state["recipe"], f"the recipe in {path}")
+    names = toml.differing_fields(before, own["recipe"])
+    if not names:
+        return
+    remedy = (
+        f"another recipe ({', '.join(names)}): give the --recipe, --set, --epochs and --precision "
+        "that it began with"
+    )
+    if all(name.endswith(".data") for name in names):  # chosen by us, from what is there
+        settings = " ".join(f"--set phases.{i}.data={p.data}" for i, p in enumerate(before.phases))
+        remedy = f"other copies of its images, which have come or gone since: {settings}"
+    raise UserError(f"--resume: {path} is of a run with {remedy}")
 
 
 def plan_changes(plan: Plan, state: State) -> str:

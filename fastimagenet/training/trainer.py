@@ -164,6 +164,7 @@ class Trainer(Updates):
         phase = self.plan.phase_of_epoch(self.epoch)
         end_step = phase.first_step + (self.epoch + 1 - phase.first_epoch) * phase.steps_per_epoch
         self._began = self._logged = self.step, train_seconds(self.clock.read())
+        self._check_loader(phase)
         self._train_module.train()
         batches = self.clock.waiting(self.train_loader, "data_wait", self.busy)
         for micro_batches in zip(*[batches] * self.plan.accumulation, strict=True):
@@ -196,6 +197,15 @@ class Trainer(Updates):
         best = best_record(self.records, self.plan.recipe) is record
         self._save(checkpoint.EPOCH, *((checkpoint.BEST,) if best else ()))
 
+    def _check_loader(self, phase: PlannedPhase) -> None:
+        """Raise UserError where the training loader's epochs are not those of the plan."""
+        found, planned = len(self.train_loader), phase.steps_per_epoch * self.plan.accumulation
+        if found != planned:
+            raise UserError(
+                f"the training loader gives {found} batches in epoch {self.epoch + 1} and the plan "
+                f"has {planned}: open it with the plan's phases and number of images"
+            )
+
     def train_step(self, micro_batches: MicroBatches, phase: PlannedPhase) -> Tensor:
         """Make the plan's next update; returns this process's mean loss, a scalar on the device."""
         lr, momentum = self.plan.lr(self.step), self.plan.momentum(self.step)
@@ -213,21 +223,27 @@ class Trainer(Updates):
         """Evaluate on all validation images; returns the epoch row's fields.
 
         There are none in an epoch that the plan does not evaluate. The run's last evaluation
-        applies the recipe's TTA and, after one on rectangles, is repeated on squares.
+        applies the recipe's TTA and, after one on rectangles in the last phase, is repeated on
+        squares, which the plan has a pass of its own for.
         """
         if not self.plan.evaluates(self.epoch):
             return {}
         recipe, last = self.plan.recipe, self.epoch + 1 == self.plan.epochs
+        loader, own_pass = self.eval_loader, self.eval_loader.epoch
         self._save_at = time.monotonic() + SAVE_AFTER_SECONDS
         with self.clock.section("evaluation"):
             counts = self.evaluate(recipe.tta if last else "none")
             if not last and self.stop_at_target and recipe.reached_by(counts.accuracies()):
                 last = True
-                counts = counts if recipe.tta == "none" else self.evaluate(recipe.tta)
+                if recipe.tta != "none":
+                    loader.epoch = own_pass
+                    counts = self.evaluate(recipe.tta)
             fields: dict[str, float | None] = {"val_loss": counts.loss, **counts.accuracies()}
-            if last and phase.rect:
+            if last and phase.rect and phase == self.plan.phases[-1]:
+                loader.epoch = len(self.plan.eval_stages()) - 1
                 squares = self.evaluate()
                 fields |= {"square_top1": squares.top1, "square_top5": squares.top5}
+                loader.epoch = own_pass + 1  # where a run that is resumed past its target goes on
         return fields
 
     def evaluate(self, tta: str = "none") -> Counts:
