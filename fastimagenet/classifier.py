@@ -144,7 +144,13 @@ def load(checkpoint_or_run: str | Path) -> Classifier:
     recipe = toml.loads(state["recipe"], f"the recipe in {path}")
     classes = tuple(state["classes"])
     model = build_model(recipe, len(classes))
-    model.load_state_dict(checkpoint.weights(state))
+    try:
+        model.load_state_dict(checkpoint.weights(state))
+    except RuntimeError:
+        raise UserError(
+            f"checkpoint {path} holds another network than the {recipe.model} of its recipe, one "
+            'of your own: build that and load the "model" of torch.load(path) into it'
+        ) from None
     return Classifier(
         path=path, epoch=state["epoch"], classes=classes, recipe=recipe, model=model.eval()
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastimagenet.distributed.world import Launch, run_time
+from fastimagenet.distributed.world import Launch, launched_world, run_time
 from fastimagenet.recipes import RECIPES, named_recipe, toml
 from fastimagenet.recipes.photos import FITTED, fitted
 from fastimagenet.recipes.recipe import Recipe
@@ -153,6 +153,18 @@ class RunConfig:
                 raise UserError(f"--resume {self.resume}: with --nodes MIN:MAX only --resume auto")
         if self.resume == "auto" and self.output is None:
             raise UserError("--resume auto needs the --output folder of the run to resume")
+        if self.resume not in (None, "auto"):
+            self._check_checkpoint(Path(self.resume).resolve())
+
+    def _check_checkpoint(self, path: Path) -> None:
+        """Raise UserError where `resume` is no file, or is in no run that `output` may be."""
+        if path.is_dir():
+            raise UserError(
+                f"--resume {self.resume} is a folder: --output {self.resume} --resume auto resumes "
+                "the run in it"
+            )
+        if self.output is None and path.parent.name != "checkpoints":
+            raise UserError(f"--resume {self.resume} is in no run's folder: name an --output")
 
     @property
     def folder(self) -> Path:
@@ -215,7 +227,8 @@ def chosen_recipe(
     `photos` for all others. A recipe for any folder is fitted to this one. Raises UserError naming
     the recipe, the file or the folder.
     """
-    nodes = launch.nodes if launch else 1
+    launch = launch or Launch()
+    nodes = launch.nodes
     if name is not None and name.endswith(".toml"):
         return toml.load(Path(name)), ()
     if data is None or data.folder is None:
@@ -231,9 +244,9 @@ def chosen_recipe(
     train = data.read("train")
     assert train.shapes is not None, "their headers were read"
     short_side = int(np.percentile(train.shapes.min(axis=1), 10))
-    recipe = fitted(
-        recipe, len(train), short_side, nodes * ((launch and launch.nproc_per_node) or 1)
-    )
+    world = None if launch.min_nodes else launched_world(launch)  # an elastic one changes
+    processes = launch.resolved().world_size if world is None else world.world_size
+    recipe = fitted(recipe, len(train), short_side, processes)
     sizes = " and ".join(f"{size} px" for size in {p.image_size: 0 for p in recipe.phases})
     return recipe, (
         f"note: recipe {name}{why}, fitted to {len(train):,} training images, most with a short "

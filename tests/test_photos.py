@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from fastimagenet.config import DataConfig, RunConfig, chosen_recipe
+from fastimagenet.distributed.world import Launch
 from fastimagenet.recipes.photos import fitted, photos, photos_scratch
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.run import Run
@@ -51,7 +52,9 @@ def test_batch_epochs_and_sizes_fit_the_folder() -> None:
     assert sizes(fitted(photos(), 1000, 20)) == [(32, 32), (32, 32)]
 
 
-def test_the_recipe_without_a_name_is_that_of_the_data(tmp_path: Path) -> None:
+def test_the_recipe_without_a_name_is_that_of_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert chosen_recipe(None)[0].name == "digits"
     cifar = DataConfig(folder=folder_of(tmp_path / "c", CIFAR10_CLASSES, [1] * 10))
     assert chosen_recipe(None, cifar)[0].name == "cifar10"
@@ -64,6 +67,9 @@ def test_the_recipe_without_a_name_is_that_of_the_data(tmp_path: Path) -> None:
     )
     assert chosen_recipe("digits", mine) == (chosen_recipe("digits")[0], ())
     assert chosen_recipe("photos-scratch", mine)[0].phases[0].batch_size == 4
+    monkeypatch.setattr("fastimagenet.distributed.world.gpu_count", lambda: 2)  # a process on each
+    assert chosen_recipe("photos", mine, Launch())[0].phases[0].batch_size == 2
+    assert chosen_recipe("photos", mine, Launch(device="cpu"))[0].phases[0].batch_size == 4
 
 
 def test_the_flags_of_a_fitted_recipe_ask_for_the_same(tmp_path: Path) -> None:

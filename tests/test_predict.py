@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import fastimagenet
 from fastimagenet.classifier import Classifier
+from fastimagenet.training import checkpoint
 from pipelines.backends import make_loader
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError
@@ -227,6 +229,14 @@ def test_mistakes_from_python_are_named(
         classifier.predict([Image.new("RGB", (9, 9)), 3])  # type: ignore[list-item]
     with pytest.raises(UserError, match="holds no checkpoints/best"):
         fastimagenet.load(tmp_path)
+
+
+def test_a_network_of_ones_own_is_not_that_of_the_recipe(finished: Path, tmp_path: Path) -> None:
+    state = checkpoint.load(finished / "checkpoints" / "best.pt")
+    state |= {"model": nn.Linear(3, 10).state_dict(), "ema": None}
+    checkpoint.save_last(tmp_path, state)
+    with pytest.raises(UserError, match=r"holds another network than the .* of its recipe"):
+        fastimagenet.load(tmp_path / "last.pt")
 
 
 def predict_without_dali(run: str, image: str) -> None:

@@ -58,6 +58,15 @@ class Plan:
         epoch = step = 0
         for index, phase in enumerate(recipe.phases):
             steps_per_epoch = train_steps(num_train, phase.batch_size, num_shards)
+            if not steps_per_epoch and accumulation > 1:
+                largest = max(each.batch_size for each in recipe.phases)
+                first = recipe.phases[0].batch_size * world_size
+                most = max(1, num_train // (largest * world_size)) * first
+                raise UserError(
+                    f"--global-batch {global_batch} makes updates of "
+                    f"{phase.batch_size * num_shards} images in phases.{index}, more than the "
+                    f"{num_train} training images: --global-batch {most} or less"
+                )
             if not steps_per_epoch:
                 # What fits every phase: their batches would be refused one by one.
                 fits = f"--set phases.*.batch_size={num_train // num_shards} or less"
