@@ -86,7 +86,8 @@ def loader(
     data: an image folder or shards; None reads the embedded digits.
     split: "train" is shuffled and augmented, "val" reads every image once.
     val_fraction, labels: how images are divided that are in no folders train/ and val/.
-    device: "cpu" or "cuda:INDEX", where the batches end up. num_threads: None takes all cores.
+    device: "cpu" or "cuda:INDEX", where the batches end up.
+    num_threads: None takes all cores; 0, with backend="torchvision", no process but this one.
     transforms: fields of `pipelines.loader.Transforms`, such as mirror=False or mixup=0.2.
 
     Each pass over the loader is an epoch. `close()` it, or use contextlib.closing, to free its
@@ -95,10 +96,13 @@ def loader(
     if split not in ("train", "val"):
         raise UserError(f'split must be "train" or "val", not {split!r}')
     threads = num_cores() if num_threads is None else num_threads
-    numbers = {"image_size": image_size, "batch_size": batch_size, "num_threads": threads}
-    for name, value in numbers.items():
-        if _checked(name, value, int) < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
+    for name, value, least in (
+        ("image_size", image_size, 1),
+        ("batch_size", batch_size, 1),
+        ("num_threads", threads, 0 if backend == "torchvision" else 1),
+    ):
+        if _checked(name, value, int) < least:
+            raise UserError(f"{name} must be at least {least}, not {value}")
     if not re.fullmatch(r"cpu|cuda:\d+", _checked("device", device, str)):
         raise UserError(f'device must be "cpu" or "cuda:INDEX", not {device!r}')
     check_seed(_checked("seed", seed, int))

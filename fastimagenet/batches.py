@@ -95,7 +95,9 @@ def look(config: RunConfig, count: int) -> list[Seen]:
     seen = []
     for phase in plan.phases:
         # A pass that is broken off goes on where it was: each phase gets loaders of its own.
-        training, validation = run.build_loaders(config, plan, World(), train, some)
+        training, validation = run.build_loaders(
+            config, plan, World(), train, some, run.read_copies(config.data.root, plan, train)
+        )
         with closing(training), closing(validation):
             read = partial(first_pictures, transforms=recipe, classes=train.classes, count=count)
             evaluated = phase in passes

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -123,9 +123,9 @@ def with_copies(recipe: Recipe, root: Path) -> Recipe:
     return replace(recipe, phases=tuple(phases))
 
 
-def images_digest(train: Split, val: Split) -> str:
-    """Tell the images of a run from all others by their names, labels and bytes."""
-    return f"{train.digest()[:32]}{val.digest()[:32]}"
+def digest_of(*splits: Split) -> str:
+    """Tell the images of a run from all others by their names, labels and sizes in bytes."""
+    return "".join(split.digest()[:32] for split in splits)
 
 
 def check_same_on_all_ranks(
@@ -161,22 +161,28 @@ def check_same_on_all_ranks(
         raise UserError(f"{flag}: the processes differ: type the same command on every node")
 
 
+def read_copies(root: Path, plan: Plan, train: Split) -> dict[str, Split]:
+    """Read the copies that phases train on, by name. Raises UserError where some are missing."""
+    names = {phase.copy: 0 for phase in plan.phases if phase.copy}
+    return {name: read_copy(root, name, train) for name in names}
+
+
 def build_loaders(
-    config: RunConfig, plan: Plan, world: World, train: Split, val: Split
+    config: RunConfig,
+    plan: Plan,
+    world: World,
+    train: Split,
+    val: Split,
+    copies: Mapping[str, Split],
 ) -> tuple[Loader, Loader]:
     """Open this process's loaders of the training and the validation images.
 
-    Raises UserError for a back end that is not installed and for copies that are missing.
+    Raises UserError for a back end that is not installed.
     """
     from fastimagenet.training.evaluation import autocast_dtype
     from fastimagenet.training.loaders import open_loader
 
     dtype = autocast_dtype(plan.recipe.precision, world.device.partition(":")[0])
-    copies = {
-        phase.copy: read_copy(config.data.root, phase.copy, train)
-        for phase in plan.phases
-        if phase.copy
-    }
     open_ = partial(
         open_loader,
         config.data.backend,
@@ -218,8 +224,9 @@ def build_trainer(
         raise UserError(
             "--device cuda: this build of torch cannot use the CUDA device; --device cpu runs"
         )
-    images = images_digest(train, val)
-    check_same_on_all_ranks(config, recipe, (len(train), len(val)), images, world)
+    copies = read_copies(config.data.root, plan, train)
+    images, copied = digest_of(train, val), digest_of(*copies.values())
+    check_same_on_all_ranks(config, recipe, (len(train), len(val)), images + copied, world)
     autocast_dtype(recipe.precision, world.device.partition(":")[0])  # refuses before it builds
     torch.manual_seed(config.seed)
     model = build_model(recipe, len(train.classes))
@@ -228,7 +235,7 @@ def build_trainer(
     return Trainer(
         plan,
         model,
-        *build_loaders(config, plan, world, train, val),
+        *build_loaders(config, plan, world, train, val, copies),
         world=world,
         recorder=recorder,
         clock=clock,
@@ -237,6 +244,7 @@ def build_trainer(
             "classes": list(train.classes),
             "seed": config.seed,
             "images": images,
+            "copies": copied,
             "rule": config.data.rule.to_plain(),
         },
         optimizer_backend=config.optimizer_backend,

@@ -462,12 +462,13 @@ def test_another_folder_gets_the_checkpoints_that_its_rows_speak_of(tmp_path: Pa
         ({"classes": ["cat"]}, "of a run with other classes: name the --data that"),
         ({"num_train": 49}, "of a run with 50 training images: name the --data and --skip-list"),
         ({"seed": 4}, "of a run with another seed: --seed 0"),
+        ({"copies": "56"}, "of a run with other copies of the images, which were made anew"),
         ({"images": "34"}, "of a run with other images, though as many .* name the --data"),
     ],
 )
 def test_another_run_is_refused(other: dict[str, Any], message: str, tmp_path: Path) -> None:
     first = make_trainer(folder=tmp_path)
-    first.about["images"] = "12"
+    first.about |= {"images": "12", "copies": "12"}
     second = make_trainer(RECIPE if other else replace(RECIPE, max_lr=0.2), folder=tmp_path)
     second.about |= other
     checkpoint.save_last(tmp_path / "checkpoints", first.state_dict())

@@ -52,9 +52,11 @@ def check_same_run(path: Path, state: State, own: dict[str, Any]) -> None:
         "seed": f"another seed: --seed {state['seed']}",
         "images": "other images, though as many (their names, classes or sizes): name the "
         "--data that it began with, as they were",
+        "copies": "other copies of the images, which were made anew since (see prepare resize): it "
+        "takes those that it began with",
     }
     for name, remedy in remedies.items():
-        # Releases before had no digest of the images.
+        # Releases before had no digest of the images, or of their copies.
         if name in state and name in own and state[name] != own[name]:
             raise UserError(f"--resume: {path} is of a run with {remedy}")
     before = toml.loads(state["recipe"], f"the recipe in {path}")
