@@ -138,6 +138,7 @@ def no_images(whole: bytes) -> Iterator[Odd]:
     yield Odd("zeros.jpg", bytes(5000), ("junk",))
     yield Odd("begins-late.jpg", b"\0" + whole, ("junk",))
     yield Odd("sound.webp", b"RIFF\x24\0\0\0WAVEfmt " + bytes(24), ("junk",))
+    yield Odd("stub.webp", b"RIFF\x08\0\0\0WEBPVP8X", ("truncated",))
     yield Odd("folder.jpg", None)
     yield Odd("fifo.jpg", None, ("not-a-file",))
     yield Odd("loop.jpg", None, ("unreadable",))

@@ -60,6 +60,8 @@ APP1 = 0xE1
 """What EXIF is in, among others; where it is long, in several."""
 ADOBE = 0xEE
 """APP14: says whether the inks of CMYK are inverted."""
+MIN_WEBP = 21
+"""Bytes of a WebP at least: up to the flags of its first chunk."""
 WEBP_EXIF = 8
 """The bit of a WebP's flags that says that it has EXIF."""
 NOT_ALL_READ = "is a {} that not every back end reads alike"
@@ -209,7 +211,7 @@ def check_webp(part: Part, head: bytes) -> None:
 
     A chunk of odd length has a byte behind it, which DALI forgets on its way to the EXIF.
     """
-    if 8 + int.from_bytes(head[4:8], "little") > part.size:
+    if max(8 + int.from_bytes(head[4:8], "little"), MIN_WEBP) > part.size:
         raise Damage("truncated", "is truncated (a WebP without its end)")
     if head[12:16] != b"VP8X" or not head[20] & WEBP_EXIF:
         return
