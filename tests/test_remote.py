@@ -145,6 +145,17 @@ def test_a_stopped_copy_is_resumed(bucket: Bucket, shards: Path) -> None:
     assert (folder / "train-00000.tar").stat().st_ino == kept
 
 
+def test_what_a_purge_of_the_cache_has_taken_is_fetched_again(shards: Path) -> None:
+    """As scratch disks are purged: by age, file by file."""
+    url = f"file://{shards}"
+    folder = local_copy(url)
+    kept = (folder / "train-00000.tar").stat().st_ino
+    (folder / "train-00000.idx").unlink()
+    (folder / "val-00000.tar").unlink()
+    assert local_copy(url) == folder and files_of(folder) == files_of(shards)
+    assert (folder / "train-00000.tar").stat().st_ino == kept
+
+
 def test_processes_of_a_node_share_one_copy(shards: Path) -> None:
     processes = [
         subprocess.Popen(

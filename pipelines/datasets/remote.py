@@ -65,8 +65,9 @@ def local_copy(url: str) -> Path:
         raise UserError(f"{store.url} is not complete: upload it when prepare shard has finished")
     digest = hashlib.sha256(data).hexdigest()
     folder = cache_folder() / "shards" / digest[:20]
+    names = [NAME, *(name for name, _, _ in files_of(manifest))]
     with locked(folder), writing_to_cache():
-        if not (folder / NAME).exists():
+        if not all((folder / name).exists() for name in names):  # such as after a purge
             copy_files(store, folder, manifest)
             with atomic_write(folder / NAME) as temporary:
                 temporary.write_bytes(data)
