@@ -26,12 +26,17 @@ DISK_ERRORS = (
 """Errors of files that the user can correct; any other OSError is a defect."""
 
 
-def check_shared_memory() -> None:
-    """Raise UserError unless processes can share memory and locks."""
-    if not os.access(SHARED_MEMORY, os.W_OK | os.X_OK):
+def has_shared_memory() -> bool:
+    """Whether processes can share memory and locks."""
+    return os.access(SHARED_MEMORY, os.W_OK | os.X_OK)
+
+
+def check_shared_memory(otherwise: str = "") -> None:
+    """Raise UserError unless processes can share memory and locks; `otherwise`: what else helps."""
+    if not has_shared_memory():
         raise UserError(
             f"{SHARED_MEMORY}, where worker processes share memory, cannot be written to: mount a "
-            "tmpfs there, or take --backend dali"
+            f"tmpfs there{otherwise}"
         )
 
 
@@ -80,12 +85,17 @@ def processes() -> str:
     return f"the system starts no more threads or processes: {', '.join(found)}; allow more"
 
 
+LESS_MEMORY = "lower batch_size or image_size, or start fewer processes"
+
+
 def memory() -> str:
     most = resource.getrlimit(resource.RLIMIT_AS)[0]
     limit = "" if most == resource.RLIM_INFINITY else f" of {most / 2**30:.1f} GiB (ulimit -v)"
-    return (
-        f"the main memory{limit} is out: lower batch_size or image_size, or start fewer processes"
-    )
+    return f"the main memory{limit} is out: {LESS_MEMORY}"
+
+
+def lost_worker() -> str:
+    return f"a loader's worker was killed, as happens when the main memory is out: {LESS_MEMORY}"
 
 
 def temporary_folder() -> str:
@@ -112,6 +122,7 @@ LIMITS: tuple[tuple[str, Callable[[], str]], ...] = (
     ),
     (r"can't start new thread|Resource temporarily unavailable|pthread_create", processes),
     (r"[Cc]an(no|')t allocate memory|bad_alloc|MemoryError|Unable to allocate", memory),
+    (r"DataLoader worker .* (exited unexpectedly|is killed by signal: Killed)", lost_worker),
     (r"CUDA-capable device\(s\) is/are busy|driver version is insufficient", cuda_device),
     (r"no kernel image is available|forward compatibility was attempted", cuda_device),
 )

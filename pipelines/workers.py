@@ -38,13 +38,20 @@ def num_cores() -> int:
     return cores if quota is None else min(cores, max(1, ceil(quota)))
 
 
+class WorkerKilled(UserError):
+    """A worker process was ended, by the system or by what it decoded."""
+
+
 def in_processes(
-    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
+    function: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    workers: int,
+    remedy: str = "fewer --workers need less",
 ) -> Generator[Result]:
     """Yield `function(job)` for each job, in the order of completion.
 
     `function` has to be importable. What it raises is raised here; then, and when the caller stops
-    reading, pending jobs are dropped. Raises UserError where a worker is killed.
+    reading, pending jobs are dropped. Raises WorkerKilled, with a `remedy`, where one is killed.
     """
     context = multiprocessing.get_context("forkserver")
     pending = iter(jobs)
@@ -62,8 +69,9 @@ def in_processes(
             for future in done:
                 yield future.result()
     except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed, as happens when memory runs out: fewer workers need less"
+        raise WorkerKilled(
+            "a worker process was killed, as happens when memory runs out or a file crashes its "
+            f"decoder: {remedy}"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -89,6 +97,7 @@ def preload_torchvision() -> None:
 
     To be called before the first is started: after that each imports it, which takes seconds.
     """
+    check_shared_memory(", or take --backend dali")
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
     start_server()
 

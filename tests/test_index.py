@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines import limits
 from pipelines.backends import make_loader
 from pipelines.datasets import folders as folders_module
 from pipelines.datasets import index as index_module
@@ -188,6 +190,29 @@ def test_many_files_are_looked_at_by_processes(root: Path, monkeypatch: pytest.M
     monkeypatch.setattr(index_module, "CHUNK", 2)
     many = make_index(listing)
     assert np.array_equal(many.shapes, few.shapes) and many.bad == few.bad == [(5, "is empty")]
+
+
+def test_threads_look_at_them_where_processes_can_share_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where /dev/shm is not mounted: DALI needs none of it."""
+    monkeypatch.setattr(index_module, "MANY", 1)
+    monkeypatch.setattr(limits, "SHARED_MEMORY", root / "shm")
+    assert len(make_index(list_folder(root / "train")).shapes) == 5
+
+
+def end_the_process(_: object) -> None:
+    """A decoder with a defect."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_file_that_ends_its_process_is_for_a_scan_to_find(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "MANY", 1)
+    monkeypatch.setattr(index_module, "check_images", end_the_process)
+    with pytest.raises(UserError, match=r"killed.*decoder: .* scan DIR --workers 1 finds such f"):
+        make_index(list_folder(root / "train"))
 
 
 def test_a_script_without_the_usual_guard_is_not_run_again(root: Path) -> None:

@@ -99,6 +99,7 @@ def test_no_shared_memory_at_all(
     monkeypatch.setattr(limits, "SHARED_MEMORY", tmp_path / "shm")
     line = error_of("--data", cifar10, "--output", tmp_path / "run", *SMALL, "--backend", backend)
     assert "shm, where worker processes share memory, cannot be written to: mount" in line
+    assert line.endswith(", or take --backend dali")
 
 
 def test_a_small_shared_memory_is_named_before_anything_is_written(
@@ -125,6 +126,8 @@ WORKER = (
     [
         (RuntimeError(WORKER), "docker run --shm-size"),
         (RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error."), "--shm-size"),
+        (RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed. "), "main memory is"),
+        (RuntimeError("DataLoader worker (pid(s) 9, 8) exited unexpectedly"), "lower batch_size"),
         (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
         (RuntimeError("can't start new thread"), "ulimit -u"),

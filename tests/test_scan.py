@@ -17,6 +17,7 @@ from odd_files import Odd, write_odd_files
 from PIL import Image
 
 from fastimagenet.train import main as train_main
+from pipelines import limits
 from pipelines.cli import exit_status
 from pipelines.datasets.checks import check_file
 from pipelines.datasets.images import ImageFile, whole_files
@@ -436,6 +437,14 @@ def test_a_file_that_ends_its_process_is_a_finding(root: Path) -> None:
     assert sorted(found) == names
     kinds = {name: file.findings[0][0] for name, file in found.items() if file.findings}
     assert kinds == {CRASHING: "corrupt"}
+
+
+def test_no_file_is_blamed_where_processes_can_share_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SHARED_MEMORY", root / "shm")
+    with pytest.raises(UserError, match=r"shm, where .* cannot be written to: .* tmpfs there$"):
+        scan(root)
 
 
 def test_processes_are_bounded_in_memory_and_time(root: Path) -> None:

@@ -28,6 +28,7 @@ from pipelines.datasets.checks import check_file
 from pipelines.datasets.images import ImageFile, Images, Listing, PassedOver
 from pipelines.errors import Damage, UserError
 from pipelines.files import atomic_write, cache_folder
+from pipelines.limits import has_shared_memory
 from pipelines.workers import in_processes, num_cores
 
 VERSION = 4
@@ -35,6 +36,9 @@ CHUNK = 512
 """Images that are checked at a time."""
 MANY = 20_000
 """Number of images from which on processes pay; fewer are checked in threads."""
+AT_A_TIME = 8
+"""Jobs under way at least, on however few cores: it pays where the disk is slow."""
+SCAN = "python -m pipelines.prepare scan"
 SETTLED_SECONDS = 2.0
 """A folder that changed less than this before it was listed may change again within the same tick
 of its clock: its index is not cached."""
@@ -140,16 +144,28 @@ def check_all(images: Sequence[ImageFile]) -> tuple[NDArray[np.int64], Bad]:
 
 
 def run_checks(jobs: Iterator[Job], count: int) -> Iterator[Checked]:
-    """Run `check_images` on every job, with a progress bar where there are many images."""
-    if count < MANY:
-        # Up to 8 at a time, which pays where the disk is slow.
-        with ThreadPoolExecutor(8) as pool:
-            yield from pool.map(check_images, jobs)
-        return
-    with tqdm(total=count, unit="image", desc="checking images", disable=None) as bar:
-        for checked in in_processes(check_images, jobs, max(8, num_cores())):
+    """Run `check_images` on every job, with a progress bar where there are many images.
+
+    Many are checked by processes, where the system has what these share. Raises UserError where one
+    is killed.
+    """
+    many = count >= MANY
+    run = run_in_processes if many and has_shared_memory() else run_in_threads
+    hidden = None if many else True  # None: where nobody sees it
+    with tqdm(total=count, unit="image", desc="checking images", disable=hidden) as bar:
+        for checked in run(jobs):
             bar.update(len(checked[1]))
             yield checked
+
+
+def run_in_threads(jobs: Iterator[Job]) -> Iterator[Checked]:
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        yield from pool.map(check_images, jobs)
+
+
+def run_in_processes(jobs: Iterator[Job]) -> Iterator[Checked]:
+    remedy = f"{SCAN} DIR --workers 1 finds such files, to be removed"
+    return in_processes(check_images, jobs, max(AT_A_TIME, num_cores()), remedy)
 
 
 def check_images(job: Job) -> Checked:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.datasets.images import ImageFile, Images, Listing, PassedOver
-from pipelines.datasets.index import Index, cached_index, index_folder
+from pipelines.datasets.index import SCAN, Index, cached_index, index_folder
 from pipelines.datasets.pixels import orientation_of, stored_size, swapped
 from pipelines.datasets.rule import SplitRule
 from pipelines.datasets.shards import has_shards
@@ -26,7 +26,6 @@ from pipelines.limits import system_limit
 
 BY_FOLDERS = SplitRule()
 ON_BAD_IMAGE = ("error", "skip")
-SCAN = "python -m pipelines.prepare scan"
 Bad = tuple[str, str]
 """An image as errors name it, and what is wrong with it in words that continue the sentence."""
 

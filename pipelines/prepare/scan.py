@@ -34,7 +34,7 @@ from pipelines.files import cache_folder, write_object, write_text
 from pipelines.prepare.duplicates import between_splits, equal_files
 from pipelines.prepare.examine import MAX_SECONDS, Examined, examine_all
 from pipelines.prepare.findings import DAMAGE, NOTES, Findings, Listing, describe
-from pipelines.workers import in_processes, num_cores
+from pipelines.workers import WorkerKilled, in_processes, num_cores
 
 HEADERS, PIXELS = 128, 16
 """Files in a job, with headers and with pixels read: Ctrl-C waits until the current jobs end."""
@@ -169,7 +169,7 @@ def examine_files(
                 del under_way[done[0][0]]
                 yield done
             return
-        except UserError:  # one of those under way has ended its process
+        except WorkerKilled:  # by one of those under way
             for part in under_way.values():
                 yield from examine_apart(job, part)
             under_way.clear()
@@ -179,7 +179,7 @@ def examine_apart(job: Job, names: list[str]) -> Iterator[list[tuple[str, Examin
     """Examine files in a process of their own; if that is killed, each file in one."""
     try:
         yield next(in_processes(job, [names], 1))
-    except UserError:
+    except WorkerKilled:
         if len(names) > 1:
             for name in names:
                 yield from examine_apart(job, [name])
