@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from pipelines.datasets import digits as digits_module
+from pipelines.datasets.copies import find_copies
 from pipelines.datasets.digits import digits_folder
 from pipelines.datasets.split import Split, check_classes, notes_of, read_split
 from pipelines.errors import UserError
+from pipelines.prepare.resize import Resizer
 
 PIXELS = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
 
@@ -146,7 +148,26 @@ def test_what_is_not_read_is_counted(root: Path) -> None:
 def test_a_folder_with_a_dataset_json_is_no_class(root: Path) -> None:
     (root / "train" / "160" / "train" / "cat").mkdir(parents=True)
     (root / "train" / "160" / "dataset.json").write_text("{}")
-    assert read_split(root, "train").classes == ("cat", "dog")
+    split = read_split(root, "train")
+    assert split.classes == ("cat", "dog")
+    assert notes_of(split) == [
+        f"passed over 1 file or folder of metadata; the first: {root}/train/160"
+    ]
+    PIXELS.save(root / "train" / "160" / "beside.png")
+    (root / "train" / "160" / "dataset.json").write_text('{"short_side": 160, "quality": 90}')
+    assert read_split(root, "train").classes == ("cat", "dog"), "copies in whatever folders"
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"id": "dog"}', "no JSON"])
+def test_a_class_may_have_a_dataset_json_of_another_program(root: Path, content: str) -> None:
+    """As Kaggle's tools leave them."""
+    for folder in (root, root / "train", root / "train" / "dog"):
+        (folder / "dataset.json").write_text(content)
+    split = read_split(root, "train")
+    assert split.classes == ("cat", "dog") and len(split) == 4
+    assert find_copies(root) == find_copies(root / "train") == {}
+    facts = Resizer(root, root, (8,), 90).facts_of(root / "8")
+    assert facts == {"short_side": 8, "quality": 90}
 
 
 def test_what_is_there_instead_is_named(root: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pipelines.datasets.folders import list_folder
 from pipelines.datasets.images import ImageFile, whole_files
 from pipelines.datasets.index import check_images, make_index
 from pipelines.datasets.shards import index_text, layout, list_shards, member_names, shard_stamps
+from pipelines.datasets.split import undecodable
 from pipelines.errors import Damage, UserError
 from pipelines.prepare.__main__ import main
 from pipelines.prepare.shard import Plan, write_tar
@@ -64,6 +65,26 @@ def test_they_hold_what_the_folder_holds(packed: tuple[Path, Path]) -> None:
         first = listing.images[0]
         name = f"class%20{listing.labels[0]}/{paths[order[0]].name}"
         assert str(first) == f"{dst}/{split}-00000.tar:{name}"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("scan",), ("resize", "new", "--short-side", 16), ("shard", "new")]
+)
+def test_commands_that_take_image_files_say_so(
+    packed: tuple[Path, Path], arguments: tuple[object, ...], tmp_path: Path
+) -> None:
+    command, *others = arguments
+    target = [str(tmp_path / "new") if each == "new" else str(each) for each in others]
+    text = f"{packed[1]} holds shards, which prepare {command} does not read: name the image folder"
+    with pytest.raises(UserError, match=f"^{text}"):
+        main([str(command), str(packed[1]), *target])
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_scan_is_advised_of_what_it_does_not_read(packed: tuple[Path, Path]) -> None:
+    image = list_shards(packed[1], "val").images[0]
+    text = str(undecodable(image, ValueError("a defect")))
+    assert text == f"{image} cannot be decoded (a defect): name it in --skip-list"
 
 
 def test_they_are_read_in_the_order_of_the_tar(packed: tuple[Path, Path]) -> None:

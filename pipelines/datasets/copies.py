@@ -13,7 +13,7 @@ import numpy as np
 from pipelines.datasets.folders import class_names, list_below, tree_stamps
 from pipelines.datasets.index import cached_index
 from pipelines.datasets.known import ORIGINAL
-from pipelines.datasets.manifest import read_manifest
+from pipelines.datasets.manifest import known_facts
 from pipelines.datasets.rule import stem
 from pipelines.datasets.split import Split
 from pipelines.errors import UserError
@@ -27,7 +27,7 @@ def find_copies(root: Path) -> dict[str, int]:
     """Find the finished copies in a data folder: name -> length of the short side, in pixels."""
     found = {}
     for name in class_names(root):
-        facts = read_manifest(root / name)
+        facts = known_facts(root / name)
         side = facts.get("short_side")
         if facts.get("complete") is True and isinstance(side, int):
             found[name] = side

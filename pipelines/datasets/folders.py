@@ -13,6 +13,7 @@ import numpy as np
 
 from pipelines.datasets.images import Images, Listing, PassedOver
 from pipelines.datasets.manifest import NAME as DATASET
+from pipelines.datasets.manifest import known_facts
 from pipelines.errors import UserError
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
@@ -150,11 +151,16 @@ def tree(path: str) -> list[Branch]:
 
 
 def classes_in(top: Branch) -> tuple[str, ...]:
-    """List the classes of a split, whose own folder `top` is.
+    """List the classes of a split, whose own folder `top` is: its folders but for data sets."""
+    return tuple(name for name in top.folders if not is_dataset(f"{top.path}/{name}"))
 
-    A folder with a dataset.json is a data set, such as the copies that `prepare resize` makes.
-    """
-    return tuple(name for name in top.folders if not os.path.exists(f"{top.path}/{name}/{DATASET}"))
+
+def is_dataset(path: str) -> bool:
+    """Whether a folder is a data set by itself: copies that `prepare resize` has made, or what has
+    a dataset.json of whatever program and no image beside it."""
+    if not os.path.exists(f"{path}/{DATASET}"):
+        return False
+    return "short_side" in known_facts(Path(path)) or not look(path).images
 
 
 def list_folder(folder: Path) -> Listing:
@@ -168,7 +174,7 @@ def list_folder(folder: Path) -> Listing:
         raise no_classes(top)
     holders: list[str] = []
     labels: list[int] = []
-    metadata = [f"{folder}/{name}" for name in top.metadata]
+    metadata = [f"{folder}/{name}" for name in {*top.metadata, *top.folders}.difference(classes)]
 
     def names() -> Iterator[list[str]]:
         for label, name in enumerate(classes):

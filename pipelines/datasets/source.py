@@ -101,6 +101,15 @@ def find_source(root: Path, split: str, rule: SplitRule) -> Source:
     )
 
 
+def check_no_shards(root: Path, command: str) -> None:
+    """Raise UserError for shards, where a command takes the image files themselves."""
+    if has_shards(root):
+        raise UserError(
+            f"{root} holds shards, which {command} does not read: name the image folder that they "
+            "were made of"
+        )
+
+
 def undivided(root: Path) -> Path:
     """Find the folder of the classes that --val-fraction divides: train/, or the data folder.
 

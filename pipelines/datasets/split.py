@@ -286,7 +286,9 @@ def undecodable(file: ImageFile, reason: Exception) -> UserError:
     text = " ".join(str(reason).split())
     if not isinstance(reason, Damage):
         text = f"cannot be decoded ({text})"
-    remedy = f"remove it or name it in --skip-list; {SCAN} DIR --decode finds all such files"
+    remedy = "name it in --skip-list"
+    if file.size is None:  # `prepare scan` does not read shards
+        remedy = f"remove it or name it in --skip-list; {SCAN} DIR --decode finds all such files"
     return BadImage(file, text, remedy)
 
 

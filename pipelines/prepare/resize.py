@@ -36,10 +36,10 @@ from pipelines.datasets.checks import check_file, damage
 from pipelines.datasets.folders import SPLIT_FOLDERS, find_split, list_folder
 from pipelines.datasets.images import ImageFile, changed_ns, status_of
 from pipelines.datasets.labels import read_table
-from pipelines.datasets.manifest import NAME, read_manifest
+from pipelines.datasets.manifest import NAME, known_facts, read_manifest
 from pipelines.datasets.pixels import ORIENTATION, orientation_of, rgb, stored_size
 from pipelines.datasets.rule import SplitRule
-from pipelines.datasets.source import undivided
+from pipelines.datasets.source import check_no_shards, undivided
 from pipelines.datasets.split import passed_over_notes
 from pipelines.errors import UserError
 from pipelines.files import Row, atomic_write_in, scratch_folder, write_object
@@ -177,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the copies; returns 1 if images are damaged. UserError names the flag or file."""
     if args.workers < 1:
         raise UserError(f"--workers must be at least 1, not {args.workers}")
+    check_no_shards(args.src, "prepare resize")
     resizer = Resizer(args.src, args.dst, tuple(sorted(set(args.short_side))), args.quality)
     resizer.check()
     rule = SplitRule(val_fraction=args.val_fraction, labels=args.labels)
@@ -288,7 +289,7 @@ class Resizer:
 
     def facts_of(self, tree: Path) -> Row:
         """Describe a tree for its dataset.json. UserError if it was made with another quality."""
-        origin = read_manifest(self.src)
+        origin = known_facts(self.src)
         found = read_manifest(tree).get("quality", self.quality)
         if found != self.quality:
             raise UserError(

@@ -21,7 +21,7 @@ from pipelines.cli import add_rule_flags
 from pipelines.datasets.images import status_of
 from pipelines.datasets.rule import SplitRule
 from pipelines.datasets.skip_list import skip_line
-from pipelines.datasets.source import find_source
+from pipelines.datasets.source import check_no_shards, find_source
 from pipelines.datasets.split import (
     BY_FOLDERS,
     Split,
@@ -55,6 +55,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Scan; returns 1 where something would stop training. UserError names the flag or folder."""
     check_flags(args.workers, args.report, args.skip_list)
+    check_no_shards(args.folder, "prepare scan")
     root = Path(os.path.abspath(args.folder))
     listing = list_folder(root, SplitRule(val_fraction=args.val_fraction, labels=args.labels))
     cache = ScanCache(root)

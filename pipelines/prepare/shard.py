@@ -23,9 +23,10 @@ from pipelines.cli import add_rule_flags, check_seed
 from pipelines.datasets import shards
 from pipelines.datasets.folders import SPLIT_FOLDERS, find_split, visible
 from pipelines.datasets.images import changed_ns, open_file, unreadable
-from pipelines.datasets.manifest import read_manifest
+from pipelines.datasets.manifest import known_facts
 from pipelines.datasets.rule import SplitRule
 from pipelines.datasets.shards import Manifest, Shard
+from pipelines.datasets.source import check_no_shards
 from pipelines.datasets.split import ON_BAD_IMAGE, Split, check_classes, notes_of, read_split
 from pipelines.errors import Damage, UserError
 from pipelines.files import atomic_write_in, scratch_folder
@@ -162,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the missing shards; returns 0. Raises UserError naming the flag, folder or file."""
     started = time.perf_counter()
     check_flags(args)
+    check_no_shards(args.src, "prepare shard")
     earlier = earlier_manifest(args.dst, args.seed, args.shard_size)
     rule = SplitRule(val_fraction=args.val_fraction, labels=args.labels)
     splits = read_splits(args.src, args.skip_list, args.on_bad_image, rule)
@@ -174,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
         shard_size=args.shard_size,
         classes=next(iter(splits.values())).classes,
         splits={name: tuple(map(planned, listed)) for name, listed in plans.items()},
-        dataset=read_manifest(args.src),
+        dataset=known_facts(args.src),
     )
     if earlier is not None and earlier.plan() != manifest.plan():
         raise UserError(f"{args.dst} holds shards of other images: name another DST or remove it")
