@@ -18,7 +18,7 @@ from pipelines.cli import add_rule_flags, exit_status, make_parser
 from pipelines.datasets.rule import SplitRule
 from pipelines.datasets.split import Split, notes_of, read_split
 from pipelines.errors import UserError
-from pipelines.prepare.findings import printable
+from pipelines.files import printable
 from pipelines.workers import num_cores
 
 MOST_IMAGES = 1000

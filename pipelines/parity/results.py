@@ -15,9 +15,9 @@ from PIL import ImageChops
 
 from pipelines import pages
 from pipelines.environment import processor, versions
-from pipelines.files import atomic_write, write_object, write_text
+from pipelines.files import atomic_write, printable, write_object, write_text
 from pipelines.parity.compare import NUM_CROPS, SIGNIFICANCE, Comparison, CropTest, Example
-from pipelines.prepare.findings import printable, shown
+from pipelines.prepare.findings import shown
 
 SPLITS = {"val": "validation", "train": "training"}
 HEADER = ("split", "px", "verdict", "mean", "99 %", "max", "inside", "bound", "images")

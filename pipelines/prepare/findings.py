@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.files import printable
 from pipelines.prepare.duplicates import Duplicates
 from pipelines.prepare.examine import Examined
 
@@ -194,11 +194,6 @@ def shown(path: str) -> str:
     """Escape and shorten a path, so that it fits on one line."""
     path = path if path.isprintable() else ascii(path)[1:-1]
     return path if len(path) <= 120 else f"{path[:70]}...{path[-45:]}"
-
-
-def printable(text: str) -> str:
-    """Escape the bytes of file names that are not UTF-8."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def advice(findings: Findings, skip_list: Path | None) -> str:
