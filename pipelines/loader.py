@@ -184,13 +184,9 @@ class LoaderSpec(Transforms):
         step, micro_batch = divmod(step, self.accumulation)
         return step, self.shard_id * self.accumulation + micro_batch
 
-    def resized_side(self, image_size: int) -> int:
-        """Validation: the shorter side of an image before the crop, in pixels."""
-        return int(image_size * self.resize_ratio + 0.5)
-
-    def source(self, stage: Stage) -> Split:
-        """Return the split or copy whose files a stage reads."""
-        return self.copies[stage.copy] if stage.copy else self.split
+    def source(self, copy: str) -> Split:
+        """Return what `Stage.copy` names: a copy, or the split itself."""
+        return self.copies[copy] if copy else self.split
 
 
 class Loader(Protocol):
@@ -230,6 +226,11 @@ class Loader(Protocol):
 
     def close(self) -> None:
         """Free threads, processes and memory; closing twice is fine."""
+
+
+def resized_side(image_size: int, resize_ratio: float) -> int:
+    """Compute the shorter side of an image in validation before the crop, in pixels."""
+    return int(image_size * resize_ratio + 0.5)
 
 
 def train_steps(num_images: int, batch_size: int, num_shards: int) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipelines.datasets.images import ImageFile
 from pipelines.errors import UserError
-from pipelines.loader import LoaderSpec, Stage, eval_range
+from pipelines.loader import LoaderSpec, Stage, eval_range, resized_side
 
 ATTEMPTS = 10
 """Tries for a crop that fits inside the image, as many as torchvision's RandomResizedCrop makes."""
@@ -116,7 +116,7 @@ class BatchSampler:
             crops = draw_crops(spec, generator, len(indices), stage.min_scale)
             if spec.alternating_flip:
                 crops = replace(crops, mirror=(self.first_flips[indices] + epoch) % 2)
-        source = spec.source(stage).files
+        source = spec.source(stage.copy).files
         files = [source[index] for index in indices.tolist()]
         return Batch(files, self.labels[indices], shape, crops, indices, stage.copy)
 
@@ -258,7 +258,7 @@ class Rectangles:
         num_batches = -(-len(self.order) // stage.batch_size)
         batch = eval_range(num_batches, spec.shard_id, spec.num_shards)[step]
         indices = self.order[batch * stage.batch_size : (batch + 1) * stage.batch_size]
-        short_side = spec.resized_side(stage.image_size)
+        short_side = resized_side(stage.image_size, spec.resize_ratio)
         return indices, crop_shape(self.shapes[indices], stage.image_size, short_side)
 
 

@@ -260,7 +260,7 @@ def test_an_image_of_another_shape_than_the_indexed_one_is_named(
 
 
 def test_a_gpus_batches_are_ordered_by_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without one, DALI would have the host wait for each batch."""
+    """That of its device. Without one, DALI would have the host wait for each batch."""
     ran: list[tuple[Any, ...]] = []
 
     class Ran:
@@ -268,12 +268,12 @@ def test_a_gpus_batches_are_ordered_by_torchs_stream(monkeypatch: pytest.MonkeyP
             ran.append(stream)
             return "images", "labels"
 
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: f"stream {len(ran)}")
-    for device in ("cuda:0", "cpu"):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda of: f"stream {len(ran)} of {of}")
+    for device in ("cuda:1", "cpu"):
         feed = SimpleNamespace(spec=SimpleNamespace(device=device), in_flight=deque("ab"))
         batches = outputs(cast("Any", Ran()), cast("Feed", feed))
         assert [next(batches) for _ in "ab"] == [(("images", "labels"), of) for of in "ab"]
-    assert ran == [("stream 0",), ("stream 1",), (), ()]
+    assert ran == [("stream 0 of cuda:1",), ("stream 1 of cuda:1",), (), ()]
 
 
 DAMAGE = """
@@ -319,7 +319,7 @@ def test_a_damaged_file_is_named_and_never_ends_the_process(cifar10: Path, tmp_p
 def test_a_batch_on_a_gpu_is_given_back_after_the_work_on_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A fake CUDA stream that does nothing until it is waited for."""
+    """A fake stream of the second GPU that does nothing until it is waited for."""
     log: list[str] = []
 
     class Event:
@@ -352,14 +352,16 @@ def test_a_batch_on_a_gpu_is_given_back_after_the_work_on_it(
             weakref.finalize(memory, log.append, f"memory {self.number} is given back")
             return torch.from_numpy(memory)
 
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    second = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "current_stream", {second: Stream()}.__getitem__)
 
     class Labels:
         def as_tensor(self) -> Tensor:
             return torch.zeros(2)
 
     fed = cast("Fed", SimpleNamespace(batch=None))
-    batches = keep_until_consumed(((Decoded(number), Labels()), fed) for number in range(99))
+    decoded = (((Decoded(number), Labels()), fed) for number in range(99))
+    batches = keep_until_consumed(decoded, second)
     for _ in range(MAX_KEPT + 3):
         next(batches)
     assert log == [

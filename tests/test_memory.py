@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,20 @@ def test_the_cache_is_kept_until_the_loader_is_closed(cifar10: Path) -> None:
     loader.load_state_dict({"epoch": 0, "step": 0})
     assert torch.equal(next(iter(loader))[0], first[0]), "read anew"
     loader.close()
+
+
+def test_main_memory_has_but_a_part_of_what_another_device_keeps(cifar10: Path) -> None:
+    """Filled piece by piece: the processes of all GPUs share the main memory of their node."""
+    stages = (Stage(epochs=1, image_size=64, batch_size=30), STAGES[0])
+    spec = spec_of(read_split(cifar10, "train"), stages=stages, reflect_pad=4, device="meta")
+    tracemalloc.start()
+    try:
+        loader = MemoryLoader(spec)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert {images.device.type for images in loader.images.values()} == {"meta"}
+    assert peak < sum(images.nbytes for images in loader.images.values()) / 2
 
 
 @pytest.mark.parametrize("fields", [{"reflect_pad": 4}, {"training": False}])

@@ -20,6 +20,7 @@ from pipelines.augment.crops import normalise, on_device, resized_crop, window_c
 from pipelines.backends.stream import StreamLoader
 from pipelines.backends.torchvision import decode, padded, validation_crop
 from pipelines.datasets.images import ImageFile
+from pipelines.datasets.index import SCAN
 from pipelines.datasets.split import undecodable
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage, eval_range
@@ -35,6 +36,7 @@ BATCH_BYTES = 16
 """Upper bound of the bytes per value of a batch: uint8, and floats before and after each step."""
 SHARE = 0.8
 """Largest share of the free memory to take: the network and its activations need the rest."""
+REMEDY = f"--backend dali needs less, and {SCAN} DIR --decode finds such files"
 T = TypeVar("T")
 
 
@@ -124,20 +126,20 @@ class MemoryLoader(StreamLoader):
     def fill(self) -> None:
         """Decode every file into the cache; on an error it stays empty."""
         spec, count = self.spec, len(self.indices)
-        stages = {stage.copy: stage for stage in spec.stages}
+        copies = dict.fromkeys(stage.copy for stage in spec.stages)
         random_area = spec.training and not spec.reflect_pad
-        for copy, stage in stages.items():
+        for copy in copies:
             if random_area and copy not in self.shapes:
-                shapes = spec.source(stage).shapes_of(np.asarray(self.indices), spec.upright)
+                shapes = spec.source(copy).shapes_of(np.asarray(self.indices), spec.upright)
                 self.shapes[copy] = shapes
         sides = {(stage.copy, stage.image_size): self.side(stage) for stage in spec.stages}
         self.check_memory(sides)
         # Stages of different image sizes may share squares.
         cache = {
-            (copy, side): np.empty((count, side, side, 3), np.uint8)
-            for (copy, _), side in sides.items()
+            (copy, side): torch.empty(count, side, side, 3, dtype=torch.uint8, device=self.device)
+            for copy, side in {(copy, side) for (copy, _), side in sides.items()}
         }
-        for copy, stage in stages.items():
+        for copy in copies:
             decoder = SquareDecoder(
                 sides=tuple(side for other, side in cache if other == copy),
                 training=spec.training,
@@ -145,29 +147,26 @@ class MemoryLoader(StreamLoader):
                 reflect_pad=spec.reflect_pad,
                 resize_ratio=spec.resize_ratio,
             )
-            for chunk, squares in self.read_files(decoder, stage):
+            for chunk, squares in self.read_files(decoder, copy):
                 for side, images in zip(decoder.sides, squares, strict=True):
-                    cache[copy, side][chunk] = images
-        squares_of = {
-            key: torch.from_numpy(images).to(self.device) for key, images in cache.items()
-        }
+                    cache[copy, side][chunk].copy_(torch.from_numpy(images))
         self.images = {
-            (copy, image_size): squares_of[copy, side] for (copy, image_size), side in sides.items()
+            (copy, image_size): cache[copy, side] for (copy, image_size), side in sides.items()
         }
 
     def read_files(
-        self, read: Callable[[Sequence[ImageFile]], T], stage: Stage
+        self, read: Callable[[Sequence[ImageFile]], T], copy: str
     ) -> Generator[tuple[slice, T]]:
-        """Call `read` on the stage's files of the cached images, CHUNK at a time, in any order.
+        """Call `read` on a copy's files of the cached images, CHUNK at a time, in any order.
 
         Yields which of the cached images were read, and the result. Raises what `read` raises.
         """
-        files, count = self.spec.source(stage).files, len(self.indices)
+        files, count = self.spec.source(copy).files, len(self.indices)
         chunks = (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
         jobs = ((chunk, [files[index] for index in self.indices[chunk]]) for chunk in chunks)
         job, num_workers = partial(read_chunk, read), self.spec.num_threads
         many = num_workers > 1 and count >= MANY
-        yield from in_processes(job, jobs, num_workers) if many else map(job, jobs)
+        yield from in_processes(job, jobs, num_workers, REMEDY) if many else map(job, jobs)
 
     def side(self, stage: Stage) -> int:
         """Height and width of the squares for all stages of this one's copy and image size."""

@@ -23,7 +23,7 @@ from pipelines.datasets.pixels import rgb
 from pipelines.datasets.split import undecodable
 from pipelines.errors import UserError
 from pipelines.limits import SHARED_MEMORY, allow_open_files
-from pipelines.loader import LoaderSpec
+from pipelines.loader import LoaderSpec, resized_side
 from pipelines.sampling import Batch, BatchSampler, CropParams, crop_box, to_index
 from pipelines.workers import leave_signals_to_parent, preload_torchvision
 
@@ -178,7 +178,7 @@ def padded(image: Tensor, size: int, pad: int) -> Tensor:
 
 def validation_crop(image: Tensor, shape: tuple[int, int], resize_ratio: float) -> Tensor:
     """Resize the short side, then take the centre: (3, *shape) uint8."""
-    short = int(min(shape) * resize_ratio + 0.5)
+    short = resized_side(min(shape), resize_ratio)
     image = functional.resize(image, [short], InterpolationMode.BILINEAR, antialias=True)
     return functional.center_crop(image, list(shape))
 

@@ -29,7 +29,7 @@ from pipelines.datasets.pixels import (
     swapped,
 )
 from pipelines.datasets.split import undecodable
-from pipelines.loader import LoaderSpec
+from pipelines.loader import LoaderSpec, resized_side
 from pipelines.sampling import Batch, crop_box
 
 Files = NDArray[np.uint8] | list[TensorCPU]
@@ -60,15 +60,14 @@ class Fed:
     @classmethod
     def of(cls, spec: LoaderSpec, batch: Batch) -> Fed:
         """Compute a batch of `spec`. Raises UserError for an image whose header cannot be read."""
-        source = spec.copies[batch.copy] if batch.copy else spec.split
-        shapes, orientations = source.headers_of(batch.indices)
+        shapes, orientations = spec.source(batch.copy).headers_of(batch.indices)
         if not spec.upright:
             orientations = np.ones_like(orientations)
         seen, count = swapped(shapes, orientations), len(shapes)
         size, corner = np.full((count, 2), batch.shape), np.zeros((count, 2), np.int64)
         start = extent = None
         if not spec.training:
-            short = spec.resized_side(min(batch.shape))
+            short = resized_side(min(batch.shape), spec.resize_ratio)
             size = short * seen // seen.min(1, keepdims=True)  # torchvision rounds down
             corner = np.rint((size - batch.shape) / 2).astype(np.int64)
         elif not spec.reflect_pad:

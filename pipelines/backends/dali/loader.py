@@ -47,7 +47,7 @@ class DaliLoader(StreamLoader):
         os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
         assert spec.device != "cpu" or not spec.half, "float16 is for GPUs"
         self.sampler = BatchSampler(spec)
-        sources = {spec.source(stage) for stage in spec.stages}
+        sources = {spec.source(stage.copy) for stage in spec.stages}
         self.packed = any(source.in_shards for source in sources)
         """Whether images are read in Python, since DALI's operator reads whole files only."""
 
@@ -58,7 +58,8 @@ class DaliLoader(StreamLoader):
         feed = Feed(self.spec, source, finish=on_gpu)
         pipeline = build(self.spec, feed, self.packed)
         done = outputs(pipeline, feed)
-        finished = keep_until_consumed(done) if on_gpu else finish_batches(self.spec, done)
+        device = torch.device(self.spec.device)
+        finished = keep_until_consumed(done, device) if on_gpu else finish_batches(self.spec, done)
         try:
             for images, labels, batch in finished:
                 if batch.crops is not None and self.spec.reflect_pad:
@@ -83,39 +84,40 @@ class DaliLoader(StreamLoader):
 def outputs(pipeline: Pipeline, feed: Feed) -> Generator[tuple[Sequence[Any], Fed]]:
     """Run the pipeline batch after batch: its outputs, in lists of DALI's, and what they are.
 
-    On a GPU the work on them is ordered by torch's current stream, and the host does not wait for
-    it. Raises UserError for a file that cannot be decoded.
+    On a GPU the work on them is ordered by torch's current stream there, and the host does not wait
+    for it. Raises UserError for a file that cannot be decoded.
     """
-    on_gpu = feed.spec.device != "cpu"
+    device = torch.device(feed.spec.device)
+    on_gpu = device.type != "cpu"
     while True:
         try:
             # Without a stream, DALI has the host wait until the batch is finished.
-            done = pipeline.run(torch.cuda.current_stream()) if on_gpu else pipeline.run()
+            done = pipeline.run(torch.cuda.current_stream(device)) if on_gpu else pipeline.run()
         except RuntimeError as error:
             raise unreadable(feed, error) from error
         yield done, feed.in_flight.popleft()
 
 
 def keep_until_consumed(
-    outputs: Iterator[tuple[Sequence[Any], Fed]],
+    outputs: Iterator[tuple[Sequence[Any], Fed]], device: torch.device
 ) -> Generator[tuple[Tensor, Tensor, Batch]]:
     """Yield batches on a GPU and keep each until the work that was queued on it is done.
 
-    DALI orders what it writes before what torch's current stream reads, but reuses memory as soon
-    as no reference is left. The end of the work is polled, not waited for, up to MAX_KEPT batches:
-    the wait would be measured as one for data.
+    DALI orders what it writes before what torch's current stream there reads, but reuses memory as
+    soon as no reference is left. The end of the work is polled, not waited for, up to MAX_KEPT
+    batches: the wait would be measured as one for data.
     """
     queued: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
     try:
         for done, fed in outputs:
             images, labels = (torch.from_dlpack(output.as_tensor()) for output in done)
             yield images.permute(0, 3, 1, 2), labels, fed.batch
-            queued.append((torch.cuda.current_stream().record_event(), images, labels))
+            queued.append((torch.cuda.current_stream(device).record_event(), images, labels))
             while queued and (queued[0][0].query() or len(queued) > MAX_KEPT):
                 queued[0][0].synchronize()
                 queued.popleft()
     finally:
-        torch.cuda.current_stream().synchronize()
+        torch.cuda.current_stream(device).synchronize()
 
 
 def empty_pipeline(spec: LoaderSpec) -> Pipeline:
