@@ -19,6 +19,7 @@ from fastimagenet.recipes import toml
 from fastimagenet.recipes.recipe import Recipe
 from pipelines.backends import make_loader
 from pipelines.cli import check_seed
+from pipelines.datasets.remote import is_url, local_copy
 from pipelines.datasets.split import read_split
 from pipelines.errors import UserError, did_you_mean
 from pipelines.loader import LoaderSpec, Stage, Transforms
@@ -49,7 +50,7 @@ def train(
 ) -> Run:
     """Train a classifier as `python -m fastimagenet.train` does, and open the folder of the run.
 
-    data: an image folder or shards; None trains the embedded digits.
+    data: an image folder, shards, or a URL of shards; None trains the embedded digits.
     recipe: a name, a TOML file or a `Recipe`. epochs: stretches it. set: its fields to change, such
     as {"max_lr": 1.2, "phases.0.image_size": 96}.
     output: the folder of the run; None makes a new one in runs/.
@@ -64,7 +65,7 @@ def train(
     from fastimagenet.report.run import Run
 
     config = _config(data, recipe, output, epochs, set, options)
-    return Run.open(_folder_of(*run.train(config)))
+    return Run.open(_folder_of(*run.train(config), "plan.json"))
 
 
 def loader(
@@ -83,7 +84,7 @@ def loader(
 ) -> Loader:
     """Open a loader of normalised batches: images (B, 3, S, S) float32, labels (B,) int64.
 
-    data: an image folder or shards; None reads the embedded digits.
+    data: an image folder, shards, or a URL of shards; None reads the embedded digits.
     split: "train" is shuffled and augmented, "val" reads every image once.
     val_fraction, labels: how images are divided that are in no folders train/ and val/.
     device: "cpu" or "cuda:INDEX", where the batches end up.
@@ -97,7 +98,7 @@ def loader(
         raise UserError(f'split must be "train" or "val", not {split!r}')
     threads = num_cores() if num_threads is None else num_threads
     for name, value, least in (
-        ("image_size", image_size, 1),
+        ("image_size", image_size, 8),
         ("batch_size", batch_size, 1),
         ("num_threads", threads, 0 if backend == "torchvision" else 1),
     ):
@@ -111,7 +112,7 @@ def loader(
     phase = {"epochs": 1, "image_size": image_size, "batch_size": batch_size}
     checked = toml.from_plain({"name": "loader", "max_lr": 1, "phases": [phase], **transforms})
     read = DataConfig(
-        folder=_checked("data", data, Path | None),
+        folder=_folder(data),
         val_fraction=_checked("val_fraction", val_fraction, float | None),
         labels=_checked("labels", labels, Path | None),
     )
@@ -167,17 +168,20 @@ def lr_find(
         if name in _OF_TRAINING:
             raise UserError(f"lr_find has no argument {name}: it is one of train")
     config = _config(data, recipe, output, None, set, options)
-    return Sweeps.open(_folder_of(*run.sweep(config, settings)))
+    return Sweeps.open(_folder_of(*run.sweep(config, settings), "lr_find.json"))
 
 
-def _folder_of(status: int, folder: Path | None) -> Path:
+def _folder_of(status: int, folder: Path | None, result: str) -> Path:
     """Return the folder of a command that has ended with this status.
 
-    Raises PeerLost where a process that it has started has failed.
+    Raises PeerLost where a process that it has started has failed, and KeyboardInterrupt, as one
+    process alone does, where all were stopped before there was any `result`.
     """
     if status not in (0, *STOPPED):
         raise PeerLost(f"a process has ended with status {status}: what it has printed says why")
     assert folder is not None, "of several nodes, it was asked for"
+    if status and not (folder / result).exists():
+        raise KeyboardInterrupt
     return folder
 
 
@@ -198,7 +202,7 @@ def _config(
         _known(name, [key for part in parts for key in hints[part] if key not in _OWN_ARGUMENT])
         part = next(part for part in parts if name in hints[part])
         parts[part][name] = _checked(name, value, hints[part][name])
-    folder = _checked("data", data, Path | None)
+    folder = _folder(data)
     launch = Launch(**parts[Launch])
     data_config = DataConfig(folder=folder, **parts[DataConfig])
     chosen: tuple[str, ...] = ()
@@ -233,6 +237,14 @@ _OF_TRAINING = (
 """Options that a sweep has no use for, as the command `lr_find` has no flags for them."""
 
 
+def _folder(data: str | Path | None) -> Path | None:
+    """Return the folder to read: that of the local copy where `data` is a URL."""
+    if isinstance(data, str) and is_url(data):
+        return local_copy(data)
+    folder: Path | None = _checked("data", data, Path | None)
+    return folder
+
+
 def _known(name: str, known: Collection[str]) -> None:
     """Raise UserError for an unknown argument, with the nearest name."""
     if name not in known:
@@ -240,7 +252,7 @@ def _known(name: str, known: Collection[str]) -> None:
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    """Convert a value to the hint's type: text to a path, a whole number to a float.
+    """Convert a value to the hint's type: text to a path and back, a whole number to a float.
 
     Where several are wanted, one will do.
     """
@@ -250,6 +262,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     kinds = get_args(hint) or (hint,)
     if Path in kinds and isinstance(value, str):
         return Path(value)
+    if str in kinds and Path not in kinds and isinstance(value, Path):
+        return str(value)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastimagenet.distributed.world import Launch, launched_world, run_time
+from fastimagenet.distributed.world import Launch, gpu_count, launched_world, run_time
 from fastimagenet.recipes import RECIPES, named_recipe, toml
 from fastimagenet.recipes.photos import FITTED, fitted
 from fastimagenet.recipes.recipe import Recipe
@@ -159,9 +159,10 @@ class RunConfig:
     def _check_checkpoint(self, path: Path) -> None:
         """Raise UserError where `resume` is no file, or is in no run that `output` may be."""
         if path.is_dir():
+            run = path.parent if path.name == "checkpoints" else self.resume
             raise UserError(
-                f"--resume {self.resume} is a folder: --output {self.resume} --resume auto resumes "
-                "the run in it"
+                f"--resume {self.resume} is a folder: --output {run} --resume auto resumes the run "
+                "in it"
             )
         if self.output is None and path.parent.name != "checkpoints":
             raise UserError(f"--resume {self.resume} is in no run's folder: name an --output")
@@ -244,15 +245,25 @@ def chosen_recipe(
     train = data.read("train")
     assert train.shapes is not None, "their headers were read"
     short_side = int(np.percentile(train.shapes.min(axis=1), 10))
-    world = None if launch.min_nodes else launched_world(launch)  # an elastic one changes
-    processes = launch.resolved().world_size if world is None else world.world_size
-    recipe = fitted(recipe, len(train), short_side, processes)
+    recipe = fitted(recipe, len(train), short_side, processes_of(launch))
     sizes = " and ".join(f"{size} px" for size in {p.image_size: 0 for p in recipe.phases})
     return recipe, (
         f"note: recipe {name}{why}, fitted to {len(train):,} training images, most with a short "
         f"side of {short_side} px or more: batch {recipe.phases[0].batch_size}, "
         f"{recipe.epochs} epochs at {sizes}",
     )
+
+
+def processes_of(launch: Launch) -> int:
+    """Count the processes that a run will have, the most that an elastic one may have.
+
+    Of flags that cannot be met nothing is said yet: a recipe may be for another machine.
+    """
+    world = None if launch.min_nodes else launched_world(launch)
+    if world is not None:
+        return world.world_size
+    gpus = 0 if launch.device == "cpu" else gpu_count()
+    return launch.nodes * (launch.nproc_per_node or gpus or 1)
 
 
 RECIPE_OF = {"ImageNet": "imagenet", "CIFAR10": "cifar10"}

@@ -144,11 +144,6 @@ def check_same_on_all_ranks(
             f"--data: the processes see different images, {min(counts)} and {max(counts)} "
             "(training, validation): give all of them the same files"
         )
-    if len(digests) > 1:
-        raise UserError(
-            "--data: the processes see as many images, but of other names, classes or sizes: give "
-            "all of them the same files"
-        )
     if len(recipes) > 1:
         names = toml.differing_fields(*map(toml.loads, sorted(recipes)[:2]))
         if all(name.endswith(".data") for name in names):
@@ -156,6 +151,11 @@ def check_same_on_all_ranks(
                 "--data: copies of the images are not there for all processes: give all of them "
                 "the same files"
             )
+    if len(digests) > 1:
+        raise UserError(
+            "--data: the processes see as many images, but of other names, classes or sizes: give "
+            "all of them the same files"
+        )
     if len(recipes) > 1 or len(seeds) > 1:
         flag = "--seed" if len(seeds) > 1 else "--recipe, --set or --epochs"
         raise UserError(f"{flag}: the processes differ: type the same command on every node")
@@ -452,7 +452,8 @@ def sweep(
     """
     clock = clock or Stopwatch()
     recipe = with_copies(config.recipe, config.data.root)
-    processes = Processes.of(config.launch)
+    # A sweep leaves nothing that it could go on from.
+    processes = Processes.of(replace(config.launch, max_restarts=0))
     argv = [*config.flags(), *settings.flags()] if argv is None else argv
     if processes.is_first:
         settings.check_recipe_out()

@@ -84,7 +84,7 @@ assert callable(fastimagenet.train) and callable(fastimagenet.lr_find)
         (lambda: fastimagenet.train("/nowhere"), "no folder /nowhere"),
         (lambda: fastimagenet.train(author=" "), "--author must not be empty"),
         (lambda: fastimagenet.loader(None, "test", image_size=8, batch_size=1), "split must be"),
-        (lambda: fastimagenet.loader(image_size=0, batch_size=1), "image_size must be at least 1"),
+        (lambda: fastimagenet.loader(image_size=7, batch_size=1), "image_size must be at least 8"),
         (lambda: fastimagenet.loader(image_size=8, batch_size="x"), "batch_size must be int"),
         (
             lambda: fastimagenet.loader(image_size=8, batch_size=1, mirorr=True),
@@ -104,6 +104,7 @@ assert callable(fastimagenet.train) and callable(fastimagenet.lr_find)
         (lambda: fastimagenet.train(log=3), "log must be str, not 3"),
         (lambda: fastimagenet.train(resume="runs/x/best.pt"), "in no run's folder: name an --outp"),
         (lambda: fastimagenet.train(resume="tests"), "--resume tests is a folder: --output tests"),
+        (lambda: fastimagenet.train("s3://"), "s3:// names no bucket"),
         (lambda: fastimagenet.lr_find(num_it=1e2), "num_it must be int, not 100.0"),
         (lambda: fastimagenet.lr_find(resume="auto"), "lr_find has no argument resume"),
         (lambda: fastimagenet.lr_find(start_lr=0), "--start-lr must be above 0"),
@@ -128,6 +129,9 @@ def test_a_run_whose_processes_have_failed_is_no_run(
     """And of several nodes the folder is the one that was asked for."""
     monkeypatch.setattr(Processes, "run", lambda *_, **__: 137)
     with pytest.raises(PeerLost, match="a process has ended with status 137"):
+        fastimagenet.train(output=tmp_path / "one", **SMALL)
+    monkeypatch.setattr(Processes, "run", lambda *_, **__: 130)
+    with pytest.raises(KeyboardInterrupt):
         fastimagenet.train(output=tmp_path / "one", **SMALL)
     several = {"nodes": 2, "rdzv_endpoint": "localhost:1", "output": tmp_path / "two"}
     monkeypatch.setattr(Processes, "run", lambda *_, **__: 0)

@@ -174,19 +174,23 @@ def test_the_rows_of_earlier_epochs_stay_whoever_counted_their_steps(tmp_path: P
     first.step(step_record(30))
     first.close()
     four = Recorder(tmp_path, 8, io.StringIO())
-    four.start(4, records, renumbered=True)
+    four.start(4, records, 4)
     four.step(replace(step_record(5), epoch=2))
     four.step(replace(step_record(6), epoch=2))
     four.epoch(replace(epoch_record(6), epoch=2))  # killed before its checkpoint was there
     four.close()
     again = Recorder(tmp_path, 8, io.StringIO())
-    again.start(6, records)
+    again.start(6, records, 4)
     again.close()
     found = [(row["kind"], row["epoch"], row["step"]) for row in read_rows(tmp_path)]
     assert found == [
         *(("step", 0, 10), ("epoch", 0, 10), ("step", 1, 20), ("epoch", 1, 20)),
         *(("step", 2, 5), ("step", 2, 6)),
     ]
+    alone = Recorder(tmp_path, 40, io.StringIO())
+    alone.start(20, records, 20)  # from the end of the second epoch, as one process counts it
+    alone.close()
+    assert [row["step"] for row in read_rows(tmp_path)] == [10, 10, 20, 20]
 
 
 def test_rows_that_a_full_disk_does_not_take_are_written_later(

@@ -455,6 +455,17 @@ def test_another_folder_gets_the_checkpoints_that_its_rows_speak_of(tmp_path: Pa
         assert checkpoint.load(new / name)["step"] == step
 
 
+def test_what_a_run_is_resumed_from_is_what_it_would_start_again_from(tmp_path: Path) -> None:
+    """The epoch before, in its own folder, where the last checkpoint is newer."""
+    folder, trainer = tmp_path / "checkpoints", make_trainer(folder=tmp_path)
+    trainer.epoch = 1
+    checkpoint.save_last(folder, trainer.state_dict(), [checkpoint.EPOCH])
+    trainer.epoch = 2
+    checkpoint.save_last(folder, trainer.state_dict())
+    make_trainer(folder=tmp_path).resume(str(folder / checkpoint.EPOCH))
+    assert checkpoint.load(folder / checkpoint.LAST)["epoch"] == 1
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -462,7 +473,7 @@ def test_another_folder_gets_the_checkpoints_that_its_rows_speak_of(tmp_path: Pa
         ({"classes": ["cat"]}, "of a run with other classes: name the --data that"),
         ({"num_train": 49}, "of a run with 50 training images: name the --data and --skip-list"),
         ({"seed": 4}, "of a run with another seed: --seed 0"),
-        ({"copies": "56"}, "of a run with other copies of the images, which were made anew"),
+        ({"copies": "56"}, "of a run with other copies of the images, made anew since"),
         ({"images": "34"}, "of a run with other images, though as many .* name the --data"),
     ],
 )
@@ -480,8 +491,9 @@ def test_copies_that_have_come_since_are_named(tmp_path: Path) -> None:
     first, second = make_trainer(folder=tmp_path), make_trainer(folder=tmp_path)
     phases = tuple(replace(phase, data="160") for phase in RECIPE.phases)
     second.plan = Plan.of(replace(RECIPE, phases=phases), 1, len(SPLIT))
+    first.about["copies"], second.about["copies"] = "", "12"
     checkpoint.save_last(tmp_path / "checkpoints", first.state_dict())
-    remedy = r"since: --set phases\.0\.data=auto --set phases\.1\.data=auto"
+    remedy = r"said: give --set phases\.0\.data=auto --set phases\.1\.data=auto"
     with pytest.raises(UserError, match=remedy):
         second.resume("auto")
 

@@ -104,6 +104,12 @@ def differing_fields(one: Recipe, other: Recipe) -> list[str]:
     ]
 
 
+def field_of(recipe: Recipe, name: str) -> Any:
+    """Return a field by the name that `differing_fields` gives it."""
+    _, *rest = name.split(".")
+    return getattr(recipe.phases[int(rest[0])], rest[1]) if rest else getattr(recipe, name)
+
+
 def _inline(value: Any) -> str:
     """Write a value as TOML on one line."""
     if isinstance(value, dict):

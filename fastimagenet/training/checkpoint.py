@@ -176,15 +176,18 @@ def newest_intact(folder: Path, *, say: bool = True) -> tuple[Path, dict[str, An
 
 
 def adopt(folder: Path, path: Path, num_epochs: int) -> None:
-    """Link the checkpoint that a run resumes from into its new folder.
+    """Make the checkpoint that a run resumes from its last one: where it would start again.
 
-    So is the best one of the `num_epochs` epochs until then: the run's rows and its summary refer
-    to both.
+    Into a new folder is linked the best one of the `num_epochs` epochs until then, too: the run's
+    rows and its summary refer to both.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    last, beside = folder / LAST, folder / f".{LAST}.new"
+    if not (last.exists() and path.samefile(last)):
+        link(path, beside)
+        beside.replace(last)
     if path.parent.resolve() == folder.resolve():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    link(path, folder / LAST)
     best = path.with_name(BEST)
     if best.exists() and load(best, "epoch")["epoch"] <= num_epochs:
         link(best, folder / BEST)

@@ -126,19 +126,19 @@ class Recorder:
         """Bytes of the rows that a full disk has not taken yet."""
         self.unwritten = Unwritten()
 
-    def start(self, step: int, records: list[EpochRecord], *, renumbered: bool = False) -> None:
+    def start(self, step: int, records: list[EpochRecord], epoch_step: int = 0) -> None:
         """Open the file for a run that starts at `step`: later rows are dropped.
 
         The rows of the earlier epochs, `records`, are kept whatever their steps, which another
-        number of processes may have counted; in a new folder those epochs are written first.
-        `renumbered`: of the epoch that `step` is in, too, steps were counted differently before.
+        number of processes may have counted; in a new folder those epochs are written first. Of
+        the current epoch, which began at `epoch_step`, those of the steps until now are kept.
         """
         rows = read_rows(self._folder) if step else []
         kept = [
             row
             for row in rows
             if row["epoch"] < len(records)
-            or (row["kind"] != "epoch" and not renumbered and row["step"] <= step)
+            or (row["kind"] != "epoch" and epoch_step <= row["step"] <= step)
         ]
         kept = kept or [{"kind": "epoch", **asdict(record)} for record in records]
         path = self._folder / "metrics.jsonl"
@@ -231,7 +231,7 @@ class NullRecorder(Recorder):
     def __init__(self) -> None:
         super().__init__(Path(), 0)
 
-    def start(self, step: int, records: list[EpochRecord], *, renumbered: bool = False) -> None:
+    def start(self, step: int, records: list[EpochRecord], epoch_step: int = 0) -> None:
         pass
 
     def _write(self, kind: str, row: Row) -> None:

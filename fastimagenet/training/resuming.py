@@ -52,25 +52,29 @@ def check_same_run(path: Path, state: State, own: dict[str, Any]) -> None:
         "seed": f"another seed: --seed {state['seed']}",
         "images": "other images, though as many (their names, classes or sizes): name the "
         "--data that it began with, as they were",
-        "copies": "other copies of the images, which were made anew since (see prepare resize): it "
-        "takes those that it began with",
     }
+    what = f"--resume: {path} is of a run with"
     for name, remedy in remedies.items():
-        # Releases before had no digest of the images, or of their copies.
+        # Releases before had no digest of the images.
         if name in state and name in own and state[name] != own[name]:
-            raise UserError(f"--resume: {path} is of a run with {remedy}")
+            raise UserError(f"{what} {remedy}")
     before = toml.loads(state["recipe"], f"the recipe in {path}")
     names = toml.differing_fields(before, own["recipe"])
-    if not names:
-        return
-    remedy = (
-        f"another recipe ({', '.join(names)}): give the --recipe, --set, --epochs and --precision "
-        "that it began with"
-    )
-    if all(name.endswith(".data") for name in names):  # chosen by us, from what is there
-        settings = " ".join(f"--set phases.{i}.data={p.data}" for i, p in enumerate(before.phases))
-        remedy = f"other copies of its images, which have come or gone since: {settings}"
-    raise UserError(f"--resume: {path} is of a run with {remedy}")
+    if names and all(name.endswith((".data", ".batch_size")) for name in names):
+        settings = " ".join(f"--set {name}={toml.field_of(before, name)}" for name in names)
+        raise UserError(
+            f"{what} other copies of the images or other batches, which follow from what is there "
+            f"and from the processes where nothing is said: give {settings}"
+        )
+    if names:
+        raise UserError(
+            f"{what} another recipe ({', '.join(names)}): give the --recipe, --set, --epochs and "
+            "--precision that it began with"
+        )
+    if state.get("copies", own.get("copies")) != own.get("copies"):
+        raise UserError(
+            f"{what} other copies of the images, made anew since: it takes those it began with"
+        )
 
 
 def plan_changes(plan: Plan, state: State) -> str:

@@ -134,7 +134,8 @@ class Trainer(Updates):
         """
         if not self._all_sizes_compiled:
             self.compile_all_sizes()
-        self.recorder.start(self.step, self.records, renumbered=bool(self.plan_changes))
+        epoch_step = round(self.plan.step_at(self.epoch))
+        self.recorder.start(self.step, self.records, epoch_step)
         if self.step:
             self._record_event(f"resumed{self.plan_changes}", self._note)
         self.clock.switch("compute")

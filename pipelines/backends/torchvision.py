@@ -57,7 +57,8 @@ class TorchvisionLoader(StreamLoader):
 
     def read(self, epoch: int, step: int) -> Generator[tuple[Tensor, Tensor]]:
         """Yield (B, H, W, 3) uint8 and labels in main memory, pinned if the spec names a GPU."""
-        preload_torchvision()
+        if self.spec.num_threads:
+            preload_torchvision()
         context = multiprocessing.get_context("forkserver")
         loader = DataLoader(
             BatchReader(self.spec),
