@@ -67,7 +67,7 @@ def test_the_recipe_without_a_name_is_that_of_the_data(
     )
     assert chosen_recipe("digits", mine) == (chosen_recipe("digits")[0], ())
     assert chosen_recipe("photos-scratch", mine)[0].phases[0].batch_size == 4
-    monkeypatch.setattr("fastimagenet.distributed.world.gpu_count", lambda: 2)  # a process on each
+    monkeypatch.setattr("fastimagenet.config.gpu_count", lambda: 2)  # a process on each
     assert chosen_recipe("photos", mine, Launch())[0].phases[0].batch_size == 2
     assert chosen_recipe("photos", mine, Launch(device="cpu"))[0].phases[0].batch_size == 4
 
