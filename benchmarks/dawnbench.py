@@ -16,7 +16,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from statistics import median_high
 
@@ -69,12 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = target_recipe(config.recipe, args.target)
     if args.output is None:
         args.output = Path("runs") / f"dawnbench-{recipe.name}"
-    seeds = range(args.seed, args.seed + args.runs)
+    seeds, launch = range(args.seed, args.seed + args.runs), config.launch.resolved()
     matrix = Matrix.of(
         [variant(args, config, recipe)], seeds, args.output, config.data.root,
-        world_size=config.launch.resolved().world_size, folder=lambda _, seed: f"seed{seed}",
+        world_size=launch.world_size, folder=lambda _, seed: f"seed{seed}",
     )  # fmt: skip
-    status = matrix.run(around=measured_energy, keep_going=True)
+    gpus = launch.processes if launch.device == "cuda" else 0
+    status = matrix.run(around=partial(measured_energy, gpus=gpus))
     if not matrix.finished:
         print("\nno run is finished: nothing to report yet")
         return status or 1
@@ -114,35 +117,43 @@ def variant(args: argparse.Namespace, config: RunConfig, recipe: Recipe) -> Vari
 
 
 @contextmanager
-def measured_energy(training: Training) -> Iterator[None]:
-    """Write the kWh of a training beside it, unless it was begun before or NVML is missing."""
+def measured_energy(training: Training, gpus: int) -> Iterator[None]:
+    """Write the kWh that so many GPUs took for a training beside it, unless it was begun before or
+    NVML is missing."""
     whole = not (training.folder / "plan.json").exists()
-    before = gpu_joules()
+    before = gpu_joules(gpus)
     yield
-    after = gpu_joules()
+    after = gpu_joules(gpus)
     if whole and training.finished and before is not None and after is not None:
         write_object(training.folder / ENERGY, {"gpu_kwh": (after - before) / JOULES_PER_KWH})
 
 
-def gpu_joules() -> float | None:
-    """Return what the GPUs have taken since the driver was loaded, idle ones included.
+def gpu_joules(count: int) -> float | None:
+    """Return what the first `count` GPUs have taken since the driver was loaded, idle or not.
 
-    Those of CUDA_VISIBLE_DEVICES where it names them by number, else all of this machine. None
-    without the package nvidia-ml-py, or GPUs that count (Volta and later).
+    Of those that CUDA_VISIBLE_DEVICES names, else of this machine's. None for none, without the
+    package nvidia-ml-py, and where one does not count (before Volta) or is not found by its name.
     """
+    if not count:
+        return None
     try:
         nvml = import_module("pynvml")
     except ImportError:
         return None
     try:
         nvml.nvmlInit()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        numbers = [int(part) for part in visible.split(",") if part.isdigit()]
-        handles = map(nvml.nvmlDeviceGetHandleByIndex, numbers or range(nvml.nvmlDeviceGetCount()))
-        counts = [nvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")
+        names = visible.split(",") if visible else map(str, range(nvml.nvmlDeviceGetCount()))
+        handles = [
+            nvml.nvmlDeviceGetHandleByIndex(int(name))
+            if name.isdecimal()
+            else nvml.nvmlDeviceGetHandleByUUID(name)
+            for name in islice(names, count)
+        ]
+        joules = [nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000 for handle in handles]
     except nvml.NVMLError:
         return None
-    return sum(counts) / 1000 if counts else None
+    return sum(joules) if len(joules) == count else None
 
 
 def read_results(

@@ -3,7 +3,8 @@
     python -m benchmarks.superconvergence --data CIFAR10
 
 Every run is a `python -m fastimagenet.train` of its own, in OUTPUT/RUN-seedS. The same command
-resumes where it was stopped, and repeats no run that is finished.
+resumes where it was stopped, and repeats no run that is finished. The status is 1 if a run has
+failed.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if matrix.finished:
         told = rehearsal(args, data)
         result = read_results(matrix.finished, data, told, about["command"])
+        result |= {"failed": matrix.failed_text}
         write_result(args.output, "superconvergence", result, table(result))
         curves = [curve(run) for run in result["runs"]]
         write_files(accuracy_and_lr(curves), args.output, "superconvergence")
@@ -194,6 +196,7 @@ def table(result: Row) -> str:
         rehearsal,
         by_column([cells(run) for run in runs]),
         "\n".join(notes),
+        result["failed"],
     )
 
 

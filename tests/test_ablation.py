@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
+import shlex
+import signal
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.ablation.__main__ import main
 from benchmarks.ablation.accuracies import accuracies_table, read_accuracies
+from benchmarks.ablation.parts import variants
 from benchmarks.common.matrix import Data, Matrix, Training
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from pipelines.errors import UserError
-from pipelines.files import read_object
+from pipelines.files import read_object, write_object
 
 SMALL = (
     *("--device", "cpu", "--recipe", "digits", "--epochs", "2", "--runs", "1"),
@@ -45,7 +51,99 @@ def test_the_command_writes_what_its_trainings_leave(
     whole, part = read_object(tmp_path / "ablation.json")["rows"]
     assert (whole["run"], part["run"]) == ("all", "label_smoothing")
     assert part["difference_points"]["mean"] == pytest.approx(10)
-    assert "+10.00" in (tmp_path / "table.md").read_text()
+    text = (tmp_path / "table.md").read_text()
+    assert "+10.00" in text and "by SGD" not in text and "Failed" not in text
+
+
+class Diverging:
+    """A stand-in for `subprocess.Popen` of a training: that of label smoothing fails, except in the
+    longest run; SIGTERM comes in the last one, whose process then ends with 143."""
+
+    def __init__(self, command: list[str], **_: object) -> None:
+        self.words = command
+
+    def wait(self) -> int:
+        after = dict(zip(self.words, self.words[1:], strict=False))
+        folder = Path(after["--output"])
+        if folder.name == "label_smoothing-seed0" and after["--epochs"] != "6":
+            return 1
+        if folder.name == "optimizer-seed1":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 143
+        folder.mkdir(parents=True)
+        summary = FACTS | {
+            "time_to_target_seconds": 40.0,
+            "epochs": int(after["--epochs"]),
+            "top1": 0.7,
+            "tta_top1": 0.7,
+            "time_split_seconds": {"data_wait": 4.0},
+            "target": {"metric": "top1", "value": 0.7},
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+    def terminate(self) -> None:
+        """It is never running when it could be asked to stop."""
+
+
+def test_a_part_that_fails_or_a_stop_costs_no_result(
+    cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.common.matrix.subprocess", SimpleNamespace(Popen=Diverging))
+    flags = ["--data", str(cifar10), "--recipe", "cifar10-speed", "--runs", "2", "--device", "cpu"]
+    flags += ["--set", "phases.*.batch_size=50", "--only", "label_smoothing", "optimizer"]
+    whole = [*flags, "--epochs", "4", "--output", str(tmp_path / "whole")]
+    assert main([*whole, "--runs", "1"]) == 1
+    lengths = [*flags, "--target", "top1=0.7", "--output", str(tmp_path / "times")]
+    assert main([*lengths, "--lengths", "4", "6"]) == 128 + signal.SIGTERM
+    failed = "Failed with an error: run label_smoothing, seed 0."
+    for folder, name, runs in (
+        ("whole", "ablation", ["all", "optimizer"]),
+        ("times", "times", ["all", "optimizer", "label_smoothing"]),
+    ):
+        result = read_object(tmp_path / folder / f"{name}.json")
+        assert [row["run"] for row in result["rows"]] == runs
+        text = (tmp_path / folder / "table.md").read_text()
+        assert failed in text and "optimizer: by SGD at the LR and decay that cifar10-airb" in text
+    (all_seeds, one_seed, longer) = result["rows"]
+    assert [row["seeds"] for row in result["rows"]] == [[0, 1], [0], [0, 1]]
+    assert longer["runs"][0]["epochs"] == 6 and one_seed["seconds"]["values"] == [40.0]
+    assert all_seeds["seconds"]["values"] == [40.0, 40.0]
+
+
+def test_a_finished_run_that_was_read_or_computed_otherwise_is_refused(
+    cifar10: Path, tmp_path: Path
+) -> None:
+    args = argparse.Namespace(
+        data=cifar10, recipe="digits", set=[], epochs=2, only=["label_smoothing"], lengths=None,
+        backend="memory", device="cpu",
+    )  # fmt: skip
+    (found,) = Matrix.of(variants(args, 500)[:1], [0], tmp_path, cifar10).trainings
+    found.folder.mkdir()
+    plan = found.plan.to_dict() | {"data": os.path.abspath(cifar10)}
+    command = ["python", "-m", "fastimagenet.train", *found.flags]
+    write_object(found.folder / "plan.json", plan)
+
+    def again(**changes: object) -> None:
+        other = argparse.Namespace(**vars(args) | changes)
+        Matrix.of(variants(other, 500)[:1], [0], tmp_path, cifar10)
+
+    again(backend="dali")  # what is not finished is resumed
+    summary = {"command": shlex.join(command), "backend": "memory", "device": "cpu"}
+    write_object(found.folder / "summary.json", summary)
+    again()
+    with pytest.raises(UserError, match=r"^--backend dali: --output .* with --backend memory: "):
+        again(backend="dali")
+    with pytest.raises(UserError, match=r"^--device cuda: --output .* with --device cpu: "):
+        again(device="cuda")
+    write_object(found.folder / "summary.json", summary | {"command": "-", "device": "cuda"})
+    again(backend="memory", device="cuda")  # what "auto" has become
+    write_object(found.folder / "plan.json", plan | {"accumulation": 2})
+    with pytest.raises(UserError, match="holds a run with another --global-batch: give the"):
+        again()
+    del plan["accumulation"]  # as releases before this one wrote it
+    write_object(found.folder / "plan.json", plan)
+    again(backend="memory", device="cuda")
 
 
 def test_the_figures_are_those_of_the_seeds(tmp_path: Path) -> None:

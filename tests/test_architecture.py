@@ -133,30 +133,34 @@ def test_one_file_wraps_in_ddp() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "unwanted"),
+    ("codes", "unwanted"),
     [
-        ("import fastimagenet, pipelines", ()),
-        ("from fastimagenet.train import main; main(['--list-recipes'])", ()),
         (
-            "from fastimagenet.train import main; main(['--print-recipe', '--recipe', 'imagenet'])",
+            (
+                "import fastimagenet, pipelines",
+                "from fastimagenet.train import main; main(['--list-recipes'])",
+                "main(['--print-recipe', '--recipe', 'imagenet'])",
+                "main(['--dry-run', '--device', 'cpu'])",
+                "import fastimagenet.evaluate, fastimagenet.lr_find, pipelines.parity.__main__",
+                "import fastimagenet.predict, fastimagenet.export",
+            ),
             (),
         ),
-        ("from fastimagenet.train import main; main(['--dry-run', '--device', 'cpu'])", ()),
         (
-            "import fastimagenet.evaluate, fastimagenet.lr_find, pipelines.parity.__main__, "
-            "fastimagenet.predict, fastimagenet.export",
-            (),
-        ),
-        (
-            "import fastimagenet.recipes, fastimagenet.recipes.plan",
+            ("import fastimagenet.recipes, fastimagenet.recipes.plan",),
             ("pipelines.datasets.index", "pipelines.datasets.shards", "pipelines.workers"),
         ),
     ],
+    ids=["commands", "recipes"],
 )
-def test_quick_answers_import_neither_torch_nor_dali(code: str, unwanted: tuple[str, ...]) -> None:
+def test_quick_answers_import_neither_torch_nor_dali(
+    codes: tuple[str, ...], unwanted: tuple[str, ...]
+) -> None:
+    """One after the other in a process, as what is imported stays."""
     bad = {"torch", "nvidia.dali", "matplotlib", *unwanted}
-    check = f"; import sys; bad = {bad!r} & set(sys.modules); assert not bad, bad"
+    check = f"import sys; bad = {bad!r} & set(sys.modules); assert not bad, bad"
+    script = "\n".join(line for code in codes for line in (code, check))
     result = subprocess.run(
-        [sys.executable, "-c", code + check], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0, result.stderr

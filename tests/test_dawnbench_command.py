@@ -159,15 +159,21 @@ def test_a_run_that_failed_counts_against_the_success_rate(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("in_process")
 def test_a_run_that_fails_does_not_keep_the_others_back(
-    cifar10: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    cifar10: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """A file is where the folder of the first seed should be."""
+    """A file is where the folder of the first seed should be; on a CPU no GPU is counted."""
     (tmp_path / "seed0").write_text("in the way")
+    counted: list[int] = []
+    monkeypatch.setattr("benchmarks.dawnbench.gpu_joules", counted.append)
     flags = ("--data", cifar10, *SMALL, "--runs", 2, "--epochs", 1, "--target", "top1=0.02")
     assert call("benchmarks.dawnbench", *flags, "--output", tmp_path) == 1
     out, err = capfd.readouterr()
     assert "run small, seed 0: ended with status 2" in err
     assert "1 of 1 finished runs reached the target; failed with an error: seed 0." in out
+    assert counted == [0] * 4
 
 
 def test_energy_is_told_only_where_every_run_was_measured(tmp_path: Path) -> None:
@@ -178,7 +184,7 @@ def test_energy_is_told_only_where_every_run_was_measured(tmp_path: Path) -> Non
     assert energy is not None and energy["mean"] == pytest.approx(0.6)
 
 
-def test_the_counters_of_the_visible_gpus_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_counters_of_the_runs_gpus_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for NVML, as there may be no GPU here: it counts in millijoules."""
     nvml: Any = ModuleType("pynvml")
     nvml.NVMLError = RuntimeError
@@ -187,16 +193,19 @@ def test_the_counters_of_the_visible_gpus_are_added(monkeypatch: pytest.MonkeyPa
     nvml.nvmlDeviceGetHandleByIndex = lambda index: index
     nvml.nvmlDeviceGetTotalEnergyConsumption = lambda gpu: 1000 * 10**gpu
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    nvml.nvmlDeviceGetHandleByUUID = ["GPU-a", "GPU-b"].index
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert gpu_joules() == 111
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
-    assert gpu_joules() == 101
+    assert [gpu_joules(count) for count in range(5)] == [None, 1, 11, 111, None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 0")
+    assert [gpu_joules(count) for count in range(4)] == [None, 100, 101, None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b,GPU-a")
+    assert gpu_joules(1) == 10
 
     def old_gpu(gpu: int) -> int:
         raise nvml.NVMLError("not supported")
 
     nvml.nvmlDeviceGetTotalEnergyConsumption = old_gpu
-    assert gpu_joules() is None
+    assert gpu_joules(1) is None
 
 
 def test_clocks_read_the_row_that_reached_the_target() -> None:

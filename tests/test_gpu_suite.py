@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -29,7 +33,7 @@ from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object
 from pipelines.loader import DaliSettings
-from tests.commands import call, start
+from tests.commands import call
 from tests.test_step_variants import with_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +105,7 @@ def test_the_suite_is_rehearsed_on_a_cpu(cifar10: Path, tmp_path: Path) -> None:
         (step,) = figures[name]["rates"]
         assert step["peak_memory_bytes"] > 2**20 and not step["error"]
     (table,) = tmp_path.glob("*-rehearsal.md")
+    assert table.read_text().count("lack imports and the start of CUDA") == 1  # of CIFAR-10
     headings = [line for line in table.read_text().splitlines() if line.startswith("#")]
     assert all("rehearsal" in line for line in headings if line != "## Parts")
     assert table.read_text().count("## ResNet-50's training step") == 1
@@ -252,22 +257,37 @@ def test_a_page_that_cannot_be_drawn_costs_no_figure(
     assert result_of(tmp_path)["parts"]["eager"]["figures"] == {"rates": 1}
 
 
-def test_a_suite_that_is_stopped_leaves_what_it_had(tmp_path: Path) -> None:
+def test_a_suite_that_is_stopped_leaves_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, copy = tmp_path / "suite", tmp_path / "copy"
-    flags = ["--device", "cpu", "--output", folder, "--copy", copy]
-    process = start("benchmarks.gpu_suite", *flags, "--only", "ceilings", "eager")
-    while not (folder / "eager").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    parts = part("decode", LEFT, left), part("eager", "import time\ntime.sleep(600)", left)
+    monkeypatch.setattr(gpu_suite, "PARTS", tuple(replace(one, seconds=30) for one in parts))
+    process = folder / "eager" / "process"
+
+    def stop_when_running() -> None:
+        until = time.monotonic() + 300
+        while not (process.exists() and process.read_text()) and time.monotonic() < until:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop_when_running)
+    stopper.start()
+    status = call("benchmarks.gpu_suite", "--device", "cpu", "--output", folder, "--copy", copy)
+    stopper.join()
+    assert status == 143
+    assert not Path(f"/proc/{process.read_text()}").exists()
     for place in (folder, copy):
-        parts = result_of(place)["parts"]
-        assert parts["ceilings"]["status"] == "done" and "eager" not in parts
+        found = result_of(place)["parts"]
+        assert found["decode"]["status"] == "done" and "eager" not in found
 
 
-def test_a_limit_holds_for_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part takes all of its time; of the fourth none is left."""
+@pytest.mark.parametrize("called", [True, False])
+def test_a_limit_holds_for_all_parts(
+    called: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part takes all of its time; of the last none is left. As a command its process, which
+    unpacked for 100 seconds before, counts from its start."""
     now, limits = 0.0, []
 
     def run(_: Worker, words: list[str], log: Path, limit: float) -> None:
@@ -282,10 +302,22 @@ def test_a_limit_holds_for_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(gpu_suite, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(Worker, "run", run)
     flags = ["--device", "cpu", "--limit", "250", "--output", str(tmp_path)]
-    assert gpu_suite.main(flags) == 1
-    assert limits == [100, 100, 45]
+    monkeypatch.setattr(gpu_suite, "process_seconds", lambda: 100)
+    monkeypatch.setattr("sys.argv", ["gpu_suite", *flags])
+    assert gpu_suite.main(flags if called else None) == 1
+    assert limits == ([100, 100, 45] if called else [100, 45])
     last = result_of(tmp_path)["parts"]["graphs-128"]
     assert (last["status"], last["reason"]) == ("skipped", "no time left")
+
+
+def test_the_age_of_a_process_counts_what_it_was_before() -> None:
+    python = sys.executable
+    code = "from benchmarks.common.measuring import process_seconds; print(process_seconds())"
+    become = f"time.sleep(0.2); os.execv({python!r}, [{python!r}, '-c', {code!r}])"
+    start = time.monotonic()
+    command = [python, "-S", "-c", f"import os, time; {become}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.2 <= float(done.stdout) <= time.monotonic() - start + 0.02  # a tick
 
 
 def test_what_pytest_did_not_finish_counts_as_not_passed(tmp_path: Path) -> None:
@@ -321,11 +353,13 @@ def test_the_decode_sweep_carries_the_best_settings_on(monkeypatch: pytest.Monke
     task = Task(split=split, device=gpu, batch_size=8, seconds=1.0)
     rates = list(task.sweep([128, 224, 288], [4, 8, 16]))
     loads, depths = decode_sweep.HW_DECODER_LOADS, decode_sweep.PREFETCHES
-    assert len(rates) == 3 + 3 * len(loads) + len(depths) + 1 + 3
-    assert {rate.image_size for rate in rates[3:-3]} == {224}
-    hinted = rates[-4].settings
+    # The default at 224 px is among the shares, the best settings at 224 px among the depths.
+    assert len(rates) == 3 + 3 * len(loads) - 1 + len(depths) + 1 + 2
+    assert len({(rate.image_size, rate.threads, rate.settings) for rate in rates}) == len(rates)
+    assert {rate.image_size for rate in rates[3:-2]} == {224}
+    hinted = rates[-3].settings
     assert (hinted.width_hint, hinted.height_hint) == (640, 900)
-    for rate, size in zip(rates[-3:], (128, 224, 288), strict=True):
+    for rate, size in zip(rates[-2:], (128, 288), strict=True):
         assert (rate.image_size, rate.threads) == (size, 8)
         assert rate.settings == DaliSettings(hw_decoder_load=0.75, prefetch=3)
 

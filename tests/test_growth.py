@@ -33,7 +33,7 @@ def test_all_axes_are_measured_and_drawn(
 ) -> None:
     monkeypatch.setattr("benchmarks.common.rates.MATRIX", {"cpu": 64})
     monkeypatch.setattr(growth, "calls_per_sec", one_call)
-    monkeypatch.setattr(growth, "WARM_UP_BATCHES", 1)
+    monkeypatch.setattr(growth, "warm_up_batches", lambda _: 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # spends less on so small images
     axes = ["--sizes", "16", "8", "--batches", "25", "100", "--counts", "50", "150"]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,9 +28,8 @@ from fastimagenet.training.trainer import Trainer
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
+from pipelines.workers import hidden_main
 from tests.commands import free_endpoint
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def scripted(trainer: Trainer, losses: Sequence[float]) -> Trainer:
@@ -578,19 +576,24 @@ def one_of_two(rank: int, folder: Path) -> None:
         (folder / f"{rank}.json").write_text(json.dumps(result))
 
 
+def second_of_two(master: dict[str, str], folder: Path) -> None:
+    """What the second one does, in a process of its own."""
+    os.environ |= master
+    one_of_two(1, folder)
+
+
 def test_two_processes_over_gloo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same sweep on both, equal to one reduced by hand; a stop and a mistake shared, too."""
-    host, port = free_endpoint().split(":")
-    monkeypatch.setenv("MASTER_ADDR", host)
-    monkeypatch.setenv("MASTER_PORT", port)
-    code = "import sys; from pathlib import Path; from test_lr_finder import one_of_two\n"
-    code += "one_of_two(1, Path(sys.argv[1]))"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    second = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], env=os.environ | {"PYTHONPATH": path}
-    )
+    master = dict(zip(("MASTER_ADDR", "MASTER_PORT"), free_endpoint().split(":"), strict=True))
+    for name, value in master.items():
+        monkeypatch.setenv(name, value)
+    context = multiprocessing.get_context("forkserver")
+    second = context.Process(target=second_of_two, args=(master, tmp_path))
+    with hidden_main():
+        second.start()
     one_of_two(0, tmp_path)
-    assert second.wait(timeout=300) == 0
+    second.join(300)
+    assert second.exitcode == 0
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == two
     assert one["error"].startswith(

@@ -79,7 +79,7 @@ def test_an_elastic_run_takes_a_host_in_and_lets_it_go(
     three: Hosts, cifar10: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    more = ("--epochs", 400, "--timeout", 20)
+    more = ("--epochs", 4000, "--timeout", 20, "--backend", "synthetic")
     first = begin(three, 0, cifar10, folder, "1:3", *more)
     wait_for((folder / "checkpoints" / "epoch.pt").exists, first)
     second = begin(three, 1, cifar10, folder, "1:3", *more)

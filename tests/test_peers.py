@@ -25,7 +25,7 @@ from benchmarks.peers.watching import OURS, Contestant
 from fastimagenet.training.recorder import EpochRecord, Recorder
 from pipelines.errors import UserError
 from pipelines.files import Row, read_object
-from tests.commands import call
+from tests.commands import ROOT, call
 
 STAND_IN = r"""
 import subprocess, sys, time
@@ -64,16 +64,18 @@ FORMATS = {
     ),
     "ours": (
         "recipe small\n", "",
-        "epoch   {n}  16 px  train loss 2.1  500 images/s  train 0.5 s  top-1 {percent:.2f}%  "
+        "epoch   {next}  16 px  train loss 2.1  500 images/s  train 0.5 s  top-1 {percent:.2f}%  "
         "top-5 99.00%\n",
     ),
 }
 name, *top1s, last = sys.argv[1:]
 start, trained, evaluated = FORMATS[name]
 print(start, end="")
-for n, top1 in enumerate(map(float, top1s)):
+for n, top1 in enumerate(top1s):
     print(trained.format(n=n), end="")
-    print(evaluated.format(n=n, top1=top1, percent=100 * top1), end="")
+    if top1 != "-":
+        values = {"top1": float(top1), "percent": 100 * float(top1)}
+        print(evaluated.format(n=n, next=n + 1, **values), end="")
 if last == "hang":
     print("worker", subprocess.Popen(["sleep", "600"]).pid)
     import signal
@@ -82,7 +84,8 @@ if last == "hang":
     time.sleep(600)
 sys.exit(int(last))
 """
-"""FORMAT ACCURACY... (an exit status | "hang": with a worker, and deaf to SIGTERM)."""
+"""FORMAT (ACCURACY | "-": an epoch that is not evaluated)... (an exit status | "hang": with a
+worker, and deaf to SIGTERM)."""
 MARK = 0.5
 
 
@@ -97,7 +100,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def ours(stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Contestant:
     """A stand-in for our training, too, which reaches the target."""
-    words = shlex.split(f"{stand_in} ours 0.3 0.6 0.55 0")
+    words = shlex.split(f"{stand_in} ours 0.3 - 0.6 0.55 0")
     ours = Contestant(name="ours", words=words, reader=OURS)
     monkeypatch.setattr(peers, "our_training", lambda *_: (ours, tmp_path / "none", MARK))
     return ours
@@ -137,15 +140,18 @@ def test_our_command_is_a_training_and_its_lines_are_read(
         values = dict.fromkeys(EpochRecord.__dataclass_fields__, 0)
         recorder.epoch(EpochRecord(**values | {"train_seconds": 12.5, "top1": 0.615}))  # type: ignore[arg-type]
     told = ours.reader.top1.match(stream.getvalue())
-    assert told is not None and (told["train"], told["top1"]) == ("12.5", "61.50")
+    assert told is not None
+    assert (told["epoch"], told["train"], told["top1"]) == ("1", "12.5", "61.50")
 
 
 @pytest.mark.usefixtures("ours")
 def test_peers_that_reach_the_target_are_ended_and_not_repeated(
     cifar10: Path, stand_in: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    names = ("fastai", "timm-20", "torchvision")
-    commands = [f"{name}={stand_in} {name.partition('-')[0]} 0.01 0.995 hang" for name in names]
+    names = {"fastai": "0.01 0.995", "timm-20": "0.01 - 0.995", "torchvision": "0.01 - 0.995"}
+    commands = [
+        f"{name}={stand_in} {name.partition('-')[0]} {top1s} hang" for name, top1s in names.items()
+    ]
     flags = flags_of(cifar10, tmp_path / "out", *commands)
     assert call("benchmarks.peers", *flags) == 0
     capfd.readouterr()
@@ -153,11 +159,15 @@ def test_peers_that_reach_the_target_are_ended_and_not_repeated(
     assert list(rows) == ["ours", *names]
     own = rows["ours"]
     assert own["top1"] == 0.55 and own["train_seconds"] == 0.5  # its own clock
-    for name in names:
+    assert [one["epoch"] for one in own["epochs"]] == [1, 3, 4]
+    assert own["images_per_sec"] == 4 * 500 / 0.5
+    for name, top1s in names.items():
+        epochs = len(top1s.split())  # one of those of three is not evaluated
         row = rows[name]
         assert [one["top1"] for one in row["epochs"]] == pytest.approx([0.01, 0.995])
         assert 0 < row["train_seconds"] < row["wall_seconds"] < 600
-        assert row["images_per_sec"] == pytest.approx(2 * 500 / row["train_seconds"])
+        assert [one["epoch"] for one in row["epochs"]] == [1, epochs]
+        assert row["images_per_sec"] == pytest.approx(epochs * 500 / row["train_seconds"])
         assert row["ratio"] == pytest.approx(own["wall_seconds"] / row["wall_seconds"])
         assert row["versions"].keys() >= {"python", "torch"}
     assert "| torchvision |" in (tmp_path / "out" / "table.md").read_text()
@@ -279,6 +289,16 @@ def test_a_wrong_flag_is_named_before_anything_is_trained(
         peers.main([*flags_of(cifar10, tmp_path / "out"), *flags])
     assert message in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_result_of_before_is_read() -> None:
+    """Its rows have no numbers, but every epoch was evaluated."""
+    path = next((ROOT / "benchmarks" / "results").glob("*-imagewoof-peers-to-70.json"))
+    result = read_object(path)
+    assert "epoch" not in result["rows"][0]["epochs"][0]
+    again = [peers.figures(row, result["rows"][0], 9025) for row in result["rows"]]
+    assert again == result["rows"]
+    assert peers.table(result) == path.with_suffix(".md").read_text()
 
 
 def test_the_table_names_commands_and_versions() -> None:

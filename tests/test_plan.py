@@ -215,6 +215,9 @@ def test_a_run_is_set_beside_its_prediction(tmp_path: Path) -> None:
     write_object(run / "plan.json", Plan.of(replace(RECIPE, max_lr=2.0), 1, 1020).to_dict())
     with pytest.raises(UserError, match=r"another recipe .* max_lr differs"):
         check(tmp_path / "plan", run)
+    write_object(run / "plan.json", Plan.of(RECIPE, 2, 1020).to_dict())
+    with pytest.raises(UserError, match=r"run on 2 process\(es\), the plan in .* is for 1: name a"):
+        check(tmp_path / "plan", run)
 
 
 @pytest.mark.slow

@@ -12,14 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fastimagenet import evaluate
-from fastimagenet.train import main as train_main
 from pipelines.backends import make_loader
 from pipelines.datasets.images import whole_files
 from pipelines.datasets.split import Split, read_split
 from pipelines.errors import UserError
 from pipelines.loader import LoaderSpec, Stage
 from pipelines.sampling import BatchSampler, crop_shape
+from tests.commands import evaluate, train
 
 SIZES = [(48, 64), (64, 48), (50, 50), (33, 90), (90, 33), (40, 300), (60, 80), (61, 59), (70, 40)]
 COUNT = 37
@@ -157,27 +156,20 @@ def test_memory_keeps_squares_only(split: Split) -> None:
 
 
 @pytest.mark.slow
-def test_both_figures_side_by_side_at_any_world_size(
-    split: Split, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_both_figures_side_by_side_at_any_world_size(split: Split, tmp_path: Path) -> None:
     for index, file in enumerate(split.files):
         for part in ("train", "val"):
             folder = tmp_path / "data" / part / "ab"[index % 2]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{index}.png").symlink_to(file.path)
-    recipe = Path(__file__).parent / "small.toml"
-    data = ["--data", str(tmp_path / "data"), "--device", "cpu", "--nproc-per-node"]
+    data = ("--data", tmp_path / "data", "--device", "cpu")
     run = tmp_path / "run"
-    settings = ["--set", "phases.1.rect=true", "--set", "phases.1.batch_size=6"]
-    flags = ["--recipe", str(recipe), "--epochs", "1", "--output", str(run), *settings]
-    assert train_main([*data, "1", *flags]) == 0
+    settings = ("--set", "phases.1.rect=true", "--set", "phases.1.batch_size=6")
+    train(*data, "--recipe", "tests/small.toml", "--epochs", 1, "--output", run, *settings)
     summary = json.loads((run / "summary.json").read_text())
-    capfd.readouterr()
-    best = str(run / "checkpoints" / "last.pt")
-    found = []
-    for processes in ("1", "2"):
-        assert evaluate.main([best, *data, processes, "--rect", "--json"]) == 0
-        found.append(json.loads(capfd.readouterr().out.splitlines()[-1]))
-    for result in found:
+    last = run / "checkpoints" / "last.pt"
+    for processes in ((), ("--nproc-per-node", 2)):
+        out, _ = evaluate(last, *data, *processes, "--rect", "--json")
+        result = json.loads(out.splitlines()[-1])
         assert (result["rect_top1"], result["top1"]) == (summary["top1"], summary["square_top1"])
         assert result["images"] == COUNT

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +22,19 @@ from PIL import Image
 
 from fastimagenet.train import main as train_main
 from pipelines import limits
+from pipelines.backends import make_loader
 from pipelines.cli import exit_status
 from pipelines.datasets.checks import check_file
 from pipelines.datasets.images import ImageFile, whole_files
 from pipelines.datasets.index import check_images
-from pipelines.datasets.split import left_out_note, read_split
+from pipelines.datasets.split import Split, left_out_note, read_split
 from pipelines.errors import UserError
+from pipelines.loader import LoaderSpec, Stage
 from pipelines.prepare.__main__ import main
 from pipelines.prepare.examine import Examined, examine_all
 from pipelines.prepare.findings import DAMAGE, NOTES
 from pipelines.prepare.scan import examine_files
+from pipelines.workers import hidden_main
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = 12
@@ -135,65 +142,70 @@ def test_the_start_of_training_sees_what_a_scan_of_headers_sees(
             check_file(ImageFile(path), pixels=True)
 
 
-READ = """
-import json, resource, signal, sys
-from pipelines import make_loader
-from pipelines.datasets.images import whole_files
-from pipelines.datasets.split import Split
-from pipelines.loader import LoaderSpec, Stage
+Job = tuple[str, int, int, list[str]]
+"""Back end, image size, seconds and paths."""
+READERS: tuple[dict[str, Any], ...] = (
+    {"training": False},
+    {"training": True},
+    {"training": True, "reflect_pad": 2},
+)
 
-# No allocation of 20 GB that the system would promise, and no FIFO that is waited for.
-resource.setrlimit(resource.RLIMIT_AS, (14 << 30, 14 << 30))
-for line in sys.stdin:
-    backend, size, seconds, paths = json.loads(line)
-    print(json.dumps(paths), flush=True)
-    signal.alarm(seconds)
-    for fields in ({"training": False}, {"training": True}, {"training": True, "reflect_pad": 2}):
+
+def read_all(jobs: list[Job], output: Path) -> None:
+    """Write two lines for each job: its paths before it is done, then "read" or why not."""
+    # No allocation of 20 GB that the system would promise, and no FIFO that is waited for.
+    resource.setrlimit(resource.RLIMIT_AS, (14 << 30, 14 << 30))
+    with output.with_suffix(".err").open("w") as errors:
+        os.dup2(errors.fileno(), 2)
+    with output.open("w", buffering=1) as said:
+        for backend, size, seconds, paths in jobs:
+            print(json.dumps(paths), file=said)
+            signal.alarm(seconds)
+            print(json.dumps(verdict(backend, size, paths)), file=said)
+
+
+def verdict(backend: str, size: int, paths: list[str]) -> str:
+    """Read the images by each of READERS; "read", or the first one's error."""
+    for fields in READERS:
         spec = LoaderSpec(
             split=Split(whole_files(paths), [0] * len(paths), ("a",)),
             stages=(Stage(epochs=1, image_size=size, batch_size=min(4, len(paths))),),
             num_threads=1 if backend == "dali" else 0,
             **fields,
         )
-        loader = make_loader(backend, spec)
-        try:
-            for images, _ in loader:
-                assert images.isfinite().all()
-        except Exception as error:
-            print(json.dumps(" ".join(str(error).split())), flush=True)
-            break
-        finally:
-            loader.close()
-    else:
-        print(json.dumps("read"), flush=True)
-"""
+        with closing(make_loader(backend, spec)) as loader:
+            try:
+                for images, _ in loader:
+                    assert images.isfinite().all()
+            except Exception as error:
+                return " ".join(str(error).split())
+    return "read"
 
 
-def read_by(jobs: list[tuple[str, int, int, list[str]]]) -> list[str]:
-    """What a back end makes of each (name, image size, seconds, paths): "read" or why not.
+def read_by(jobs: list[Job], folder: Path) -> list[str]:
+    """What the back ends make of each job: "read" or why not.
 
     In processes of their own, since some files end them.
     """
     results: list[str] = []
+    output = folder / "said.txt"
     while len(results) < len(jobs):
-        done = subprocess.run(
-            [sys.executable, "-c", READ],
-            cwd=ROOT,
-            input="\n".join(json.dumps(job) for job in jobs[len(results) :]),
-            capture_output=True,
-            text=True,
-        )
-        lines = [json.loads(line) for line in done.stdout.splitlines()]
-        assert lines, done.stderr[-2000:]
+        arguments = (jobs[len(results) :], output)
+        process = multiprocessing.get_context("forkserver").Process(target=read_all, args=arguments)
+        with hidden_main():
+            process.start()
+        process.join()
+        lines = [json.loads(line) for line in output.read_text().splitlines()]
+        assert lines, output.with_suffix(".err").read_text()[-2000:]
         results += lines[1::2]
         if len(lines) % 2:
-            results.append(f"the process ended with {done.returncode}")
+            results.append(f"the process ended with {process.exitcode}")
     return results
 
 
 @pytest.mark.slow
 def test_back_ends_read_what_a_scan_calls_fine_and_stop_at_damage(
-    odd: tuple[Path, dict[str, Odd]],
+    odd: tuple[Path, dict[str, Odd]], tmp_path: Path
 ) -> None:
     """Each file that a scan calls damage stops at least one: else good images would be left out."""
     pytest.importorskip("nvidia.dali")
@@ -208,7 +220,7 @@ def test_back_ends_read_what_a_scan_calls_fine_and_stop_at_damage(
         for name in left:
             size = 288 if files[name].kinds[0].startswith("too-") else 32
             jobs.append((backend, size, 1 if name == "fifo.jpg" else 120, [str(folder / name)]))
-        first, *results = read_by(jobs)
+        first, *results = read_by(jobs, tmp_path)
         assert first == "read", backend
         left = [name for name, result in zip(left, results, strict=True) if result == "read"]
     assert not left

@@ -150,19 +150,24 @@ def test_a_stopped_study_resumes_to_the_same_end(
     assert ended[0] == ended[1]
 
 
-def test_a_run_that_fails_ends_the_study_with_its_error(
+def test_a_run_that_fails_does_not_keep_the_others_back(
+    output: Path,
     cifar10: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """A file is where the folder of the first one should be."""
     monkeypatch.setattr("benchmarks.common.matrix.subprocess", CHILDREN)
-    flags = (*SMALL, "--set", "max_lr=1e9")
-    assert call(MODULE, "--data", cifar10, "--output", tmp_path, *flags) == 2
-    out, err = capfd.readouterr()
-    assert "error: the loss is not finite at step" in err
-    assert "run steps" not in out
-    assert not (tmp_path / "table.md").exists()
+    (tmp_path / "3b-seed0").write_text("in the way")
+    shutil.copytree(output / "steps-seed0", tmp_path / "steps-seed0")
+    assert call(MODULE, "--data", cifar10, "--output", tmp_path, *SMALL) == 1
+    assert "run 3b, seed 0: ended with status 2" in capfd.readouterr().err
+    assert [run["run"] for run in read_object(tmp_path / "superconvergence.json")["runs"]] == [
+        "steps"
+    ]
+    text = (tmp_path / "table.md").read_text()
+    assert "| steps " in text and "Failed with an error: run 3b, seed 0." in text
 
 
 @pytest.mark.parametrize(
@@ -203,7 +208,7 @@ def results(suffix: str, rehearsal: str = "") -> Row:
     return {
         "command": "-", "date": "-", "hardware": "-", "precision": "fp32", "accuracy": "-",
         "versions": {"torch": "-", "python": "-"}, "data": asdict(data), "rehearsal": rehearsal,
-        "runs": [run],
+        "runs": [run], "failed": "",
     }  # fmt: skip
 
 

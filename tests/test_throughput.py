@@ -11,20 +11,25 @@ import pytest
 import torch
 from test_trainer import RECIPE, SPLIT, make_trainer
 
+from benchmarks.common import rates as measured
 from benchmarks.common.rates import (
     ByteCounter,
     PhaseRates,
+    calls_per_sec,
     one_phase,
     step_costs,
     synthetic_batch,
+    train_for,
 )
 from benchmarks.common.statistics import estimate
 from benchmarks.throughput import main, phase_result
 from fastimagenet.distributed.world import World
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
+from pipelines.backends import make_loader
 from pipelines.errors import UserError
 from pipelines.files import read_object
+from pipelines.loader import LoaderSpec, Stage
 
 
 def test_every_phase_of_a_recipe_is_measured(
@@ -52,6 +57,47 @@ def test_every_phase_of_a_recipe_is_measured(
     text = (tmp_path / "table.md").read_text()
     assert "| 16 px x 64 |" in text and "Ceilings measured here" in text
     assert result["hardware"] and result["versions"]["torch"] and result["command"]
+
+
+@pytest.mark.parametrize(("backend", "read"), [("synthetic", 6), ("torchvision", 14)])
+def test_a_turn_begins_when_the_stock_is_used_up(
+    backend: str, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five workers make ten batches ahead."""
+    monkeypatch.setattr(measured, "update", lambda *_: None)
+    stage = Stage(epochs=1, image_size=8, batch_size=16)
+    spec = LoaderSpec(split=SPLIT, stages=(stage,), training=True, num_threads=5)
+    trainer = make_trainer()
+    trainer.train_loader = make_loader(backend, spec)
+    numbers = iter(range(99))
+    train_for(trainer, zip(numbers, numbers, strict=False), 0.0)  # type: ignore[arg-type]
+    assert next(numbers) == 2 * read
+
+
+def test_no_turn_on_a_gpu_queues_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake CUDA stream that does nothing until it is waited for, and a clock of calls."""
+    queued: list[Event] = []
+    longest = 0
+
+    class Event:
+        def synchronize(self) -> None:
+            del queued[: queued.index(self) + 1]
+
+    class Stream:
+        def record_event(self) -> Event:
+            nonlocal longest
+            queued.append(Event())
+            longest = max(longest, len(queued))
+            return queued[-1]
+
+    ticks = iter(range(99))
+    monkeypatch.setattr(measured, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: queued.clear())
+    calls: list[None] = []
+    rate = calls_per_sec(lambda: calls.append(None), torch.device("cuda"), 30, warm_up=2)
+    assert longest == 3 and not queued
+    assert len(calls) == 2 + 29 and rate == 29 / 31
 
 
 def test_a_batch_of_noise_needs_no_copies_of_the_images() -> None:

@@ -38,7 +38,6 @@ from tests.commands import (
     output_of,
     run,
     start,
-    start_afresh,
     stop_soon,
     summary_of,
     train,
@@ -217,7 +216,7 @@ def test_evaluate_names_an_image_size_that_is_too_large(
         _, err = evaluate(finished / "checkpoints" / "last.pt", *flags, status=2)
         assert err.startswith(f"error: {message}")
         return
-    process = start_afresh("fastimagenet.evaluate", finished / "checkpoints" / "last.pt", *flags)
+    process = start("fastimagenet.evaluate", finished / "checkpoints" / "last.pt", *flags)
     # A kernel that promises more memory than there is would kill other processes, too.
     resource.prlimit(process.pid, resource.RLIMIT_AS, (1 << 36, 1 << 36))
     _, err = process.communicate(timeout=600)
@@ -231,11 +230,8 @@ def test_evaluate_names_an_image_size_that_no_jpeg_has(finished: Path, cifar10: 
     assert err == "error: --image-size must be from 8 to 65535 pixels, not 100000\n"
 
 
-def test_the_same_seed_gives_the_same_losses_bit_for_bit(
-    finished: Path, cifar10: Path, tmp_path: Path
-) -> None:
-    train("--data", cifar10, "--output", tmp_path / "again", *SMALL)
-    assert losses_of(tmp_path / "again") == losses_of(finished)
+def test_another_seed_gives_other_losses(finished: Path, cifar10: Path, tmp_path: Path) -> None:
+    """That the same one gives the same, bit for bit, is seen in test_signals.py."""
     train("--data", cifar10, "--output", tmp_path / "other", *SMALL, "--seed", 1, "--epochs", 1)
     assert losses_of(tmp_path / "other")[0] != losses_of(finished)[0]
 
@@ -315,7 +311,8 @@ def test_one_process_that_adds_up_gradients_does_what_two_do(
 def test_under_torchrun(cifar10: Path, tmp_path: Path) -> None:
     flags = ("--standalone", "--nnodes", 1, "--nproc-per-node", 2, "-m", "fastimagenet.train")
     arguments = ("--data", cifar10, "--output", tmp_path / "run", *SMALL)
-    run("torch.distributed.run", *flags, *arguments, "--set", "bf16_gradients=true")
+    changes = ("--backend", "synthetic", "--set", "bf16_gradients=true")
+    run("torch.distributed.run", *flags, *arguments, *changes, "--epochs", 1)
     assert summary_of(tmp_path / "run")["world_size"] == 2
 
 
@@ -546,6 +543,7 @@ def test_a_corrupt_jpeg_is_named(cifar10: Path, tmp_path: Path) -> None:
     plan = json.loads((output / "plan.json").read_text())
     assert (plan["num_train"], plan["left_out"]) == (499, 1)
     flags = ("--on-bad-image", "skip", "--nproc-per-node", 2, "--set", "max_lr=1e9")
+    flags += ("--backend", "synthetic")
     _, err = train("--data", data, "--output", tmp_path / "two", *flags, *SMALL, status=2)
     note, error = err.splitlines()  # each once, of two processes
     assert note.startswith("left out 1 bad file of 500; ")

@@ -7,7 +7,8 @@ each is trained for the first of these numbers of epochs, then for the next, unt
 --target, and times are compared: what a part gives in seconds.
 
 Every run is a `python -m fastimagenet.train` of its own, in OUTPUT/PART-seedS. The same command
-resumes where it was stopped, and repeats no run that is finished.
+resumes where it was stopped, and repeats no run that is finished. The status is 1 if a run has
+failed, as one does whose loss is not finite any more; the table has the others.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.ablation.accuracies import accuracies_table, read_accuracies
-from benchmarks.ablation.parts import FULL, LOADER, PARTS, variants
+from benchmarks.ablation.parts import FULL, LOADER, PARTS, SGD_RATES, variants
 from benchmarks.ablation.times import TO_TARGET, read_times, times_table
-from benchmarks.common.matrix import Data, Matrix, Training, add_matrix_flags, describe
+from benchmarks.common.matrix import Data, Matrix, add_matrix_flags, describe
 from benchmarks.common.measuring import begin, command_parser, write_result
 from fastimagenet import cli
 from fastimagenet.config import changed_recipe, chosen_recipe
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="or FILE.toml; default cifar10-speed",
     )
-    help_text = f"some of {', '.join(PARTS)} and, with --lengths, {LOADER}"
+    help_text = f"some of {', '.join(PARTS)} and, with --lengths, {LOADER}; {SGD_RATES}"
     add("--only", nargs="+", choices=[*PARTS, LOADER], metavar="FIELD", help=help_text)
     add_matrix_flags(parser, 3, Path("runs/ablation"))
     help_text = "epochs, ascending: compare times to the target"
@@ -48,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, about = begin(parser, argv)
     data = describe(args.data)
     if args.lengths:
-        status, trainings = train_to_target(args, data)
+        status, matrix = train_to_target(args, data)
         name, read, table = "times", read_times, times_table
     else:
-        status, trainings = train_whole(args, data)
+        status, matrix = train_whole(args, data)
         name, read, table = "ablation", read_accuracies, accuracies_table
-    if any(training.run == FULL for training in trainings):
-        result = read(trainings, data, about["command"])
+    if any(training.run == FULL for training in matrix.finished):
+        result = read(matrix.finished, data, about["command"]) | {"failed": matrix.failed_text}
         write_result(args.output, name, result, table(result))
         print(f"\n{table(result)}\ntable and JSON: {args.output}", flush=True)
     else:
@@ -67,17 +68,17 @@ def seeds_of(args: argparse.Namespace) -> range:
     return range(args.seed, args.seed + args.runs)
 
 
-def train_whole(args: argparse.Namespace, data: Data) -> tuple[int, list[Training]]:
-    """Train all variants for the recipe's length; return the status and what is finished."""
+def train_whole(args: argparse.Namespace, data: Data) -> tuple[int, Matrix]:
+    """Train all variants for the recipe's length; return the status and what was trained."""
     todo = variants(args, data.train_images)
     matrix = Matrix.of(todo, seeds_of(args), args.output, args.data)
-    return matrix.run(), matrix.finished
+    return matrix.run(), matrix
 
 
-def train_to_target(args: argparse.Namespace, data: Data) -> tuple[int, list[Training]]:
+def train_to_target(args: argparse.Namespace, data: Data) -> tuple[int, Matrix]:
     """Train all variants for each number of epochs until they reach the target.
 
-    Returns the exit status and what is finished. Raises UserError naming --lengths or --target.
+    Returns the exit status and what was trained. Raises UserError naming --lengths or --target.
     """
     if args.epochs is not None:
         raise UserError("--epochs: --lengths has the numbers of epochs")
@@ -85,7 +86,7 @@ def train_to_target(args: argparse.Namespace, data: Data) -> tuple[int, list[Tra
     whole, _ = changed_recipe(chosen_recipe(args.recipe)[0], args.set)
     if whole.target_metric is None:
         raise UserError(f"--lengths: recipe {args.recipe} has no target: --target top1=0.70")
-    finished: list[Training] = []
+    status, done = 0, Matrix(trainings=[])
     for seed in seeds_of(args):
         reached: set[str] = set()
         for epochs in sorted(set(args.lengths)):
@@ -93,11 +94,13 @@ def train_to_target(args: argparse.Namespace, data: Data) -> tuple[int, list[Tra
             todo = [v for v in variants(args, data.train_images) if v.name not in reached]
             folder = args.output / f"{epochs}-epochs"
             matrix = Matrix.of(todo, [seed], folder, args.data)
-            if status := matrix.run():
-                return status, finished
-            finished += matrix.finished
+            status = max(status, matrix.run())
+            done.trainings += matrix.trainings
+            done.failed += matrix.failed
+            if status > 1:  # stopped by a signal
+                return status, done
             reached |= {one.run for one in matrix.finished if one.summary[TO_TARGET] is not None}
-    return 0, finished
+    return status, done
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from benchmarks.ablation.parts import FULL
+from benchmarks.ablation.parts import FULL, remarks
 from benchmarks.common.matrix import Data, Training, measured
 from benchmarks.common.measuring import by_column, document
 from benchmarks.common.statistics import interval, interval_text
@@ -56,6 +56,7 @@ def accuracies_table(result: Row) -> str:
         by_column([cells(row) for row in result["rows"]]),
         f"Means over n seeds, with 95 % intervals for n > 1; differences to the first row {name}, "
         "seed by seed. Train: the training clock; wall: everything.",
+        remarks(result),
     )
 
 

@@ -9,16 +9,19 @@ from benchmarks.common.matrix import Variant, variant
 from fastimagenet.config import changed_recipe, chosen_recipe
 from fastimagenet.recipes.recipe import Recipe
 from pipelines.errors import UserError
+from pipelines.files import Row
 
 FULL = "all"
 """The name of the runs in which nothing is switched off."""
 PEER_LR_PER_IMAGE = 11.5 / (1024 * (1 + 1 / 0.15))
 PEER_DECAY_PER_IMAGE = 0.0153 / (1024 * (1 + 1 / 0.15))
-"""Of airbench94, which trains the same network by SGD: LR, and LR times weight decay."""
+"""Of airbench94, which trains cifar10-speed's network by SGD: LR, and LR times weight decay."""
+SGD_RATES = "optimizer: by SGD at the LR and decay that cifar10-airbench94 has for it"
 
 
 def without_muon(recipe: Recipe) -> list[str]:
-    """Train by SGD at the rates that airbench94 has for it."""
+    """Train by SGD at the rates that airbench94 has for it, whatever the recipe: they suit its
+    network, and nothing was tuned for another."""
     lr = PEER_LR_PER_IMAGE * recipe.phases[0].batch_size
     decay = PEER_DECAY_PER_IMAGE / PEER_LR_PER_IMAGE
     return ["optimizer=sgd", f"max_lr={lr:.4g}", f"weight_decay={decay:.4g}"]
@@ -68,6 +71,13 @@ def variants(args: argparse.Namespace, num_train: int) -> list[Variant]:
                 why = "it takes --lengths, and a --backend that is not torchvision"
             raise UserError(f"--only {part}: {why}")
     return found
+
+
+def remarks(result: Row) -> str:
+    """Tell below a table what its rows do not show; "" for nothing."""
+    optimizer = any(row["run"] == "optimizer" for row in result["rows"])
+    found = [f"{SGD_RATES}, whatever the recipe." if optimizer else "", result.get("failed", "")]
+    return "\n".join(filter(None, found))
 
 
 def has(recipe: Recipe, part: str) -> bool:

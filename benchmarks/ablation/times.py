@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from benchmarks.ablation.parts import FULL
+from benchmarks.ablation.parts import FULL, remarks
 from benchmarks.common.matrix import Data, Training, measured
 from benchmarks.common.measuring import by_column, document
 from benchmarks.common.statistics import interval, interval_text
@@ -59,6 +59,7 @@ def times_table(result: Row) -> str:
         "Training clock of the shortest run that reached the target; epochs: the lengths trained, "
         "of each seed; means over n seeds, with 95 % intervals for n > 1. Data: the share of the "
         "training clock in which the last run waited for images.",
+        remarks(result),
     )
 
 

@@ -85,7 +85,8 @@ class Training:
         return rows_of("epoch", read_rows(self.folder))
 
     def check_folder(self, data: str) -> None:
-        """Raise UserError if the folder holds a run of another recipe or of other data."""
+        """Raise UserError if the folder holds a run of another recipe, of other data or batches, or
+        a finished one that was read or computed by other means."""
         path = self.folder / "plan.json"
         if not path.exists():
             return
@@ -95,11 +96,30 @@ class Training:
         other = [name for name in facts if found.get(name) != wanted[name]]
         recipe = found.get("recipe", {})
         other += [f"recipe field {k}" for k, v in wanted["recipe"].items() if recipe.get(k) != v]
+        if found.get("accumulation", 1) != wanted["accumulation"]:
+            other.append("--global-batch")
         if other:
             raise UserError(
                 f"--output: {self.folder} holds a run with another {', '.join(other)}: give the "
-                "--data, --set, --epochs and --precision that it began with, or name another folder"
+                "--data, --set, --epochs, --global-batch and --precision that it began with, or "
+                "name another folder"
             )
+        if not self.finished:  # a resume may change what follows, and the run tells of it
+            return
+        summary = self.summary
+        command = shlex.split(summary.get("command", ""))
+        for name in ("backend", "device"):
+            asked, began = (value_of(f"--{name}", words) for words in (self.flags, command))
+            if asked not in (began, summary.get(name)):
+                raise UserError(
+                    f"--{name} {asked}: --output {self.folder} holds a run that was finished with "
+                    f"--{name} {began}: give that, or name another folder"
+                )
+
+
+def value_of(flag: str, words: Sequence[str]) -> str:
+    """Return what follows a flag of `train` whose default is "auto"."""
+    return words[words.index(flag) + 1] if flag in words else "auto"
 
 
 @dataclass(kw_only=True)
@@ -109,7 +129,7 @@ class Matrix:
 
     trainings: list[Training]
     failed: list[Training] = field(default_factory=list)
-    """Those that ended with an error, where that does not end the matrix."""
+    """Those that ended with an error in this call."""
 
     @classmethod
     def of(
@@ -122,7 +142,7 @@ class Matrix:
         folder: Callable[[str, int], str] = "{}-seed{}".format,
     ) -> Matrix:
         """Plan all trainings. Raises UserError where a recipe cannot be planned, and where a folder
-        holds a run of another recipe or of other data."""
+        holds another run."""
         trainings = []
         for seed in seeds:
             for variant in variants:
@@ -147,13 +167,12 @@ class Matrix:
     def run(
         self,
         around: Callable[[Training], AbstractContextManager[None]] = lambda _: nullcontext(),
-        keep_going: bool = False,
     ) -> int:
         """Train what is not finished, one after the other; returns the exit status.
 
-        A stop signal makes the training save and exit, and ends the matrix.
-        So does a training that fails, unless `keep_going`: then it is added to `failed`. `around`
-        is entered before each training and left after it.
+        A stop signal makes the training save and exit, and ends the matrix. A training that fails,
+        as one does whose loss is not finite any more, is added to `failed`, and the others go on:
+        status 1. `around` is entered before each training and left after it.
         """
         child: subprocess.Popen[bytes] | None = None
 
@@ -179,10 +198,14 @@ class Matrix:
                     return 128 + signals.number
                 if status:
                     print(f"{training.title}: ended with status {status}", file=sys.stderr)
-                    if not keep_going:
-                        return status if status > 0 else 128 - status
                     self.failed.append(training)
-        return 0
+        return int(bool(self.failed))
+
+    @property
+    def failed_text(self) -> str:
+        """A sentence of which have failed; "" for none."""
+        titles = "; ".join(training.title for training in self.failed)
+        return f"Failed with an error: {titles}." if titles else ""
 
 
 def measured(summaries: Sequence[Row], command: str) -> Row:

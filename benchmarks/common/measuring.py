@@ -33,6 +33,13 @@ def begin(parser: Parser, argv: Sequence[str] | None) -> tuple[argparse.Namespac
     }
 
 
+def process_seconds() -> float:
+    """Return the age of this process, which an exec keeps: what a limit on it has to count."""
+    start_ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    start = int(start_ticks) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - start
+
+
 def command_parser(
     doc: str, *, data: bool = False, turn_seconds: float = 0, json: bool = False
 ) -> Parser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -52,12 +53,15 @@ def calls_per_sec(
     for _ in range(warm_up):
         call()
     synchronize(device)
+    queued: deque[torch.cuda.Event] = deque()
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         call()
         count += 1
-        if device.type == "cuda" and count % 16 == 0:  # or the queue would run far ahead
-            torch.cuda.synchronize(device)
+        if device.type == "cuda":
+            queued.append(torch.cuda.current_stream(device).record_event())
+            if len(queued) > 2:  # or calls that take no time to queue would be seconds ahead
+                queued.popleft().synchronize()
     synchronize(device)
     return count / (time.perf_counter() - start)
 
@@ -124,7 +128,20 @@ def step_costs(trainer: Trainer, images: Tensor, labels: Tensor) -> tuple[int, i
 
 
 WARM_UP_BATCHES = 6
-"""Read before each turn: more than any loader makes ahead, so none is measured on its stock."""
+"""Read before each turn: more than a loader makes ahead, so none is measured on its stock. One with
+processes makes two ahead in each."""
+
+
+def warm_up_batches(processes: int) -> int:
+    """Return how many batches to read before a turn of a loader with so many processes."""
+    return max(WARM_UP_BATCHES, 2 * processes + 4)
+
+
+def processes_of(loader: Loader) -> int:
+    """Count the processes that make a loader's batches; 0 where it has threads, or none."""
+    from pipelines.backends.torchvision import TorchvisionLoader
+
+    return loader.spec.num_threads if isinstance(loader, TorchvisionLoader) else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,13 +215,14 @@ def measure_phase(
         trainer.compile_all_sizes()
     images, labels = synthetic_batch(trainer, train, seed)
     flops, moved = step_costs(trainer, images, labels)
+    ahead = warm_up_batches(processes_of(trainer.train_loader))
     names = ("loader", "model", "both", "data_wait_share")
     rates: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         if number == 1 and trainer.device.type == "cuda":  # cuDNN has tried its algorithms
             torch.cuda.reset_peak_memory_stats(trainer.device)
         span = seconds if number else 0.1  # round 0: files into the page cache, buffers to size
-        loader = calls_per_sec(lambda: next(batches), trainer.device, span, WARM_UP_BATCHES)
+        loader = calls_per_sec(lambda: next(batches), trainer.device, span, ahead)
         model = calls_per_sec(lambda: update(trainer, images, labels), trainer.device, span)
         both, wait = train_for(trainer, batches, span)
         values = (loader * phase.batch_size, model * phase.batch_size, both, wait)
@@ -252,7 +270,7 @@ def train_for(
     trainer: Trainer, batches: Iterator[tuple[Tensor, Tensor]], seconds: float
 ) -> tuple[float, float]:
     """Measure images a second of training on real batches, and the share of waiting for them."""
-    for _ in range(WARM_UP_BATCHES):
+    for _ in range(warm_up_batches(processes_of(trainer.train_loader))):
         batch = next(batches)
     update(trainer, *batch)
     synchronize(trainer.device)

@@ -201,6 +201,9 @@ def tests(figures: Row) -> Shown:
     return [("outcome", "tests"), *rows], " ".join(notes)
 
 
+WARM = "Where an earlier part has used its process, its times lack imports and the start of CUDA."
+
+
 def run(figures: Row) -> Shown:
     """Format a finished run, or the accuracies of one that was not."""
     if "top1" not in figures:
@@ -221,7 +224,7 @@ def run(figures: Row) -> Shown:
         mark,
     )
     about = f"{figures['dataset']}, {figures['precision']}, back end {figures['backend']}, n = 1."
-    return [header, row], about
+    return [header, row], f"{about} {WARM}"
 
 
 def lr_finder(figures: Row) -> Shown:
@@ -230,7 +233,7 @@ def lr_finder(figures: Row) -> Shown:
         ended, seconds = str(sweep.get("ended", "-")), duration(figures["seconds"])
         cells = (str(figures["num_it"]), ended, plain(figures["max_lr"], 3), seconds)
         rows.append((plain(sweep["weight_decay"]), *cells))
-    return rows, f"Recipe {figures['recipe']}, {figures['image_size']} px."
+    return rows, f"Recipe {figures['recipe']}, {figures['image_size']} px. {WARM}"
 
 
 def stall(figures: Row) -> Shown:

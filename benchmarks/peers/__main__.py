@@ -138,9 +138,15 @@ def figures(row: Row, ours: Row, train_images: int) -> Row:
     theirs = row["seconds"] if row["outcome"] == "limit" else row["wall_seconds"]
     return row | {
         "top1": last and last["top1"],
-        "images_per_sec": last and train_images * len(row["epochs"]) / last["train_seconds"],
+        "images_per_sec": last and train_images * epochs_done(row) / last["train_seconds"],
         "ratio": theirs and ours["wall_seconds"] / theirs,
     }
+
+
+def epochs_done(row: Row) -> int:
+    """Count the epochs up to the last accuracy; rows of before have no numbers, but all epochs."""
+    rows = row["epochs"]
+    return rows[-1].get("epoch", len(rows)) if rows else 0
 
 
 def table(result: Row) -> str:
@@ -176,7 +182,7 @@ def cells(row: Row) -> dict[str, str]:
         "training to target": duration(row["train_seconds"]),
         "ours / theirs": f"below {ratio}" if outcome == "limit" else ratio,
         "last top-1": percent(row["top1"]),
-        "epochs": str(len(row["epochs"])),
+        "epochs": str(epochs_done(row)),
         "images/s": "-" if row["images_per_sec"] is None else short(row["images_per_sec"]),
     }
 

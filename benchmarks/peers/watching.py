@@ -29,19 +29,26 @@ class Reader:
     """What a program's output tells, line by line. The accuracy is that of the plain weights."""
 
     top1: re.Pattern[str]
-    """An epoch's accuracy, group "top1"; with group "train" also its training clock in seconds."""
+    """An accuracy, group "top1"; with group "train" also the training clock in seconds."""
     whole: float
     """What it prints for all images."""
     evaluation: re.Pattern[str] | None = None
     """The last such line before an accuracy is where its evaluation began; None: not needed."""
+    first_epoch: int = 0
+    """Its number in the group "epoch" of either pattern; without one every epoch is evaluated."""
 
 
 OURS = Reader(
-    top1=re.compile(r"epoch +\d+ .*  train (?P<train>[\d.]+) s  top-1 (?P<top1>[\d.]+)%"),
+    top1=re.compile(
+        r"epoch +(?P<epoch>\d+) .*  train (?P<train>[\d.]+) s  top-1 (?P<top1>[\d.]+)%"
+    ),
     whole=100,
+    first_epoch=1,
 )
 READERS = {
-    "fastai": Reader(  # epoch, training loss, validation loss, accuracy, other metrics, time
+    # Epoch, training loss, validation loss, accuracy, other metrics, time: a line for every epoch,
+    # whose numbers begin anew with every call of fit.
+    "fastai": Reader(
         top1=re.compile(r"\d+ +\S+ +\S+ +(?P<top1>[01]\.\d+) .*\d:\d\d *$"),
         whole=1,
         evaluation=re.compile(r"Epoch .*\| 0\.00% \["),  # a progress bar, the second of an epoch
@@ -49,12 +56,12 @@ READERS = {
     "timm": Reader(  # the last batch's line has the mean over all
         top1=re.compile(r"Test: \[ *(\d+)/\1\] .*Acc@1: +\S+ +\( *(?P<top1>[\d.]+)\)"),
         whole=100,
-        evaluation=re.compile(r"Train: \d"),
+        evaluation=re.compile(r"Train: (?P<epoch>\d+)"),
     ),
     "torchvision": Reader(
         top1=re.compile(r"Test: +Acc@1 (?P<top1>[\d.]+)"),
         whole=100,
-        evaluation=re.compile(r"Epoch: \[\d+\] Total time"),
+        evaluation=re.compile(r"Epoch: \[(?P<epoch>\d+)\] Total time"),
     ),
 }
 """By the name of the package. The lines are those of fastai 2.8 (the table of a Learner whose first
@@ -99,6 +106,7 @@ def watch(one: Contestant, mark: float, limit: float | None, log: Path) -> Row:
     "outcome" is "reached", "missed" (it ended by itself), "limit" or "failed" (with an error, or
     without any accuracy). Times are seconds from the start of the process to the arrival of the
     line with the accuracy, "train_seconds" less the evaluations; those to `mark` may be None.
+    "epochs" has a row for each accuracy, whose "epoch" counts from 1.
     """
     print(f"\n{one.name}: {one.command}", flush=True)
     row: Row = {"name": one.name, "command": one.command, "target": mark}
@@ -108,6 +116,7 @@ def watch(one: Contestant, mark: float, limit: float | None, log: Path) -> Row:
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     evaluation, evaluating = 0.0, None  # seconds so far, and since when
+    groups: dict[str, str] = {}
     by_itself = False
     with (
         stop_signals(lambda: lines.put(None)) as signals,
@@ -136,16 +145,18 @@ def watch(one: Contestant, mark: float, limit: float | None, log: Path) -> Row:
                 break
             now, line = item[0] - began, item[1]
             file.write(line)
-            if one.reader.evaluation and one.reader.evaluation.match(line):
-                evaluating = now
+            if one.reader.evaluation and (told := one.reader.evaluation.match(line)):
+                evaluating, groups = now, told.groupdict()
             if (told := one.reader.top1.match(line)) is None:
                 continue
             evaluation += 0.0 if evaluating is None else now - evaluating
             evaluating = None
-            train = float(told["train"]) if "train" in told.groupdict() else now - evaluation
-            top1 = float(told["top1"]) / one.reader.whole
+            groups |= told.groupdict()
+            train = float(groups["train"]) if "train" in groups else now - evaluation
+            top1 = float(groups["top1"]) / one.reader.whole
+            epoch = int(groups.get("epoch", len(row["epochs"]))) + 1 - one.reader.first_epoch
             seconds = {"wall_seconds": now, "train_seconds": train}
-            row["epochs"].append({"top1": top1} | seconds)
+            row["epochs"].append({"epoch": epoch, "top1": top1} | seconds)
             print(f"{one.name}: {percent(top1)} after {duration(now)}", flush=True)
             if top1 >= mark and row["outcome"] != "reached":
                 row |= {"outcome": "reached"} | seconds

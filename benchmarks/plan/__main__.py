@@ -244,15 +244,21 @@ def in_picture(each: Candidate) -> str:
 def check(plan_dir: Path, run_dir: Path) -> str:
     """Set what the run of `plan_dir`/recipe.toml took beside its prediction, in check.json.
 
-    Raises UserError for a run of another recipe.
+    Raises UserError for a run of another recipe, or on another number of processes.
     """
     plan = read_object(plan_dir / "plan.json")
     if "predicted" not in plan:  # a run has a file of that name, too
         raise UserError(f"--output {plan_dir} holds no plan: name the folder of one")
     predicted = plan["predicted"][0]
     summary = read_object(run_dir / "summary.json")
-    recipe = read_object(run_dir / "plan.json")["recipe"]
-    wanted = predicted["recipe"]
+    ran = read_object(run_dir / "plan.json")
+    processes, planned = ran["world_size"], plan["nodes"] * plan["gpus_per_node"]
+    if processes != planned:
+        raise UserError(
+            f"--check {run_dir} is a run on {processes} process(es), the plan in {plan_dir} is for "
+            f"{planned}: name a run on as many"
+        )
+    recipe, wanted = ran["recipe"], predicted["recipe"]
     for name, value in wanted.items():
         found = recipe.get(name)
         if name == "phases":  # the copies that were read are chosen when the run starts

@@ -5,8 +5,9 @@
 The training transform, mixed decoding on a GPU, from files that the page cache holds: the training
 images of DIR, named again and again up to --entries. First the default settings at every size; then
 at one size the shares of the hardware decoder with all numbers of threads, prefetch depths and
-preallocation with the best of them; at last the best settings at every size. FILE is written after
-each measurement; one that fails is in it with its error, and the others follow.
+preallocation with the best of them; at last the best settings at the other sizes. What has been
+measured is not measured again. FILE is written after each measurement; one that fails is in it with
+its error, and the others follow.
 """
 
 from __future__ import annotations
@@ -112,37 +113,36 @@ class Task:
 
     def sweep(self, sizes: Sequence[int], threads: Sequence[int]) -> Iterator[DecodeRate]:
         """Yield all measurements, in the order of their importance."""
-        default = DaliSettings()
+        default, at = DaliSettings(), SWEPT_SIZE if SWEPT_SIZE in sizes else sizes[-1]
+        known: dict[tuple[int, int, DaliSettings], DecodeRate] = {}
+
+        def new(size: int, count: int, settings: DaliSettings) -> Iterator[DecodeRate]:
+            if (size, count, settings) not in known:
+                known[size, count, settings] = self.measure(size, count, settings)
+                yield known[size, count, settings]
+
+        def fastest() -> DecodeRate:
+            return max((r for r in known.values() if r.image_size == at), key=lambda r: r.mean)
+
         for size in sizes:
-            yield self.measure(size, max(threads), default)
-        at = SWEPT_SIZE if SWEPT_SIZE in sizes else sizes[-1]
+            yield from new(size, max(threads), default)
         on_gpu = self.device.type == "cuda"
         loads = HW_DECODER_LOADS if on_gpu else (default.hw_decoder_load,)
-        swept = []
         for load in loads[::-1]:
             for count in sorted(threads, reverse=True):
-                swept.append(self.measure(at, count, replace(default, hw_decoder_load=load)))
-                yield swept[-1]
-        best = fastest(swept)
+                yield from new(at, count, replace(default, hw_decoder_load=load))
+        best = fastest()
         for depth in PREFETCHES:
-            settings = replace(best.settings, prefetch=depth)
-            swept.append(self.measure(at, best.threads, settings))
-            yield swept[-1]
-        best = fastest(swept)
+            yield from new(at, best.threads, replace(best.settings, prefetch=depth))
+        best = fastest()
         if on_gpu and self.split.shapes is not None:
             # Of all but the largest hundredth: a few are many times as large as the others.
             high, wide = np.quantile(self.split.shapes, 0.99, 0, method="lower").tolist()
             settings = replace(best.settings, width_hint=wide, height_hint=high)
-            swept.append(self.measure(at, best.threads, settings))
-            yield swept[-1]
-            best = fastest(swept)
+            yield from new(at, best.threads, settings)
+            best = fastest()
         for size in sizes:
-            yield self.measure(size, best.threads, best.settings)
-
-
-def fastest(rates: Sequence[DecodeRate]) -> DecodeRate:
-    """Return the one with the highest mean."""
-    return max(rates, key=lambda rate: rate.mean)
+            yield from new(size, best.threads, best.settings)
 
 
 def repeated(split: Split, entries: int) -> Split:

@@ -30,16 +30,17 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from benchmarks.common.measuring import begin, command_parser, document, markdown, write_result
 from benchmarks.common.rates import (
-    WARM_UP_BATCHES,
     calls_per_sec,
     endless,
     matmul_flops_per_sec,
     phase_trainer,
+    processes_of,
     run_config,
     step_costs,
     synthetic_batch,
     this_process,
     update,
+    warm_up_batches,
 )
 from benchmarks.common.statistics import estimate, shown
 from benchmarks.loaders.contestants import Task, decode, decode_crops
@@ -94,6 +95,7 @@ class Limits:
         self.threads = max(1, num_cores() // world.local_world_size)
         crops = chosen_backend(config.data.backend) == "dali" and not config.recipe.reflect_pad
         self.decoder = "DALI, windows of 25 to 100 %" if crops else "Pillow, whole images"
+        self.ahead = warm_up_batches(0 if crops else self.threads)  # Pillow's are processes
         task = Task(split=train, image_size=0, batch_size=batch_size, threads=self.threads)
         self.batches = (decode_crops if crops else decode)(task)
         try:
@@ -103,7 +105,7 @@ class Limits:
 
     def turn(self, seconds: float) -> tuple[float, float]:
         """Measure seconds an image of decoding, and seconds a FLOP of a product."""
-        rate = calls_per_sec(lambda: next(self.batches), self.device, seconds, WARM_UP_BATCHES)
+        rate = calls_per_sec(lambda: next(self.batches), self.device, seconds, self.ahead)
         product = matmul_flops_per_sec(self.device, self.dtype, seconds)
         return 1 / rate / self.batch_size, 1 / product
 
@@ -116,6 +118,7 @@ class Case:
         if trainer.plan.recipe.compile:
             trainer.compile_all_sizes()
         self.batches = endless(trainer.train_loader)
+        self.ahead = warm_up_batches(processes_of(trainer.train_loader))
         self.batch = synthetic_batch(trainer, train, seed)
         size = len(self.batch[1])
         self.flops = step_costs(trainer, *self.batch)[0] / size
@@ -134,7 +137,7 @@ class Case:
 
     def empty(self) -> None:
         """Use up the loader's stock."""
-        for _ in range(WARM_UP_BATCHES):
+        for _ in range(self.ahead):
             next(self.batches)
 
     def turn(self, seconds: float) -> Costs:

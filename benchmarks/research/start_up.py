@@ -45,7 +45,7 @@ if loader == "ImageFolder":
     from torch.utils.data import DataLoader
     from torchvision import datasets, transforms
 else:
-    from pipelines import make_loader
+    from pipelines.backends import make_loader
     from pipelines.loader import LoaderSpec, Stage
     from pipelines.datasets.split import read_split
     if backend == "dali":
