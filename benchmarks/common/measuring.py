@@ -34,10 +34,13 @@ def begin(parser: Parser, argv: Sequence[str] | None) -> tuple[argparse.Namespac
 
 
 def process_seconds() -> float:
-    """Return the age of this process, which an exec keeps: what a limit on it has to count."""
-    start_ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
-    start = int(start_ticks) / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - start
+    """Return the age of this process, which an exec keeps: what a limit on it has to count.
+
+    0 in a sandbox that does not tell when it began.
+    """
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return max(0.0, age) if ticks else 0.0
 
 
 def command_parser(
