@@ -43,7 +43,8 @@ from tests.commands import call, output_of
 
 MODULE = "fastimagenet.lr_find"
 SHORT = ["--device", "cpu", "--num-it", 24]
-ENDLESS = ["--device", "cpu", "--num-it", 100_000, "--end-lr", 2e-5]
+ENDLESS = ["--device", "cpu", "--num-it", 100_000, "--end-lr", 2e-5, "--set"]
+ENDLESS += ["phases.*.image_size=8", "--set", "phases.*.eval_size=8"]
 """The LR stays so low that nothing ends it but the user."""
 sweep = partial(output_of, MODULE)
 

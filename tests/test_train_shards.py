@@ -70,7 +70,7 @@ def test_training_on_shards_stops_and_goes_on(
     """
 
     def run(name: str, *flags: str) -> int:
-        data = ["--data", str(shards), "--output", str(tmp_path / name)]
+        data = ["--data", str(shards), "--output", str(tmp_path / name), "--epochs", "2"]
         return train_main([*data, *SMALL, *flags])
 
     assert run("whole") == 0
