@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn import metrics
 from torch import Tensor
 
 from fastimagenet.details.collect import Collector
@@ -51,6 +50,7 @@ def test_figures_are_those_of_scikit_learn_and_torchmetrics(
     num_classes: int, scale: float, unused: int
 ) -> None:
     """Also where logits are so large that probabilities are rounded to 1."""
+    from sklearn import metrics
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     logits, labels = table(300, num_classes, scale, unused)
@@ -108,6 +108,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_the_files_are_those_of_the_same_evaluation(run: Path) -> None:
+    from sklearn import metrics
+
     result = json.loads((run / "result.json").read_text())
     page = Path(result["details"])
     names = ("predictions", "classes", "confusion")

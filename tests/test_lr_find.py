@@ -42,9 +42,9 @@ from pipelines.files import Row
 from tests.commands import call, output_of
 
 MODULE = "fastimagenet.lr_find"
-SHORT = ["--device", "cpu", "--num-it", 24]
-ENDLESS = ["--device", "cpu", "--num-it", 100_000, "--end-lr", 2e-5, "--set"]
-ENDLESS += ["phases.*.image_size=8", "--set", "phases.*.eval_size=8"]
+SIZES = ["--set", "phases.*.image_size=8", "--set", "phases.*.eval_size=8"]
+SHORT = ["--device", "cpu", "--num-it", 24, *SIZES]
+ENDLESS = ["--device", "cpu", "--num-it", 100_000, "--end-lr", 2e-5, *SIZES]
 """The LR stays so low that nothing ends it but the user."""
 sweep = partial(output_of, MODULE)
 
@@ -142,7 +142,7 @@ def test_the_recipe_and_the_flags_are_the_same_and_train_takes_both(
     assert flags[1] == f"max_lr={found['max_lr']}"
     assert flags[3].startswith("weight_decay=")
     assert flags[5] == "use_clr_beta=[10.0, 20.0, 0.95, 0.8]"
-    assert train_main(["--print-recipe", *flags]) == 0
+    assert train_main(["--print-recipe", *SIZES, *flags]) == 0
     assert capsys.readouterr().out == (folder / "mine.toml").read_text()
     train_main(["--dry-run", "--device", "cpu", "--recipe", str(folder / "mine.toml")])
     assert f"peak lr {found['max_lr']:.5g} " in capsys.readouterr().out
@@ -164,7 +164,8 @@ def test_the_folder_is_read_back_and_lr_find2_gives_its_rows_bit_for_bit(
         chosen["lr"],
         chosen["settings"],
     )
-    config = RunConfig(recipe=digits_recipe(), data=DataConfig())
+    recipe = recipe_toml.with_settings(digits_recipe(), SIZES[1::2])
+    config = RunConfig(recipe=recipe, data=DataConfig())
     train, val = runs.read_data(config.data, say_notes=False)
     plan = Plan.of(config.recipe, 1, len(train))
     val = runs.shuffled(val, config.seed)

@@ -27,9 +27,9 @@ from tests.commands import CHILDREN, call, start
 SMALL = (
     *("--only", "3b", "steps", "--epochs", "2", "--precision", "fp32", "--device", "cpu"),
     *("--set", "model=smallnet", "--set", "phases.0.image_size=8", "--set", "max_lr=0.05"),
-    *("--set", "phases.0.batch_size=10"),
+    *("--set", "phases.0.batch_size=16"),
 )
-"""Two runs of two epochs of 50 updates."""
+"""Two runs of two epochs of 31 updates."""
 MODULE = "benchmarks.superconvergence"
 
 
@@ -75,7 +75,7 @@ def test_a_rehearsal_writes_table_json_and_picture(output: Path) -> None:
     assert data["suffixes"] == {".jpg": 700}
     study, steps = result["runs"]
     summary = read_object(output / "3b-seed0" / "summary.json")
-    assert (study["run"], study["n"], study["iterations"]) == ("3b", 1, 100)
+    assert (study["run"], study["n"], study["iterations"]) == ("3b", 1, 62)
     assert study["published"]["top1"] == 0.9308
     assert study["mean"] == study["lowest"] == study["highest"] == summary["top1"]
     accuracies = [row["top1"] for row in rows_of("epoch", read_rows(output / "3b-seed0"))]
@@ -90,7 +90,7 @@ def test_a_rehearsal_writes_table_json_and_picture(output: Path) -> None:
     assert "The data here are JPEGs" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| 3b "))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[:6] == ["3b", "0.05", "2", "1cycle (20, 10, 0.95, 0.85)", "100", "93.08 %"]
+    assert cells[:6] == ["3b", "0.05", "2", "1cycle (20, 10, 0.95, 0.85)", "62", "93.08 %"]
     assert cells[6:8] == [f"{100 * summary['top1']:.2f} % (1)", "-"]
     assert "<svg" in (output / "superconvergence.svg").read_text()
     assert (output / "superconvergence.png").read_bytes().startswith(b"\x89PNG")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from tests.commands import SMALL, error_of, evaluate, train
 NAME = "timm:resnet10t"
 RECIPE = Recipe(name="t", phases=(Phase(epochs=1, image_size=32, batch_size=2),), model=NAME)
 
-pytest.importorskip("timm", reason="needs timm")
+if find_spec("timm") is None:  # importing it takes seconds
+    pytest.skip("needs timm", allow_module_level=True)
 
 
 def test_it_is_built_with_our_classes_and_its_own_groups() -> None:
