@@ -28,9 +28,9 @@ from benchmarks.common.statistics import estimate, shown
 from benchmarks.common.tables import phases
 from fastimagenet import cli
 from fastimagenet.config import RunConfig
+from fastimagenet.images import read_data
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.report.summary import hardware
-from fastimagenet.run import read_data
 from pipelines.backends import chosen_backend
 from pipelines.cli import output_folder
 from pipelines.files import Row

@@ -19,6 +19,7 @@ import numpy as np
 from fastimagenet import cli, run
 from fastimagenet.config import RunConfig, changed_recipe, chosen_recipe
 from fastimagenet.distributed.world import World
+from fastimagenet.images import read_copies, read_data, with_copies
 from fastimagenet.recipes.plan import Plan, PlannedPhase
 from pipelines import pages
 from pipelines.cli import Parser, at_least, make_parser, output_folder
@@ -87,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def look(config: RunConfig, count: int) -> list[Seen]:
     """Read up to `count` training and validation images of each phase. Raises UserError."""
-    recipe = run.with_copies(config.recipe, config.data.root)
-    train, val = run.read_data(config.data, say_notes=True, recipe=recipe)
+    recipe = with_copies(config.recipe, config.data.root)
+    train, val = read_data(config.data, say_notes=True, recipe=recipe)
     plan = Plan.of(recipe, 1, len(train), config.global_batch)
     some = val.take(np.linspace(0, len(val) - 1, min(count, len(val))).astype(np.int64))
     passes = [plan.phase_of_epoch(epoch) for epoch in range(plan.epochs) if plan.evaluates(epoch)]
@@ -96,7 +97,7 @@ def look(config: RunConfig, count: int) -> list[Seen]:
     for phase in plan.phases:
         # A pass that is broken off goes on where it was: each phase gets loaders of its own.
         training, validation = run.build_loaders(
-            config, plan, World(), train, some, run.read_copies(config.data.root, plan, train)
+            config, plan, World(), train, some, read_copies(config.data.root, plan, train)
         )
         with closing(training), closing(validation):
             read = partial(first_pictures, transforms=recipe, classes=train.classes, count=count)

@@ -1,14 +1,13 @@
 """A training or a sweep: from a `RunConfig` to the files of its folder.
 
-Each builder has one job: read the data, choose the copies, check what all ranks were asked for,
-build the loaders, build the trainer. The benchmarks use the same ones.
+Each builder has one job: check what all ranks were asked for, build the loaders, build the trainer.
+The benchmarks use the same ones.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -20,11 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastimagenet import cli
-from fastimagenet.config import DataConfig, RunConfig
+from fastimagenet.config import RunConfig
 from fastimagenet.distributed.collectives import gather_objects
 from fastimagenet.distributed.processes import Processes
 from fastimagenet.distributed.world import TRAINED, World, run_id
 from fastimagenet.folder import RunFolder
+from fastimagenet.images import data_notes, digest_of, read_copies, read_data, with_copies
 from fastimagenet.lr_finder.sweep import Sweep, SweepConfig, check_validation
 from fastimagenet.recipes import toml
 from fastimagenet.recipes.plan import Plan
@@ -33,10 +33,7 @@ from fastimagenet.sinks import Sinks
 from fastimagenet.training.clock import Stopwatch
 from fastimagenet.training.determinism import deterministic
 from fastimagenet.training.recorder import Recorder
-from pipelines.backends import start_workers
-from pipelines.datasets.copies import best_copy, find_copies, read_copy
-from pipelines.datasets.known import AUTO, ORIGINAL
-from pipelines.datasets.split import Split, check_classes, check_several, notes_of
+from pipelines.datasets.split import Split
 from pipelines.errors import UserError
 from pipelines.files import write_object
 from pipelines.loader import Stage
@@ -48,48 +45,8 @@ if TYPE_CHECKING:
     from fastimagenet.training.trainer import Trainer
     from pipelines.loader import Loader
 
-UNBALANCED = 10
-"""The largest class has so many times the images of the smallest, or more."""
 WHITENING_IMAGES = 2000
 """About so many; airbench94 takes 5,000, of which each gives 961 patches at 32 px."""
-
-
-def read_data(
-    data: DataConfig, say_notes: bool, notes: Sequence[str] = (), recipe: Recipe | None = None
-) -> tuple[Split, Split]:
-    """Read both splits and check their files. Raises UserError naming the folder or file.
-
-    `say_notes`: print on standard error what was left out, and what a `recipe` should see to,
-    behind the other `notes`.
-    """
-    start_workers(data.backend)
-    train, val = data.read("train"), data.read("val")
-    check_classes(train, val)
-    check_several(train)
-    for note in (*notes, *data_notes(train, val, recipe)) if say_notes else ():
-        print(note, file=sys.stderr)  # noqa: T201
-    return train, val
-
-
-def data_notes(train: Split, val: Split, recipe: Recipe | None) -> list[str]:
-    """Say what of the data is not read, and what a recipe should see to: how unbalanced the classes
-    are, and images that lie on their side."""
-    counts = np.bincount(train.labels, minlength=len(train.classes))
-    most, least = int(counts.argmax()), int(counts.argmin())
-    notes = notes_of(train, val)
-    if counts[most] >= UNBALANCED * counts[least]:
-        notes.append(
-            f"note: the classes are unbalanced: {counts[most]:,} training images of "
-            f"{train.classes[most]}, {counts[least]:,} of {train.classes[least]}; --set "
-            "class_weight_power=0.5, or up to 1, weighs rare ones more"
-        )
-    turned = train.num_turned + val.num_turned
-    if turned and recipe is not None and not recipe.upright:
-        notes.append(
-            f"note: {turned:,} of {len(train) + len(val):,} images have an EXIF orientation, which "
-            "is not applied: --set upright=true turns them upright"
-        )
-    return notes
 
 
 def check_target(recipe: Recipe, num_classes: int) -> None:
@@ -99,33 +56,6 @@ def check_target(recipe: Recipe, num_classes: int) -> None:
             f"recipe field target = {recipe.target!r} says nothing of {num_classes} classes: "
             "--set target=top1=0.9, or --set target= for none"
         )
-
-
-def with_copies(recipe: Recipe, root: Path) -> Recipe:
-    """Choose the copies in the data folder that the phases train on.
-
-    Raises UserError where a phase names one that is not there, or not finished.
-    """
-    copies = find_copies(root)
-    phases = []
-    for index, phase in enumerate(recipe.phases):
-        data = best_copy(copies, phase.image_size) if phase.data == AUTO else phase.data
-        if data not in (*copies, ORIGINAL):
-            there = f"has {', '.join(copies)}" if copies else "has no finished copies"
-            remedy = f'name a copy, "{ORIGINAL}" or "{AUTO}"'
-            if data.isdecimal():
-                resize = f"python -m pipelines.prepare resize {root} {root}"
-                remedy = f"{resize} --short-side {data} makes one"
-            raise UserError(
-                f"recipe field phases.{index}.data = {data!r}: {root} {there}; {remedy}"
-            )
-        phases.append(replace(phase, data=data))
-    return replace(recipe, phases=tuple(phases))
-
-
-def digest_of(*splits: Split) -> str:
-    """Tell the images of a run from all others by their names, labels and sizes in bytes."""
-    return "".join(split.digest()[:32] for split in splits)
 
 
 def check_same_on_all_ranks(
@@ -159,12 +89,6 @@ def check_same_on_all_ranks(
     if len(recipes) > 1 or len(seeds) > 1:
         flag = "--seed" if len(seeds) > 1 else "--recipe, --set or --epochs"
         raise UserError(f"{flag}: the processes differ: type the same command on every node")
-
-
-def read_copies(root: Path, plan: Plan, train: Split) -> dict[str, Split]:
-    """Read the copies that phases train on, by name. Raises UserError where some are missing."""
-    names = {phase.copy: 0 for phase in plan.phases if phase.copy}
-    return {name: read_copy(root, name, train) for name in names}
 
 
 def build_loaders(

@@ -21,7 +21,7 @@ OURS = set(LAYERS) | {"tests"}
 PARTS = {
     "fastimagenet": (
         *("errors", "machine", "sinks", "recipes", "models", "distributed", "config", "training"),
-        *("report", "details", "lr_finder", "cli", "folder", "run"),
+        *("report", "details", "lr_finder", "cli", "folder", "images", "run"),
     ),
     "pipelines": (
         *(

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from fastimagenet.images import with_copies
 from fastimagenet.recipes import named_recipe
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase
 from fastimagenet.recipes.toml import with_settings
-from fastimagenet.run import with_copies
 from fastimagenet.train import main as train_main
 from pipelines.backends import make_loader
 from pipelines.datasets.copies import ORIGINAL, best_copy, find_copies, read_copy

@@ -25,6 +25,7 @@ from fastimagenet import cli
 from fastimagenet import run as runs
 from fastimagenet.config import DataConfig, RunConfig
 from fastimagenet.distributed.world import World
+from fastimagenet.images import read_data
 from fastimagenet.lr_find import main
 from fastimagenet.lr_finder.analysis import choose, momentum_setting, recipe_max_lr
 from fastimagenet.lr_finder.results import Sweeps, verdict
@@ -166,7 +167,7 @@ def test_the_folder_is_read_back_and_lr_find2_gives_its_rows_bit_for_bit(
     )
     recipe = recipe_toml.with_settings(digits_recipe(), SIZES[1::2])
     config = RunConfig(recipe=recipe, data=DataConfig())
-    train, val = runs.read_data(config.data, say_notes=False)
+    train, val = read_data(config.data, say_notes=False)
     plan = Plan.of(config.recipe, 1, len(train))
     val = runs.shuffled(val, config.seed)
     trainer = runs.build_trainer(config, plan, World(), train, val, Stopwatch())

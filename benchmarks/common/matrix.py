@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastimagenet.config import changed_recipe, chosen_recipe
+from fastimagenet.images import with_copies
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.run import rows_of
-from fastimagenet.run import with_copies
 from fastimagenet.training.recorder import read_rows
 from pipelines.backends import BACKENDS
 from pipelines.cli import Parser, at_least, output_folder

@@ -23,9 +23,10 @@ from fastimagenet import cli
 from fastimagenet.config import RunConfig
 from fastimagenet.distributed.world import World
 from fastimagenet.folder import result_folder
+from fastimagenet.images import with_copies
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Phase, Recipe
-from fastimagenet.run import build_trainer, with_copies
+from fastimagenet.run import build_trainer
 from fastimagenet.training.clock import Stopwatch
 from fastimagenet.training.loaders import open_loader
 from fastimagenet.training.trainer import Trainer

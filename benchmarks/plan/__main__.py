@@ -26,11 +26,11 @@ from fastimagenet import cli
 from fastimagenet.config import RunConfig
 from fastimagenet.distributed.world import World
 from fastimagenet.folder import check_output, result_folder
+from fastimagenet.images import read_data, with_copies
 from fastimagenet.recipes import toml as recipe_toml
 from fastimagenet.recipes.plan import Plan
 from fastimagenet.recipes.recipe import Recipe
 from fastimagenet.report.figures import new_figure, with_legend, write_files
-from fastimagenet.run import read_data, with_copies
 from fastimagenet.training.clock import Stopwatch
 from pipelines.cli import Parser, at_least, output_folder, positive
 from pipelines.datasets.known import dataset_name

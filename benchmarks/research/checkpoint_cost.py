@@ -34,8 +34,8 @@ from benchmarks.common.rates import (
 from benchmarks.common.statistics import estimates, ratio, shown
 from fastimagenet import cli
 from fastimagenet.config import RunConfig
+from fastimagenet.images import read_data
 from fastimagenet.report.summary import hardware
-from fastimagenet.run import read_data
 from fastimagenet.training import checkpoint
 from fastimagenet.training.checkpoint import CheckpointWriter, copied
 from fastimagenet.training.recorder import NullRecorder

@@ -47,8 +47,8 @@ from benchmarks.loaders.contestants import Task, decode, decode_crops
 from fastimagenet import cli
 from fastimagenet.config import RunConfig
 from fastimagenet.distributed.world import World
+from fastimagenet.images import read_data
 from fastimagenet.report import figures
-from fastimagenet.run import read_data
 from fastimagenet.training.evaluation import autocast_dtype
 from fastimagenet.training.trainer import Trainer
 from pipelines.backends import chosen_backend
